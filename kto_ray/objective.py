@@ -1,0 +1,182 @@
+"""Diffusion-KTO: utilities, reference points, loss and health figures (Li et al., NeurIPS 2024, arXiv 2404.04465).
+
+Pure torch: knows neither Ray nor diffusers. `train/learner.py` feeds it the denoising errors of policy and reference
+on the same noisy latents and backpropagates its loss.
+
+For a clean latent x0 with verdict w (+1 desirable, -1 undesirable), and noise and timestep that both models share:
+
+    g    = error_reference - error_policy            the implicit reward: > 0 when the policy explains x0 better
+    z    = reference point, one number for the whole optimizer step, no gradient
+    loss = mean of  lambda_w * (1 - U(w * beta * (g - z)))
+
+Shape suffixes: B samples of one rank's batch; C, H, W latent channels, height, width. `_B` tensors are float32 of
+shape (B,), `desirable_B` is bool of shape (B,).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor
+
+UtilityName = Literal["kahneman_tversky", "loss_averse", "risk_seeking"]
+ReferencePointName = Literal["batch_kl", "mismatched_kl", "class_mean", "zero"]
+
+UTILITIES: dict[UtilityName, Callable[[Tensor], Tensor]] = {
+    # Concave in gains, convex in losses; the paper's choice and the best of its ablation (Section 4, Table 3).
+    "kahneman_tversky": torch.sigmoid,
+    # Concave everywhere: losses weigh more and more. The shape of Diffusion-DPO, without pairs.
+    "loss_averse": F.logsigmoid,
+    # Convex everywhere: gains weigh more and more.
+    "risk_seeking": lambda x: -F.logsigmoid(-x),
+}
+
+SATURATED = 4.0  # |beta (g - z)| beyond which the sigmoid's slope is under 7 % of its largest: such a sample is mute
+
+
+def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample over all but the first dimension, in float32: (B, ...) -> (B,)."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a tensor over the ranks of the default process group; the tensor itself when there is none."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # NCCL reduces only what lies on a GPU.
+        device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else values.device
+        total = values.to(device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total.to(values.device)
+    return values
+
+
+@dataclass(frozen=True)
+class DiffusionKTO:
+    """The objective with its settings.
+
+    Args:
+        utility: a name of `UTILITIES`.
+        reference_point: how z is found, see `find_reference_point`.
+        beta: scale of the implicit reward; choose it so that the median of beta * |g| is about 0.5 to 2.
+        desirable_weight, undesirable_weight: lambda_w.
+    """
+
+    utility: UtilityName = "kahneman_tversky"
+    reference_point: ReferencePointName = "batch_kl"
+    beta: float = 5000.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def find_reference_point(
+        self, reward_B: Tensor, desirable_B: Tensor, mismatched_reward_B: Tensor | None = None
+    ) -> Tensor:
+        """z, the implicit reward that counts as neither gain nor loss: a float32 scalar, equal on every rank.
+
+        Must see the samples of the whole optimizer step: all accumulated micro-batches of this rank at once, while
+        the other ranks call it with theirs. The sums are reduced over the ranks before anything is divided or clamped.
+
+        Args:
+            reward_B: g of this rank's samples.
+            desirable_B: their verdicts.
+            mismatched_reward_B: g of (x0, prompt) pairs that do not belong together; for `mismatched_kl` only.
+
+        Returns:
+            `batch_kl`: max(0, mean g); the released script's default. `mismatched_kl`: max(0, mean g of mismatched
+            pairs); the paper's text (Section 4). `class_mean`: mean of the two classes' mean g, or the mean of the one
+            class that is there. `zero`: 0.
+
+        Raises:
+            ValueError: `mismatched_kl` without mismatched rewards, or a global batch of one sample, whose own mean
+                says nothing.
+        """
+        if self.reference_point == "zero":
+            return reward_B.new_zeros(())
+        rewards_B = reward_B
+        if self.reference_point == "mismatched_kl":
+            if mismatched_reward_B is None:
+                raise ValueError("reference point mismatched_kl needs the rewards of mismatched pairs")
+            rewards_B = mismatched_reward_B
+        classes = (
+            (desirable_B, ~desirable_B) if self.reference_point == "class_mean" else (torch.ones_like(desirable_B),)
+        )
+        rewards_B = rewards_B.detach().double()
+        sums_and_counts = torch.stack(
+            [torch.stack([rewards_B[chosen_B].sum(), chosen_B.sum().double()]) for chosen_B in classes]
+        )
+        sums, counts = sum_over_ranks(sums_and_counts).unbind(1)
+        if counts.sum() < 2:
+            raise ValueError(
+                f"reference point {self.reference_point} of a global batch of {int(counts.sum())} sample: "
+                "it needs at least 2 samples in an optimizer step (or reference_point: zero)"
+            )
+        z = (sums[counts > 0] / counts[counts > 0]).mean()
+        if self.reference_point != "class_mean":
+            z = z.clamp(min=0)
+        return z.to(reward_B.dtype)
+
+    def losses(self, reward_B: Tensor, desirable_B: Tensor, z: Tensor) -> Tensor:
+        """lambda_w * (1 - U(w * beta * (g - z))) of each sample, (B,); the loss is its mean over the global batch."""
+        sign_B = desirable_B.to(reward_B.dtype) * 2 - 1
+        utility_B = UTILITIES[self.utility](sign_B * self.beta * (reward_B - z))
+        weight_B = torch.where(desirable_B, self.desirable_weight, self.undesirable_weight)
+        return weight_B.to(reward_B.dtype) * (1 - utility_B)
+
+
+class Health:
+    """Collects, over the steps of a round, what one needs to debug KTO; `summary` reduces it over the ranks.
+
+    Args:
+        noise_bins: number of equal parts of the noise range for which g is told apart.
+    """
+
+    def __init__(self, noise_bins: int = 4) -> None:
+        self.noise_bins = noise_bins
+        self._samples: list[Tensor] = []  # one (B, 5) float64 tensor a step; columns as in `add`
+        self._steps: list[Tensor] = []  # one (2,) float64 tensor a step: z, gradient norm
+
+    @torch.no_grad()
+    def add(
+        self,
+        objective: DiffusionKTO,
+        reward_B: Tensor,
+        desirable_B: Tensor,
+        z: Tensor,
+        loss_B: Tensor,
+        noise_level_B: Tensor,
+        gradient_norm: Tensor,
+    ) -> None:
+        """Take in one optimizer step. `noise_level_B` in [0, 1): 0 is clean, 1 is pure noise."""
+        margin_B = objective.beta * (reward_B - z)
+        columns = (reward_B, desirable_B, margin_B, loss_B, noise_level_B)
+        self._samples.append(torch.stack([column.detach().double().cpu() for column in columns], dim=1))
+        self._steps.append(torch.stack([z.double().cpu(), gradient_norm.double().cpu()]))
+
+    def summary(self) -> dict[str, float]:
+        """Means over the round and all ranks; a figure without samples is left out, never made up.
+
+        `g_desirable`, `g_undesirable`, `z`; `saturated` (|beta (g - z)| > 4) and `accuracy` (sign of g - z agrees with
+        the verdict) as shares of samples; `margin` (mean |beta (g - z)|); `loss`; `gradient_norm`; `g_noise_K` for
+        the K-th part of the noise range, cleanest first.
+        """
+        samples = torch.cat(self._samples) if self._samples else torch.zeros((0, 5), dtype=torch.float64)
+        steps = torch.stack(self._steps) if self._steps else torch.zeros((0, 2), dtype=torch.float64)
+        reward_B, desirable_B, margin_B, loss_B, noise_level_B = samples.unbind(1)
+        desirable_B = desirable_B > 0.5
+        bin_B = (noise_level_B * self.noise_bins).long().clamp(max=self.noise_bins - 1)
+        figures = {
+            "loss": loss_B,
+            "accuracy": ((margin_B > 0) == desirable_B).double(),
+            "saturated": (margin_B.abs() > SATURATED).double(),
+            "margin": margin_B.abs(),
+            "g_desirable": reward_B[desirable_B],
+            "g_undesirable": reward_B[~desirable_B],
+            **{f"g_noise_{part}": reward_B[bin_B == part] for part in range(self.noise_bins)},
+            "z": steps[:, 0],
+            "gradient_norm": steps[:, 1],
+        }
+        sums_and_counts = torch.stack([values.new_tensor([values.sum(), len(values)]) for values in figures.values()])
+        totals = sum_over_ranks(sums_and_counts).tolist()
+        return {name: total / count for name, (total, count) in zip(figures, totals, strict=True) if count}
