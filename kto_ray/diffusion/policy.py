@@ -1,0 +1,170 @@
+"""The policy inside a denoiser: what is trained, what is published, and where the frozen reference is.
+
+Two kinds: LoRA adapters (peft), whose reference is the same module with the adapter switched off; and full
+fine-tuning, whose reference is a frozen copy. Both give their weights as named tensors (`policies.py` stores them as
+safetensors) and take them back; `proves` compares what really sits in the module with what was published.
+
+A LoRA policy's names follow diffusers, so that `pipe.load_lora_weights(policy_folder)` works on a published one.
+"""
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from kto_ray.config import Adapter
+from kto_ray.errors import UserError
+
+ADAPTER = "policy"
+PREFIX = "unet."  # diffusers' name for adapters of the denoiser of a U-Net pipeline
+
+
+class Policy(Protocol):
+    """The trainable part of a denoiser."""
+
+    module: nn.Module
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer steps."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is published: float32 on the CPU, keyed by name."""
+
+    def metadata(self) -> dict[str, str]:
+        """What stands in the header of the published safetensors file."""
+
+    def load(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """Become these weights; None: become the base model."""
+
+    def proves(self, tensors: Mapping[str, Tensor] | None) -> bool:
+        """Whether the module, as it would be used now, holds exactly these weights (in its own precision)."""
+
+    def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """The frozen reference as a module, for as long as the context lasts."""
+
+
+class LoraPolicy:
+    """Low-rank adapters on a frozen denoiser.
+
+    Raises:
+        UserError: no module of the denoiser matches `target_modules`.
+    """
+
+    def __init__(self, denoiser: Any, adapter: Adapter) -> None:
+        self.module: nn.Module = denoiser
+        self.config = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha or adapter.rank,
+            target_modules=list(adapter.target_modules),
+            init_lora_weights="gaussian",
+        )
+        try:
+            denoiser.add_adapter(self.config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise UserError(f"train.adapter.target_modules: {list(adapter.target_modules)}: {error}") from error
+        self._switched_on = True
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.module.named_parameters() if f".{ADAPTER}." in name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = get_peft_model_state_dict(self.module, adapter_name=ADAPTER)
+        return {PREFIX + name: _published(tensor) for name, tensor in sorted(state.items())}
+
+    def metadata(self) -> dict[str, str]:
+        config = self.config.to_dict()
+        config["target_modules"] = sorted(config["target_modules"])
+        described = {
+            PREFIX + key: value for key, value in config.items() if isinstance(value, str | int | float | list)
+        }
+        return {"format": "pt", "lora_adapter_metadata": json.dumps(described, sort_keys=True)}
+
+    def load(self, tensors: Mapping[str, Tensor] | None) -> None:
+        if tensors is None:
+            self.module.disable_adapters()  # type: ignore[operator]
+            self._switched_on = False
+            return
+        state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        outcome = set_peft_model_state_dict(self.module, state, adapter_name=ADAPTER)
+        if outcome.unexpected_keys:
+            raise UserError(f"these adapter weights do not fit the model: unexpected {outcome.unexpected_keys[:3]}")
+        self.module.enable_adapters()  # type: ignore[operator]
+        self._switched_on = True
+
+    def proves(self, tensors: Mapping[str, Tensor] | None) -> bool:
+        if tensors is None:
+            return _layers_in_use(self.module) == {False}
+        return _layers_in_use(self.module) == {True} and _equal(self.tensors(), tensors)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        self.module.disable_adapters()  # type: ignore[operator]
+        try:
+            yield self.module
+        finally:
+            if self._switched_on:
+                self.module.enable_adapters()  # type: ignore[operator]
+
+
+class FullPolicy:
+    """Every weight of the denoiser is trained; the reference is a frozen copy of the base."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.module = denoiser
+        self._base = copy.deepcopy(denoiser).requires_grad_(False).eval()
+        denoiser.requires_grad_(True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.module.parameters())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: _published(tensor) for name, tensor in sorted(self.module.state_dict().items())}
+
+    def metadata(self) -> dict[str, str]:
+        return {"format": "pt"}
+
+    def load(self, tensors: Mapping[str, Tensor] | None) -> None:
+        self.module.load_state_dict(self._base.state_dict() if tensors is None else dict(tensors))
+
+    def proves(self, tensors: Mapping[str, Tensor] | None) -> bool:
+        return _equal(self.module.state_dict(), self._base.state_dict() if tensors is None else tensors)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        yield self._base
+
+
+def make_policy(denoiser: nn.Module, adapter: Adapter) -> Policy:
+    """The policy that `train.adapter` asks for, set up on a freshly loaded denoiser."""
+    return LoraPolicy(denoiser, adapter) if adapter.kind == "lora" else FullPolicy(denoiser)
+
+
+def _published(tensor: Tensor) -> Tensor:
+    # A copy even where nothing is to be cast: what was published must not follow the training.
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _equal(live: Mapping[str, Tensor], published: Mapping[str, Tensor]) -> bool:
+    """Bit equality after casting the published weights to the precision that the live ones have."""
+    return live.keys() == published.keys() and all(
+        torch.equal(live[name], published[name].to(live[name].device, live[name].dtype)) for name in live
+    )
+
+
+def _layers_in_use(module: nn.Module) -> set[bool]:
+    """Whether the adapter takes part in the forward pass, over all layers: {True}, {False} or, half applied, both."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        ADAPTER in layer.active_adapters and not layer.disable_adapters
+        for layer in module.modules()
+        if isinstance(layer, LoraLayer)
+    }

@@ -1,0 +1,65 @@
+"""Drawing images: any diffusers scheduler by name, classifier-free guidance, one seed an image.
+
+Used by `generate/replica.py`. The latent that comes out of the sampler is kept as the training sample; pixels are its
+decoding.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kto_ray.config import Generate
+from kto_ray.diffusion.families import Family
+from kto_ray.errors import UserError
+
+
+def compatible_scheduler(current: Any, name: str) -> Any:
+    """The diffusers scheduler class of that name, if it can stand in for the pipeline's own.
+
+    Raises:
+        UserError: there is none; names the nearest that fits.
+    """
+    compatible = {scheduler.__name__: scheduler for scheduler in current.compatibles}
+    if name not in compatible:
+        close = difflib.get_close_matches(name, compatible, n=1)
+        suggestion = f", did you mean {close[0]!r}?" if close else ""
+        why = "not compatible with this pipeline" if hasattr(diffusers, name) else "unknown to diffusers"
+        raise UserError(f"generate.scheduler: {name!r} is {why}{suggestion}; fitting: {', '.join(sorted(compatible))}")
+    return compatible[name]
+
+
+def use_scheduler(pipeline: Any, name: str) -> None:
+    """Give a pipeline another scheduler over the same noise schedule. Raises UserError, see `compatible_scheduler`."""
+    pipeline.scheduler = compatible_scheduler(pipeline.scheduler, name).from_config(pipeline.scheduler.config)
+
+
+@torch.inference_mode()
+def draw(
+    family: Family, texts: Sequence[str], seeds: Sequence[int], settings: Generate
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+    """Draw one image a (text, seed).
+
+    Every image has a noise generator of its own, on the CPU whatever the model's device, so that its noise follows from
+    its seed alone: not from the batch, the replica or the GPU that it was drawn on.
+
+    Returns:
+        Clean latents float32 (B, C, h, w), scaled as the denoiser was trained, and pixels uint8 (B, H, W, 3).
+    """
+    pipeline: Any = family.pipeline
+    latents_BCHW = pipeline(
+        list(texts),
+        guidance_scale=settings.guidance_scale,
+        num_inference_steps=settings.steps,
+        height=settings.height,
+        width=settings.width,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type="latent",
+    ).images
+    decoded_BCHW = pipeline.vae.decode(latents_BCHW / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    images_BHWC = pipeline.image_processor.postprocess(decoded_BCHW, output_type="np")
+    return latents_BCHW.float().cpu().numpy(), np.rint(images_BHWC * 255).astype(np.uint8)

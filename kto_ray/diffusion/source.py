@@ -1,0 +1,142 @@
+"""Where a base model lies, whether it is whole, and its digest. Cheap: reads headers and bytes, loads no weights.
+
+`resolve` turns `model.name` of the configuration ("shapes", a folder, a hub name) into a local diffusers folder;
+`check` names what is missing or broken before machine time is spent; `reference_digest` is the proof of identity that
+every replica and train worker compares with the run's.
+"""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from kto_ray.config import Model
+from kto_ray.errors import UserError
+from kto_ray.shapes import MODEL_FOLDER
+
+FAMILIES = ("StableDiffusionPipeline",)
+"""Pipeline classes that `families.py` knows how to train."""
+
+COMPONENTS_WITH_WEIGHTS = ("vae", "text_encoder", "unet")
+CONFIGS = (
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer_config.json",
+    *(f"{component}/config.json" for component in COMPONENTS_WITH_WEIGHTS),
+)
+NOT_WHOLE = "the folder is not whole, copy or download it again"
+
+
+def resolve(model: Model) -> Path:
+    """The local folder of a model, downloaded from the hub into its cache when it is a hub name.
+
+    Raises:
+        UserError: no such folder, or the hub does not have it (or cannot be reached).
+    """
+    if (local := local_folder(model)) is not None:
+        return local
+    folder = Path(model.name)
+    if folder.is_absolute() or model.name.startswith(".") or model.name.count("/") != 1:
+        raise UserError(
+            f"model.name: no folder {model.name!r}; give a diffusers pipeline folder, a hub name such as "
+            "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'shapes'"
+        )
+    return _download(model)
+
+
+def local_folder(model: Model) -> Path | None:
+    """The folder of a model that needs no download, or None."""
+    if model.name == "shapes":
+        return MODEL_FOLDER
+    folder = Path(model.name)
+    return folder if folder.is_dir() else None
+
+
+def _download(model: Model) -> Path:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(
+            DiffusionPipeline.download(model.name, revision=model.revision, variant=model.variant, use_safetensors=True)
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.name: {model.name!r} is no local folder and could not be had from the model hub "
+            f"(check the name, the network, HF_TOKEN): {error}"
+        ) from error
+
+
+def check(folder: Path, variant: str | None = None) -> str:
+    """Make sure that a pipeline folder is whole and of a family that can be trained; returns its pipeline class.
+
+    Raises:
+        UserError: names the file that is missing or truncated, or the unsupported family.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(
+            f"model.name: {folder} is not a diffusers pipeline folder: it has no model_index.json; "
+            "give the folder that contains it"
+        )
+    pipeline_class = str(_read_json(index).get("_class_name"))
+    if pipeline_class not in FAMILIES:
+        raise UserError(
+            f"model.name: {folder} holds a {pipeline_class}, which is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    for config in CONFIGS:
+        _read_json(folder / config)
+    for component in COMPONENTS_WITH_WEIGHTS:
+        for file in weight_files(folder / component, variant):
+            try:
+                with safe_open(file, framework="np") as weights:
+                    weights.keys()
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"model.name: {file} is truncated or not a safetensors file ({error}); {NOT_WHOLE}"
+                ) from error
+    return pipeline_class
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"model.name: {file} is missing; {NOT_WHOLE}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"model.name: {file} is not valid JSON ({error}); {NOT_WHOLE}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"model.name: {file} is not a JSON object; {NOT_WHOLE}")
+    return content
+
+
+def weight_files(component: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of one component, in name order.
+
+    Raises:
+        UserError: the component's folder, its config.json or its weights are missing.
+    """
+    if not (component / "config.json").is_file():
+        raise UserError(f"model.name: {component / 'config.json'} is missing; {NOT_WHOLE}")
+    names = sorted(path for path in component.glob("*.safetensors"))
+    chosen = [path for path in names if variant is None or f".{variant}." in path.name]
+    # Without a variant asked for, a folder may hold "model.safetensors" next to "model.fp16.safetensors".
+    plain = [path for path in chosen if path.name.count(".") == 1]
+    files = chosen if variant else plain
+    if not files:
+        wanted = f"*.{variant}.safetensors" if variant else "*.safetensors"
+        has = f" (it has {', '.join(path.name for path in names)})" if names else ""
+        raise UserError(f"model.name: {component} has no weights {wanted}{has}; {NOT_WHOLE}")
+    return files
+
+
+@cache
+def reference_digest(folder: Path, variant: str | None = None) -> str:
+    """SHA-256 over the denoiser's weight files: who the reference is, whatever precision it is loaded in."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder / "unet", variant):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""What runs on every Ray Train worker: round after round, with model, optimizer and process group hot.
+
+    checkpoint? -> load -> [ ask the coordinator for the round after my version -> train -> checkpoint committed
+                             -> publish the policy -> report ] ...
+
+A round counts as trained only after its checkpoint is committed; policy and report follow from the checkpoint, so a
+worker that died in between publishes and reports again when it comes back, with the same bytes.
+"""
+
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, CheckpointConsistencyMode
+
+from kto_ray.config import RunConfig
+from kto_ray.diffusion import source
+from kto_ray.diffusion.families import load_family, pick_device
+from kto_ray.diffusion.policy import Policy, make_policy
+from kto_ray.policies import PolicyStore
+from kto_ray.rounds import RoundStore
+from kto_ray.storage import Storage
+from kto_ray.train.coordinator import RoundTask, TrainingReport
+from kto_ray.train.learner import Learner, RoundData
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """The train loop that Ray Train calls on every worker, with "config", "run" and "coordinator"."""
+    config: RunConfig = arguments["config"]
+    run: Storage = arguments["run"]
+    coordinator = arguments["coordinator"]
+    context = ray.train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    resources = config.train.resources
+    if resources.threads or not resources.num_gpus:
+        torch.set_num_threads(resources.threads or max(1, torch.multiprocessing.cpu_count() // ranks))
+
+    learner = build_learner(config, rank, ranks, distributed=True)
+    store, rounds = PolicyStore(run), RoundStore(run)
+    store.publish_base(source.reference_digest(source.resolve(config.model), config.model.variant))
+    version = 0
+    if checkpoint := ray.train.get_checkpoint():
+        version, report = load_checkpoint(checkpoint, learner)
+        if rank == 0:
+            publish(store, learner.policy, version)
+            ray.get(coordinator.report.remote(report))
+
+    while True:
+        task: RoundTask | None = ray.get(coordinator.next_round.remote(version))
+        if task is None:
+            return
+        began = time.monotonic()
+        samples, desirable = (
+            rounds.trainable(task.round_index, version, config.max_policy_lag) if task.train else ([], [])
+        )
+        loaded = time.monotonic()
+
+        def on_step(step: int, steps: int, index: int = task.round_index) -> None:
+            if rank == 0:
+                coordinator.set_progress.remote(index, step, steps)
+
+        figures: dict[str, float] = {}
+        draws = np.zeros(0, np.int64)
+        if samples:
+            data = RoundData(
+                round_index=task.round_index,
+                latents_NCHW=np.stack([sample.latents_CHW for sample in samples]),
+                prompts=[sample.prompt.text for sample in samples],
+                desirable_N=np.array(desirable),
+            )
+            figures, draws = learner.train_round(data, on_step)
+        trained = time.monotonic()
+        version += 1
+        report = TrainingReport(
+            version=version,
+            figures={f"objective/{name}": value for name, value in figures.items()}
+            | {"seconds/load": loaded - began, "seconds/train": trained - loaded},
+            draws={sample.id: int(count) for sample, count in zip(samples, draws, strict=True)},
+        )
+        commit_checkpoint(learner, version, report, rank)
+        if rank == 0:
+            publish(store, learner.policy, version)
+            ray.get(coordinator.report.remote(report))
+
+
+def build_learner(config: RunConfig, rank: int = 0, ranks: int = 1, distributed: bool = False) -> Learner:
+    """Load the base model and set up policy, objective and optimizer; every rank starts from equal weights."""
+    folder = source.resolve(config.model)
+    device = pick_device(config.train.device, config.train.resources.num_gpus)
+    family = load_family(folder, config.model.variant, device, torch.float32)
+    # Adapter weights are drawn at random; every rank, and every restart, must draw the same.
+    torch.manual_seed(config.seed)
+    policy = make_policy(family.denoiser, config.train.adapter)
+    if config.train.compile:
+        policy.module.compile()
+    wrap = ray.train.torch.prepare_model if distributed else (lambda module: module)
+    total_steps = config.rounds * config.optimizer_steps_per_round
+    return Learner(family, policy, config.train, config.seed, device, wrap, rank, ranks, total_steps)
+
+
+def publish(store: PolicyStore, policy: Policy, version: int) -> None:
+    """Publish the policy as it is; does nothing when that was done before."""
+    store.publish(version, policy.tensors(), policy.metadata())
+
+
+def load_checkpoint(checkpoint: Checkpoint, learner: Learner) -> tuple[int, TrainingReport]:
+    """Put the learner where the checkpoint left it; returns its policy version and that round's report."""
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+    learner.load_state_dict(state["learner"])
+    return state["version"], TrainingReport(**state["report"])
+
+
+def commit_checkpoint(learner: Learner, version: int, report: TrainingReport, rank: int) -> None:
+    """Report a checkpoint and wait until Ray Train's controller has committed it. Called by every rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if rank == 0:
+            state = {"learner": learner.state_dict(), "version": version, "report": asdict(report)}
+            torch.save(state, Path(folder) / "state.pt")
+            checkpoint = Checkpoint.from_directory(folder)
+        ray.train.report({"version": version, **report.figures}, checkpoint=checkpoint)
+    # report() returns before the commit; a crash in between would train this round twice.
+    ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
