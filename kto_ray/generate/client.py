@@ -1,0 +1,102 @@
+"""The loop's side of the generators: deploy them, stream samples out of them, survive their deaths."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import ProxyLocation
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from kto_ray.cluster import noisily
+from kto_ray.config import RunConfig
+from kto_ray.generate.replica import Drawn, Generator
+from kto_ray.policies import DigestError
+from kto_ray.records import PolicyRef, Sample, SampleRequest
+from kto_ray.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 8  # of one batch, whose replica died or had no room; with back-off doubling from half a second
+
+
+class Generators:
+    """The Serve application of one run. Use as a context; requests go to whichever replica has room."""
+
+    def __init__(self, config: RunConfig, run: Storage) -> None:
+        self.config, self.cluster = config.generate, config.cluster
+        self.name = f"kto-ray-{config.run}"
+        self.busy_seconds = 0.0
+        options = self.config.resources
+        deployment: Any = serve.deployment(Generator)
+        self._application = deployment.options(
+            autoscaling_config={
+                "min_replicas": self.config.min_replicas,
+                "max_replicas": self.config.max_replicas,
+                "target_ongoing_requests": 1,
+            },
+            max_ongoing_requests=self.config.max_ongoing_requests,
+            max_queued_requests=self.config.max_queued_requests,
+            ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+            health_check_timeout_s=120,
+        ).bind(config, run)
+        self._handle: DeploymentHandle[Generator] | None = None
+
+    async def start(self) -> None:
+        """Deploy, replacing what a crashed job of the same run may have left, and wait for the first replicas."""
+        # No HTTP proxy: the loop talks to replicas by handle, and nothing listens on the network.
+        serve.start(
+            proxy_location=ProxyLocation.Disabled,
+            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        )
+        async with noisily("generator replicas", self.cluster, self.config.resources, self.config.min_replicas):
+            self._handle = await asyncio.to_thread(serve.run, self._application, name=self.name, route_prefix=None)
+
+    def close(self) -> None:
+        if self._handle is not None:
+            serve.delete(self.name)
+
+    async def stream(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> AsyncIterator[list[Sample]]:
+        """Draw all requests from this policy; batches come as they are done, in any order.
+
+        Raises:
+            DigestError: a replica answered with another policy than asked for, or could not prove its own.
+        """
+        size = self.config.batch_size
+        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        # More in flight than the replicas hold would only come back as back-pressure.
+        room = asyncio.Semaphore(self.config.max_replicas * self.config.max_ongoing_requests)
+
+        async def one(batch: Sequence[SampleRequest]) -> list[Sample]:
+            async with room:
+                return await self._draw(batch, policy)
+
+        tasks = [asyncio.create_task(one(batch)) for batch in batches]
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _draw(self, batch: Sequence[SampleRequest], policy: PolicyRef) -> list[Sample]:
+        assert self._handle is not None, "start() the generators first"
+        for attempt in range(MAX_TRIES):
+            with contextlib.suppress(BackPressureError):
+                try:
+                    drawn: Drawn = await self._handle.draw.remote(batch, policy)
+                except RayActorError:
+                    logger.warning("a generator replica died; its %d images are asked for again", len(batch))
+                else:
+                    if any(sample.policy != policy for sample in drawn.samples):
+                        raise DigestError(f"asked for policy {policy}, got {drawn.samples[0].policy}")
+                    self.busy_seconds += drawn.seconds
+                    return drawn.samples
+            await asyncio.sleep(0.5 * 2**attempt)
+        raise RuntimeError(f"{len(batch)} images could not be drawn in {MAX_TRIES} tries: replicas died or had no room")

@@ -1,0 +1,98 @@
+"""The Serve deployment that draws images from the current policy; `client.py` calls it.
+
+Every request names the policy it wants. A replica that holds another one loads it from the policy store first, under
+a lock, and proves it: bytes against the digest, then the weights that sit in the model against the bytes. Every
+sample is stamped with the policy that made it. A replica that cannot prove its digest makes no samples.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kto_ray.config import RunConfig
+from kto_ray.diffusion import source
+from kto_ray.diffusion.families import load_family, pick_device
+from kto_ray.diffusion.policy import make_policy
+from kto_ray.diffusion.sampling import draw, use_scheduler
+from kto_ray.policies import DigestError, PolicyStore
+from kto_ray.records import PolicyRef, Sample, SampleRequest
+from kto_ray.storage import Storage
+from kto_ray.train.learner import DTYPES
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A replica's answer: samples in the order of the requests, and the seconds it computed for them."""
+
+    samples: list[Sample]
+    seconds: float
+
+
+class Generator:
+    """One diffusion pipeline and the policy that it holds.
+
+    Args:
+        config: the run's configuration.
+        run: the run's folder, where the policies lie.
+    """
+
+    def __init__(self, config: RunConfig, run: Storage) -> None:
+        resources = config.generate.resources
+        if resources.threads or not resources.num_gpus:
+            torch.set_num_threads(resources.threads or torch.multiprocessing.cpu_count())
+        self.config = config
+        self.store = PolicyStore(run)
+        folder = source.resolve(config.model)
+        self.reference_digest = source.reference_digest(folder, config.model.variant)
+        device = pick_device(config.generate.device, resources.num_gpus)
+        self.family = load_family(folder, config.model.variant, device, DTYPES[config.generate.dtype])
+        use_scheduler(self.family.pipeline, config.generate.scheduler)
+        self.policy = make_policy(self.family.denoiser, config.train.adapter)
+        self.policy.module.requires_grad_(False).eval()
+        if config.generate.compile:
+            self.policy.module.compile()
+        self.holds: PolicyRef | None = None
+        self.lock = asyncio.Lock()
+
+    async def draw(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> Drawn:
+        """Draw one image a request from exactly this policy.
+
+        Raises:
+            DigestError: the policy's weights, or the base model, are not what the digest says.
+        """
+        async with self.lock:
+            # A thread of its own keeps the replica's event loop free for Serve's health checks.
+            return await asyncio.to_thread(self._draw, requests, policy)
+
+    def _draw(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> Drawn:
+        began = time.monotonic()
+        if self.holds != policy:
+            self._load(policy)
+        latents_BCHW, pixels_BHWC = draw(
+            self.family,
+            [request.prompt.text for request in requests],
+            [request.seed for request in requests],
+            self.config.generate,
+        )
+        samples = [
+            Sample(r.id, r.stage, r.prompt, r.index, r.seed, policy, latents_CHW, pixels_HWC)
+            for r, latents_CHW, pixels_HWC in zip(requests, latents_BCHW, pixels_BHWC, strict=True)
+        ]
+        return Drawn(samples, time.monotonic() - began)
+
+    def _load(self, policy: PolicyRef) -> None:
+        self.holds = None
+        base = self.store.resolve(0)
+        if base.digest != self.reference_digest or (policy.version == 0 and policy != base):
+            raise DigestError(
+                f"this replica's base model has digest {self.reference_digest}, the run's has {base.digest}: "
+                "every node must load the same weights"
+            )
+        tensors = self.store.load(policy)
+        self.policy.load(tensors)
+        if not self.policy.proves(tensors):
+            raise DigestError(f"policy {policy.version} was loaded, but the model does not hold its weights")
+        self.holds = policy

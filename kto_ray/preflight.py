@@ -1,0 +1,105 @@
+"""Everything that can be wrong before machine time is spent, looked at first.
+
+`Preflight.check` reads the model folder's headers, the prompts and the run folder, and raises `UserError` with the
+field, the value and what would be right. What it found is handed to the loop.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kto_ray.config import RunConfig, implied, require_same, to_yaml
+from kto_ray.diffusion import source
+from kto_ray.errors import UserError
+from kto_ray.label.protocol import LABELERS, load_plugin
+from kto_ray.label.scorers import SCORERS
+from kto_ray.prompts import load_prompts
+from kto_ray.records import Prompt
+from kto_ray.storage import Storage
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run needs, checked."""
+
+    run: Storage
+    train_prompts: list[Prompt]
+    held_out_prompts: list[Prompt]
+    reference_digest: str
+
+    @classmethod
+    def check(cls, config: RunConfig) -> "Preflight":
+        """Raises UserError. Creates the run folder and saves the resolved configuration in it."""
+        train = load_prompts("prompts.train", config.prompts.train)
+        held_out = load_prompts("prompts.held_out", config.prompts.held_out)
+        if both := {prompt.text for prompt in train} & {prompt.text for prompt in held_out}:
+            raise UserError(
+                f"prompts.held_out: {len(both)} of its prompts are trained on, too, for instance {sorted(both)[0]!r}; "
+                "held-out prompts must not be in prompts.train"
+            )
+        load_plugin("label.scorer", config.label.scorer, SCORERS)
+        if config.label.labeler not in LABELERS:
+            load_plugin("label.labeler", config.label.labeler, LABELERS)
+        folder = source.resolve(config.model)
+        source.check(folder, config.model.variant)
+        _check_scheduler(config, folder)
+        run = Storage(config.runs_folder) / config.run
+        if run.exists("config.yaml"):
+            require_same(config, _saved(run))
+        run.require_room(disk_bytes(config, folder, len(held_out)))
+        run.write("config.yaml", to_yaml(config).encode())
+        return cls(run, train, held_out, source.reference_digest(folder, config.model.variant))
+
+
+def _saved(run: Storage) -> RunConfig:
+    try:
+        return RunConfig.model_validate(yaml.safe_load(run.read("config.yaml")))
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"run: {run}/config.yaml is not a configuration of this version, give another `run` name: {error}"
+        ) from error
+
+
+def _check_scheduler(config: RunConfig, folder: Path) -> None:
+    import diffusers
+
+    from kto_ray.diffusion.noise import DiscreteDiffusion
+    from kto_ray.diffusion.sampling import compatible_scheduler
+
+    named = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    scheduler = getattr(diffusers, named).from_pretrained(folder, subfolder="scheduler")
+    compatible_scheduler(scheduler, config.generate.scheduler)
+    DiscreteDiffusion.from_folder(folder)
+
+
+def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
+    """About how much a whole run stores: images and latents uncompressed, policies and checkpoints."""
+    vae: dict[str, Any] = json.loads((folder / "vae" / "config.json").read_text())
+    unet: dict[str, int] = json.loads((folder / "unet" / "config.json").read_text())
+    shrink: int = 2 ** (len(vae["block_out_channels"]) - 1)
+    height = config.generate.height or unet["sample_size"] * shrink
+    width = config.generate.width or unet["sample_size"] * shrink
+    image = height * width * 3 + height * width // shrink**2 * unet["in_channels"] * 4
+    evaluations = 2 + config.rounds // config.evaluate.every
+    evaluated = evaluations * config.evaluate.prompts_of(held_out_prompts)
+    images = config.rounds * config.generate.images_per_round + evaluated * config.evaluate.images_per_prompt
+    weights = sum(file.stat().st_size for file in source.weight_files(folder / "unet", config.model.variant))
+    trained = weights * 2 if config.train.adapter.kind == "full" else weights // 10
+    return images * image + (config.rounds + 3 * config.train.keep_checkpoints) * trained
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved tree and what it implies, checked against prompts and model as far as they are at hand."""
+    train = load_prompts("prompts.train", config.prompts.train)
+    held_out = load_prompts("prompts.held_out", config.prompts.held_out)
+    facts = {"prompts": f"{len(train)} for training, {len(held_out)} held out", **implied(config, len(held_out))}
+    folder = source.local_folder(config.model)
+    if folder is None:
+        facts["disk"] = "unknown until the model is downloaded"
+    else:
+        source.check(folder, config.model.variant)
+        facts["disk"] = f"about {disk_bytes(config, folder, len(held_out)) / 1e6:,.0f} MB uncompressed"
+    return to_yaml(config) + "\n" + "\n".join(f"{name}: {value}" for name, value in facts.items())
