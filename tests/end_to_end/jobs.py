@@ -1,0 +1,112 @@
+"""Runs `jobs/online_kto.py` as a process of its own, watches its run folder, and kills what it is told to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kto_ray.rounds import RoundStore
+from kto_ray.storage import Storage
+
+REPOSITORY = Path(__file__).parents[2]
+
+SMALL = [
+    "rounds=2",
+    "generate.images_per_round=24",
+    "generate.batch_size=4",
+    "generate.steps=2",
+    "generate.resources.threads=1",
+    "label.scorer=tests.plugins:CoinScorer",
+    "train.global_batch=8",
+    "train.micro_batch=8",
+    "train.resources.threads=1",
+    "evaluate.max_prompts=4",
+    "evaluate.images_per_prompt=2",
+]
+"""Overrides of `shapes_demo` that make a run of seconds, on any model."""
+
+
+@dataclass
+class Job:
+    """One process of the job, and its run folder."""
+
+    process: "subprocess.Popen[bytes]"
+    run: Path
+    log: Path
+
+    def wait(self, timeout: float = 400) -> int:
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the job did not end:\n{self.output()[-4000:]}") from None
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_until(self, there: Callable[[], Any], timeout: float = 300) -> Any:
+        """Poll until `there()` is true (its value is returned), while the job lives."""
+        deadline = time.monotonic() + timeout
+        while not (value := there()):
+            assert self.process.poll() is None, f"the job ended early:\n{self.output()[-4000:]}"
+            assert time.monotonic() < deadline, f"never happened:\n{self.output()[-4000:]}"
+            time.sleep(0.05)
+        return value
+
+    def actors(self, name: str) -> list[psutil.Process]:
+        """The job's Ray worker processes whose title has `name`, for instance "ServeReplica"."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if process.name().startswith("ray::") and name in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL to the driver; Ray's processes of this job follow it. Returns when all are gone."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=10)
+
+
+def environment() -> dict[str, str]:
+    """This process's, with this checkout importable in every worker, and without a cluster to join."""
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return inherited | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+
+
+def start(folder: Path, name: str, overrides: list[str]) -> Job:
+    log = folder / f"{name}.log"
+    with log.open("a") as output:
+        process = subprocess.Popen(
+            [sys.executable, "jobs/online_kto.py", f"run={name}", f"runs_folder={folder}", *SMALL, *overrides],
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    return Job(process, folder / name, log)
+
+
+def summary(run: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return value
+
+
+def sample_ids(run: Path) -> list[set[str]]:
+    """Ids of all samples, round by round."""
+    return [round_.sample_ids for round_ in RoundStore(Storage(str(run))).rounds()]

@@ -1,0 +1,70 @@
+"""Whatever is killed, at any moment: the same command continues, nothing is lost and nothing counted twice."""
+
+from pathlib import Path
+
+import pytest
+
+from kto_ray.policies import PolicyStore
+from kto_ray.rounds import RoundStore
+from kto_ray.storage import Storage
+from tests.end_to_end import jobs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_sd1_folder: Path) -> Path:
+    job = jobs.start(tmp_path_factory.mktemp("undisturbed"), "run", [f"model={tiny_sd1_folder}"])
+    assert job.wait() == 0, job.output()
+    return job.run
+
+
+def assert_whole(run: Path, undisturbed: Path) -> None:
+    """The ledger balances, sample ids are those of an undisturbed run, all files are as their digests say."""
+    ledger = jobs.summary(run)["ledger"]
+    assert ledger["balances"], ledger
+    assert ledger["generated"] == ledger["labeled"] == 48
+    assert ledger["trained_twice"] == 0
+    assert jobs.sample_ids(run) == jobs.sample_ids(undisturbed)
+    policies, rounds = PolicyStore(Storage(str(run))), RoundStore(Storage(str(run)))
+    assert policies.versions() == [0, 1, 2]
+    for version in policies.versions():
+        policies.load(policies.resolve(version))
+    for index, round_ in enumerate(rounds.rounds()):
+        round_.verify()
+        assert {sample.policy for sample in round_.samples()} == {policies.resolve(index)}
+
+
+def test_a_killed_replica_scorer_and_train_worker_cost_nothing(
+    tmp_path: Path, tiny_sd1_folder: Path, undisturbed: Path
+) -> None:
+    slow = ["label.scorer_args={seconds: 0.5}", "train.epochs=12"]
+    job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", *slow])
+
+    job.wait_until(lambda: list(job.run.glob("rounds/00000/samples/*.parquet")))
+    job.actors("ServeReplica")[0].kill()
+    job.wait_until(lambda: list(job.run.glob("rounds/00000/scores/*.parquet")))
+    job.actors("ScorerActor")[0].kill()
+    job.wait_until(lambda: (job.run / "rounds/00000/manifest.json").exists())
+    job.wait_until(lambda: job.actors("RayTrainWorker"))[0].kill()
+    job.wait_until(lambda: (job.run / "rounds/00001/manifest.json").exists())
+    job.wait_until(lambda: job.actors("RayTrainWorker"))[0].kill()
+
+    assert job.wait() == 0, job.output()
+    assert "a generator replica died" in job.output()
+    assert "a scorer actor died" in job.output()
+    assert_whole(job.run, undisturbed)
+
+
+def test_a_killed_driver_continues_where_it_was(tmp_path: Path, tiny_sd1_folder: Path, undisturbed: Path) -> None:
+    moments = [
+        "rounds/00000/samples/*.parquet",  # images of an open round
+        "rounds/00000/manifest.json",  # a sealed round that is not trained
+        "policies/00001/policy.json",  # a policy of a round that is not yet recorded as trained
+    ]
+    for moment in moments:
+        job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "label.scorer_args={seconds: 0.2}"])
+        job.wait_until(lambda moment=moment, run=job.run: list(run.glob(moment)))
+        job.kill()
+        assert not (job.run / "summary.json").exists()
+    job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "label.scorer_args={seconds: 0.2}"])
+    assert job.wait() == 0, job.output()
+    assert_whole(job.run, undisturbed)

@@ -1,0 +1,73 @@
+"""Records and folders for tests: small, deterministic, made from a few words."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from kto_ray.records import Label, PolicyRef, Prompt, Sample, SampleRequest, Score, Verdict
+from kto_ray.shapes import MODEL_FOLDER
+
+BASE = PolicyRef(0, "b" * 64)
+
+
+def make_requests(stage: str, count: int, seed: int = 0) -> list[SampleRequest]:
+    return [SampleRequest.make(seed, stage, Prompt(f"p{i}", f"prompt {i}", {"i": str(i)}), 0) for i in range(count)]
+
+
+def make_sample(request: SampleRequest, policy: PolicyRef = BASE) -> Sample:
+    rng = np.random.default_rng(request.seed)
+    return Sample(
+        id=request.id,
+        stage=request.stage,
+        prompt=request.prompt,
+        index=request.index,
+        seed=request.seed,
+        policy=policy,
+        latents_CHW=rng.normal(size=(4, 2, 3)).astype(np.float32),
+        pixels_HWC=rng.integers(0, 256, (16, 24, 3), np.uint8),
+    )
+
+
+def make_samples(stage: str, count: int, policy: PolicyRef = BASE) -> list[Sample]:
+    """In the order of their ids, as the round store gives them back."""
+    return sorted((make_sample(request, policy) for request in make_requests(stage, count)), key=lambda s: s.id)
+
+
+def same_sample(one: Sample, other: Sample) -> bool:
+    """Equal in every field, and in every bit and the dtype of both arrays."""
+    arrays = ("latents_CHW", "pixels_HWC")
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        and getattr(one, name).dtype == getattr(other, name).dtype
+        if name in arrays
+        else getattr(one, name) == getattr(other, name)
+        for name in one.__dataclass_fields__
+    )
+
+
+def make_score(sample_id: str, value: float | None = 0.7, error: str | None = None) -> Score:
+    return Score(sample_id, "shapes", "1", value, error if value is not None or error else "RuntimeError: no")
+
+
+def make_verdict(sample_id: str, desirable: bool | None = True) -> Verdict:
+    """None abstains."""
+    label: Label = "abstain" if desirable is None else "desirable" if desirable else "undesirable"
+    return Verdict(sample_id, label, "scorer", "shapes@1 >= 0.5")
+
+
+def write_pipeline(folder: Path) -> Path:
+    """The embedded world's pipeline folder with all its configs, and with weights of a few bytes."""
+    ignore = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(MODEL_FOLDER, folder, ignore=ignore)
+    for number, weights in enumerate(sorted(MODEL_FOLDER.glob("*/*.safetensors"))):
+        save_file({"weight": np.full(8, number, np.float32)}, folder / weights.relative_to(MODEL_FOLDER))
+    return folder
+
+
+def write_prompts(path: Path, texts: Sequence[str]) -> Path:
+    path.write_text("".join(json.dumps({"id": text, "text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path

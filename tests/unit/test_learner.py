@@ -1,0 +1,321 @@
+"""One rank, many ranks, one step, many steps: the learner against what the objective says on paper."""
+
+import copy
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kto_ray.config import Adapter, Train
+from kto_ray.diffusion import source
+from kto_ray.diffusion.families import load_family
+from kto_ray.diffusion.policy import make_policy
+from kto_ray.objective import Health, ReferencePointName
+from kto_ray.train.learner import Batch, Learner, RoundData
+from tests.unit.test_noise import alphas_cumprod
+
+CPU = torch.device("cpu")
+PROMPTS = ("a red circle", "a blue square on white", "a green circle on black", "a white square")
+FAST = {"global_batch": 8, "micro_batch": 8, "beta": 50.0, "epochs": 1, "learning_rate": 1e-3}
+
+
+def make_learner(
+    folder: Path,
+    kind: str = "lora",
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    rank: int = 0,
+    ranks: int = 1,
+    nudged: bool = True,
+    **train: Any,
+) -> Learner:
+    """A learner whose policy has, if `nudged`, already left the base: otherwise g is 0 for all samples of a step."""
+    config = Train(**FAST | {"adapter": Adapter(kind=kind, rank=4)} | train)
+    family = load_family(folder, None, CPU, torch.float32)
+    torch.manual_seed(0)
+    policy = make_policy(family.denoiser, config.adapter)
+    if nudged:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter += {"lora": 0.1, "full": 0.02}[kind] * torch.randn(parameter.shape, generator=generator)
+    return Learner(family, policy, config, 5, CPU, wrap, rank, ranks)
+
+
+def make_round(index: int = 0, samples: int = 16) -> RoundData:
+    rng = np.random.default_rng(index)
+    return RoundData(
+        round_index=index,
+        latents_NCHW=rng.normal(size=(samples, 4, 8, 8)).astype(np.float32),
+        prompts=[PROMPTS[i % len(PROMPTS)] for i in range(samples)],
+        desirable_N=rng.random(samples) < 0.5,
+    )
+
+
+def batches_of(learner: Learner, data: RoundData) -> list[Batch]:
+    """The batches that the learner would train on, without training."""
+    batches: list[Batch] = []
+    step, learner._optimizer_step = learner._optimizer_step, lambda batch, _: batches.append(batch)  # type: ignore[method-assign]
+    learner.train_round(data)
+    learner._optimizer_step = step  # type: ignore[method-assign]
+    return batches
+
+
+def gradients_of(learner: Learner, batch: Batch) -> dict[str, Tensor]:
+    """Gradients of one step that is not taken; `max_grad_norm` must be out of the way."""
+    learner.optimizer.step = lambda: None  # type: ignore[method-assign]
+    learner.scheduler.step = lambda: None  # type: ignore[method-assign]
+    learner._optimizer_step(batch, Health())
+    return {name: p.grad for name, p in learner.policy.module.named_parameters() if p.grad is not None}
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor], origin: dict[str, Tensor] | None = None) -> float:
+    """How far apart two sets of tensors are, as a share of how far they are from the origin (or from zero)."""
+    zero = {name: torch.zeros_like(tensor) for name, tensor in theirs.items()} if origin is None else origin
+    assert ours.keys() == theirs.keys() == zero.keys()
+    return float((flat(ours) - flat(theirs)).norm() / (flat(theirs) - flat(zero)).norm())
+
+
+def digest(module: nn.Module) -> str:
+    """Of all weights but the adapter's."""
+    state = {name: tensor for name, tensor in sorted(module.state_dict().items()) if "lora_" not in name}
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state.values())).hexdigest()
+
+
+# The loss and its gradient
+
+
+def paper_loss(learner: Learner, batch: Batch, policy: nn.Module, reference: nn.Module, predicts_v: bool) -> Tensor:
+    """Diffusion-KTO with Kahneman-Tversky utility and batch KL, in float64 and written from the paper."""
+    kept = torch.from_numpy(alphas_cumprod())[(batch.level_B * 1000).long()][:, None, None, None]
+    clean, noise, text = batch.clean_BCHW.double(), batch.noise_BCHW.double(), batch.text_BTD.double()
+    noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
+    target = kept.sqrt() * noise - (1 - kept).sqrt() * clean if predicts_v else noise
+    timesteps = (batch.level_B * 1000).long()
+
+    def error(module: nn.Module) -> Tensor:
+        return ((module(noisy, timesteps, text).sample - target) ** 2).mean(dim=(1, 2, 3))
+
+    with torch.no_grad():
+        reference_error = error(reference)
+    reward = reference_error - error(policy)
+    z = max(0.0, float(reward.mean()))
+    w = torch.where(batch.desirable_B, 1.0, -1.0).double()
+    weight = torch.where(batch.desirable_B, 1.5, 0.5).double()
+    return (weight * (1 - torch.sigmoid(w * learner.config.beta * (reward - z)))).mean()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_gradient_is_that_of_the_paper(tiny_folder: Path, kind: str) -> None:
+    learner = make_learner(tiny_folder, kind, max_grad_norm=1e9, desirable_weight=1.5, undesirable_weight=0.5)
+    batch = batches_of(learner, make_round())[0]
+    policy = copy.deepcopy(learner.policy.module).double()
+    base = load_family(tiny_folder, None, CPU, torch.float64).denoiser
+    loss = paper_loss(learner, batch, policy, base, predicts_v="sd2" in str(tiny_folder))
+    loss.backward()  # type: ignore[no-untyped-call]
+    expected = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    assert distance({n: g.double() for n, g in gradients_of(learner, batch).items()}, expected) < 1e-4
+
+
+@pytest.mark.parametrize("reference_point", get_args(ReferencePointName))
+def test_accumulated_micro_batches_are_one_big_batch(tiny_sd1_folder: Path, reference_point: str) -> None:
+    settings: dict[str, Any] = {"reference_point": reference_point, "epochs": 0.5}
+    origin = make_learner(tiny_sd1_folder, **settings).policy.tensors()
+    big, small = (make_learner(tiny_sd1_folder, micro_batch=micro_batch, **settings) for micro_batch in (8, 2))
+    (figures, _), (accumulated_figures, _) = big.train_round(make_round()), small.train_round(make_round())
+    assert accumulated_figures == pytest.approx(figures, rel=1e-3, abs=1e-6)
+    assert np.isfinite(list(figures.values())).all()
+    assert distance(small.policy.tensors(), big.policy.tensors(), origin) < 1e-3
+    assert (figures["z"] == 0) == (reference_point == "zero")
+
+
+def test_accumulated_gradients_are_those_of_one_big_batch(tiny_folder: Path) -> None:
+    big, small = (make_learner(tiny_folder, "full", micro_batch=size, max_grad_norm=1e9) for size in (8, 2))
+    batch = batches_of(big, make_round())[0]
+    assert distance(gradients_of(small, batch), gradients_of(big, batch)) < 1e-5
+
+
+# Many ranks
+
+DISTRIBUTED: dict[str, dict[str, Any]] = {
+    "full, accumulated": {"kind": "full", "micro_batch": 2},
+    "adapter, mismatched": {"kind": "lora", "reference_point": "mismatched_kl", "prompt_dropout": 0.5},
+    "adapter, class mean": {"kind": "lora", "reference_point": "class_mean", "micro_batch": 2},
+}
+
+
+def train_on_rank(rank: int, ranks: int, folder: Path, scratch: Path) -> None:
+    """What a worker process does: two steps of every case."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{scratch}/init", rank=rank, world_size=ranks)
+    outcomes = {}
+    for name, case in DISTRIBUTED.items():
+        learner = make_learner(folder, wrap=DistributedDataParallel, rank=rank, ranks=ranks, **case)
+        figures, draws = learner.train_round(make_round())
+        outcomes[name] = {"figures": figures, "draws": draws.tolist(), "weights": learner.policy.tensors()}
+    torch.save(outcomes, scratch / f"rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_train_as_one_does(tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_on_rank, (2, tiny_sd1_folder, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
+    for name, case in DISTRIBUTED.items():
+        origin = make_learner(tiny_sd1_folder, **case).policy.tensors()
+        alone = make_learner(tiny_sd1_folder, **case)
+        figures, draws = alone.train_round(make_round())
+        assert first[name]["draws"] == second[name]["draws"] == draws.tolist()
+        assert first[name]["figures"] == second[name]["figures"] == pytest.approx(figures, rel=1e-3, abs=1e-6)
+        assert distance(first[name]["weights"], second[name]["weights"], origin) == 0
+        # AdamW divides by the gradient's own size: where that is rounding noise, so is the step.
+        assert distance(first[name]["weights"], alone.policy.tensors(), origin) < 1e-2
+
+
+# What policy and reference are shown
+
+
+def test_policy_and_reference_see_the_same_noise_and_the_same_dropped_prompts(
+    tiny_sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make_learner(tiny_sd1_folder, prompt_dropout=0.5)
+    seen: list[tuple[bool, tuple[Tensor, ...]]] = []
+    predict = learner.family.predict
+
+    def spy(denoiser: nn.Module, *shown: Tensor) -> Tensor:
+        seen.append((torch.is_grad_enabled(), shown))
+        return predict(denoiser, *shown)
+
+    monkeypatch.setattr(learner.family, "predict", spy)
+    learner.train_round(make_round(samples=64))
+    empty_TD = learner.family.encode_prompts([""])[0]
+    dropped = 0
+    for (reference_has_grad, reference), (policy_has_grad, policy) in zip(seen[::2], seen[1::2], strict=True):
+        assert (reference_has_grad, policy_has_grad) == (False, True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(policy, reference, strict=True))
+        dropped += sum(torch.equal(text_TD, empty_TD) for text_TD in policy[2])
+    assert len(seen) == 2 * 8
+    assert 20 <= dropped <= 44  # of 64
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_no_prompt_or_every_prompt_can_be_dropped(tiny_sd1_folder: Path, share: float) -> None:
+    learner = make_learner(tiny_sd1_folder, prompt_dropout=share)
+    empty_TD = learner.family.encode_prompts([""])[0]
+    for batch in batches_of(learner, make_round()):
+        assert {torch.equal(text_TD, empty_TD) for text_TD in batch.text_BTD} == {share == 1}
+
+
+def prompts_of(learner: Learner, text_BTD: Tensor) -> list[str]:
+    known = ["", *PROMPTS]
+    embeddings = learner.family.encode_prompts(known)
+    return [known[int((embeddings - text_TD).abs().sum((1, 2)).argmin())] for text_TD in text_BTD]
+
+
+@pytest.mark.parametrize("different", [0, 1, 2, 12])
+def test_mismatched_pairs_really_have_another_prompt(tiny_sd1_folder: Path, different: int) -> None:
+    """Even if all other images of the batch share one prompt, and whatever prompts are dropped."""
+    learner = make_learner(
+        tiny_sd1_folder, reference_point="mismatched_kl", prompt_dropout=0.5, global_batch=16, micro_batch=16
+    )
+    data = make_round()
+    prompts = [PROMPTS[1 + i % 3] if i < different else PROMPTS[0] for i in range(16)]
+    data = RoundData(0, data.latents_NCHW, prompts, np.ones(16, bool))  # one class, one pass: every sample once
+    (batch,) = batches_of(learner, data)
+    distance_BN = torch.cdist(batch.clean_BCHW.flatten(1), torch.from_numpy(data.latents_NCHW).flatten(1))
+    own = [prompts[int(index)] for index in distance_BN.argmin(1)]
+    mismatched = prompts_of(learner, batch.mismatched_text_BTD)
+    if len(set(prompts)) == 1:
+        assert mismatched == own
+    else:
+        assert all(theirs in set(prompts) - {ours} for ours, theirs in zip(own, mismatched, strict=True))
+
+
+def test_noise_levels_stay_in_their_range(tiny_sd1_folder: Path) -> None:
+    learner = make_learner(tiny_sd1_folder, noise_range=(0.5, 0.75), epochs=8)
+    levels = torch.cat([batch.level_B for batch in batches_of(learner, make_round())])
+    assert levels.min() >= 0.5
+    assert levels.max() < 0.75
+    assert levels.std() > 0.05
+
+
+# Over steps and restarts
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_restarted_learner_goes_on_bit_for_bit(tiny_sd1_folder: Path, kind: str) -> None:
+    settings: dict[str, Any] = {"kind": kind, "warmup_steps": 3, "weight_decay": 0.1}
+    learner = make_learner(tiny_sd1_folder, **settings)
+    learner.train_round(make_round(0))
+    checkpoint = io.BytesIO()
+    torch.save(learner.state_dict(), checkpoint)
+    expected, _ = learner.train_round(make_round(1))
+
+    restarted = make_learner(tiny_sd1_folder, nudged=False, **settings)
+    checkpoint.seek(0)
+    restarted.load_state_dict(torch.load(checkpoint, weights_only=True))
+    figures, _ = restarted.train_round(make_round(1))
+    assert figures == expected
+    assert restarted.policy.proves(learner.policy.tensors())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_reference_stands_still(tiny_sd1_folder: Path, kind: str) -> None:
+    on_disk = source.reference_digest(tiny_sd1_folder)
+    learner = make_learner(tiny_sd1_folder, kind, nudged=False)
+    with learner.policy.reference() as reference:
+        in_memory = digest(reference)
+    before = learner.policy.tensors()
+    for index in range(2):
+        learner.train_round(make_round(index))
+    assert not learner.policy.proves(before)
+    with learner.policy.reference() as reference:
+        assert digest(reference) == in_memory
+
+    restarted = make_learner(tiny_sd1_folder, kind, nudged=False)
+    restarted.load_state_dict(learner.state_dict())
+    with restarted.policy.reference() as reference:
+        assert digest(reference) == in_memory
+    source.reference_digest.cache_clear()
+    assert source.reference_digest(tiny_sd1_folder) == on_disk
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_training_explains_the_desirable_better_than_the_undesirable(tiny_folder: Path, kind: str) -> None:
+    """Also from the untouched base, where every g is 0."""
+    settings: dict[str, Any] = {"epochs": 15, "prompt_dropout": 0.1, "gamma": 0.5, "beta": 20.0, "learning_rate": 3e-3}
+    learner = make_learner(tiny_folder, kind, nudged=False, **settings)
+    data = make_round()
+    pattern = np.where(data.desirable_N, 1, -1)[:, None, None, None] * np.linspace(-2, 2, 8, dtype=np.float32)
+    data = RoundData(0, data.latents_NCHW * 0.1 + pattern.astype(np.float32), data.prompts, data.desirable_N)
+    first, _ = learner.train_round(data)
+    figures, _ = learner.train_round(RoundData(1, data.latents_NCHW, data.prompts, data.desirable_N))
+    assert figures["g_desirable"] > figures["g_undesirable"]
+    assert figures["loss"] < first["loss"] < 0.5 + 1e-3
+    assert figures["accuracy"] > 0.6
+
+
+def test_a_round_without_verdicts_changes_nothing(tiny_sd1_folder: Path) -> None:
+    learner = make_learner(tiny_sd1_folder)
+    before = learner.policy.tensors()
+    nothing = RoundData(0, np.zeros((0, 4, 8, 8), np.float32), [], np.zeros(0, bool))
+    figures, draws = learner.train_round(nothing)
+    assert (figures, draws.tolist()) == ({}, [])
+    assert learner.policy.proves(before)
+
+
+@pytest.mark.parametrize("extra", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+def test_memory_savers_leave_the_gradient_as_it_is(tiny_sd1_folder: Path, extra: dict[str, Any]) -> None:
+    plain, saving = (make_learner(tiny_sd1_folder, max_grad_norm=1e9, **settings) for settings in ({}, extra))
+    batch = batches_of(plain, make_round())[0]
+    assert distance(gradients_of(saving, batch), gradients_of(plain, batch)) < (0.2 if "dtype" in extra else 1e-5)

@@ -1,0 +1,85 @@
+"""The shape of the package: cheap to import, imports point one way, plug-in points are where the design says."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kto_ray
+
+ROOT = Path(kto_ray.__file__).parent
+MODULES = {
+    ".".join(("kto_ray", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+HEAVY = ("torch", "ray", "diffusers", "transformers", "matplotlib")
+CHEAP = ("kto_ray", "kto_ray.config", "kto_ray.records", "kto_ray.prompts", "kto_ray.rounds", "kto_ray.policies")
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of kto_ray that a file names in any import, also inside of functions."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            found.add(str(node.module))
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "kto_ray"}
+
+
+def test_importing_is_cheap() -> None:
+    script = (
+        f"import sys, importlib\nfor name in {CHEAP}:\n"
+        f"    importlib.import_module(name)\n"
+        f"    loaded = [heavy for heavy in {HEAVY} if heavy in sys.modules]\n"
+        f"    assert not loaded, (name, loaded)\n"
+    )
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.parametrize("module", ["kto_ray.objective", "kto_ray.records", "kto_ray.errors"])
+def test_the_bottom_knows_nobody(module: str) -> None:
+    assert imports_of(MODULES[module]) == set()
+
+
+def test_the_objective_knows_neither_ray_nor_diffusers() -> None:
+    tree = ast.parse(MODULES["kto_ray.objective"].read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name.split(".")[0] for name in names} & {"ray", "diffusers", "transformers", "peft"}
+
+
+def test_nobody_knows_the_loop() -> None:
+    assert [name for name, path in MODULES.items() if "kto_ray.loop" in imports_of(path)] == []
+
+
+def test_imports_point_one_way() -> None:
+    graph = {name: imports_of(path) & MODULES.keys() - {name, "kto_ray"} for name, path in MODULES.items()}
+    done: set[str] = set()
+    while ready := {name for name in graph.keys() - done if graph[name] <= done}:
+        done |= ready
+    assert graph.keys() - done == set(), "these modules import each other in a circle"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_module_says_what_it_is_for(module: str) -> None:
+    source = MODULES[module].read_text()
+    assert not source.strip() or ast.get_docstring(ast.parse(source))
+
+
+def test_built_in_plug_ins_exist() -> None:
+    from kto_ray.label.scorers import SCORERS
+
+    for path in SCORERS.values():
+        module, _, name = path.partition(":")
+        assert hasattr(importlib.import_module(module), name)
+
+
+def test_types_are_shipped() -> None:
+    assert (ROOT / "py.typed").is_file()

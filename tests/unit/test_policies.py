@@ -1,0 +1,139 @@
+"""Policies are immutable and proved by their digest; without marker there is no version."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from kto_ray.policies import DigestError, PolicyStore
+from kto_ray.records import PolicyRef
+from kto_ray.storage import Storage
+
+METADATA = {"format": "pt", "rank": "4", "alpha": "8", "lora_adapter_metadata": "{}"}
+
+
+@pytest.fixture(params=["local", "memory"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path) if request.param == "local" else f"memory:/{tmp_path}")
+
+
+def weights(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"b": torch.full((2, 3), value), "a": torch.arange(4.0)}
+
+
+def test_what_was_published_is_loaded_bit_by_bit(run: Storage) -> None:
+    store = PolicyStore(run)
+    policy = store.publish(1, weights(), METADATA)
+    loaded = PolicyStore(run).load(policy)
+    assert loaded is not None
+    assert loaded.keys() == weights().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights().items())
+
+
+def test_the_digest_is_that_of_the_stored_file(run: Storage) -> None:
+    policy = PolicyStore(run).publish(1, weights(), METADATA)
+    assert hashlib.sha256(run.read("policies/00001/policy.safetensors")).hexdigest() == policy.digest
+    assert PolicyStore(run).resolve(1) == policy
+
+
+def test_the_file_is_read_by_any_safetensors_reader(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    PolicyStore(Storage(str(tmp_path))).publish(1, weights(), METADATA)
+    with safe_open(tmp_path / "policies/00001/policy.safetensors", framework="pt") as file:
+        assert file.metadata() == METADATA
+        assert torch.equal(file.get_tensor("b"), weights()["b"])
+
+
+def test_the_same_weights_have_the_same_digest_every_time(tmp_path: Path) -> None:
+    stores = [PolicyStore(Storage(str(tmp_path / str(number)))) for number in range(8)]
+    shuffled = dict(reversed(METADATA.items()))
+    digests = {store.publish(1, weights(), shuffled if i % 2 else METADATA).digest for i, store in enumerate(stores)}
+    assert len(digests) == 1
+
+
+def test_publishing_the_same_again_changes_nothing(run: Storage) -> None:
+    store = PolicyStore(run)
+    policy = store.publish(1, weights(), METADATA)
+    before = run.read("policies/00001/policy.json"), run.read("policies/00001/policy.safetensors")
+    for _ in range(8):
+        assert PolicyStore(run).publish(1, weights(), METADATA) == policy
+    assert (run.read("policies/00001/policy.json"), run.read("policies/00001/policy.safetensors")) == before
+
+
+@pytest.mark.parametrize(("value", "metadata"), [(2.0, METADATA), (1.0, METADATA | {"rank": "5"})])
+def test_a_version_cannot_become_another(run: Storage, value: float, metadata: dict[str, str]) -> None:
+    store = PolicyStore(run)
+    policy = store.publish(1, weights(), METADATA)
+    with pytest.raises(DigestError, match=r"policy 1 .*immutable"):
+        store.publish(1, weights(value), metadata)
+    assert store.resolve(1) == policy
+    assert store.load(policy) is not None
+
+
+def test_without_marker_there_is_no_version(run: Storage) -> None:
+    store = PolicyStore(run)
+    store.storage.write("00001/policy.safetensors", b"half of a crash")
+    assert store.versions() == []
+    with pytest.raises(FileNotFoundError):
+        store.resolve(1)
+
+
+def test_the_marker_comes_last(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write_json", crash)
+        with pytest.raises(KeyboardInterrupt):
+            PolicyStore(run).publish(1, weights(), METADATA)
+    assert PolicyStore(run).versions() == []
+    policy = PolicyStore(run).publish(1, weights(3.0), METADATA)  # the retry may differ: nobody has seen the first
+    assert PolicyStore(run).versions() == [1]
+    assert PolicyStore(run).load(policy) is not None
+
+
+def test_a_flipped_byte_is_found(run: Storage) -> None:
+    store = PolicyStore(run)
+    policy = store.publish(1, weights(), METADATA)
+    data = bytearray(run.read("policies/00001/policy.safetensors"))
+    data[-1] ^= 1
+    run.write("policies/00001/policy.safetensors", bytes(data))
+    with pytest.raises(DigestError, match=r"policy 1 .*asked for"):
+        store.load(policy)
+
+
+def test_another_digest_is_not_served(run: Storage) -> None:
+    store = PolicyStore(run)
+    store.publish(1, weights(), METADATA)
+    with pytest.raises(DigestError, match="f" * 64):
+        store.load(PolicyRef(1, "f" * 64))
+
+
+def test_weights_that_are_not_there_are_file_not_found(run: Storage) -> None:
+    with pytest.raises(FileNotFoundError):
+        PolicyStore(run).load(PolicyRef(5, "f" * 64))
+
+
+def test_the_base_is_version_0_without_weights(run: Storage) -> None:
+    store = PolicyStore(run)
+    base = store.publish_base("0" * 64)
+    assert base == store.resolve(0) == PolicyRef(0, "0" * 64)
+    assert store.load(base) is None
+    assert store.publish_base("0" * 64) == base
+
+
+def test_the_reference_stands_still(run: Storage) -> None:
+    PolicyStore(run).publish_base("0" * 64)
+    with pytest.raises(DigestError, match="base model has changed"):
+        PolicyStore(run).publish_base("1" * 64)
+    assert PolicyStore(run).resolve(0).digest == "0" * 64
+
+
+def test_versions_ascend_past_ten(run: Storage) -> None:
+    store = PolicyStore(run)
+    store.publish_base("0" * 64)
+    for version in (11, 2, 1, 10):
+        store.publish(version, weights(version), METADATA)
+    assert store.versions() == [0, 1, 2, 10, 11]

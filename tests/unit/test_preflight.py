@@ -1,0 +1,232 @@
+"""Everything that can be wrong before machine time is spent is said before, with field, value and remedy."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from kto_ray.config import RunConfig, load, to_yaml
+from kto_ray.diffusion import source
+from kto_ray.errors import UserError
+from kto_ray.preflight import Preflight, describe, disk_bytes
+from tests.factories import write_pipeline, write_prompts
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
+
+
+@pytest.fixture
+def base(tmp_path: Path, model: Path) -> list[str]:
+    """Overrides of a run that is well."""
+    return [
+        f"runs_folder={tmp_path / 'runs'}",
+        f"model={model}",
+        f"prompts.train={write_prompts(tmp_path / 'train.jsonl', ['a cat', 'a dog'])}",
+        f"prompts.held_out={write_prompts(tmp_path / 'held_out.jsonl', ['a cow'])}",
+    ]
+
+
+def message(base: list[str], *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        Preflight.check(load("shapes_demo", [*base, *overrides]))
+    return str(caught.value)
+
+
+def test_a_run_that_is_well_is_ready(base: list[str], tmp_path: Path, model: Path) -> None:
+    config = load("shapes_demo", base)
+    found = Preflight.check(config)
+    assert [prompt.text for prompt in found.train_prompts] == ["a cat", "a dog"]
+    assert [prompt.text for prompt in found.held_out_prompts] == ["a cow"]
+    assert found.reference_digest == source.reference_digest(model)
+    assert found.run.local == tmp_path / "runs" / "demo"
+    assert load(str(tmp_path / "runs" / "demo" / "config.yaml")) == config
+
+
+def test_every_recipe_of_the_embedded_world_is_ready(tmp_path: Path) -> None:
+    for recipe in ("shapes_demo", "shapes_full"):
+        Preflight.check(load(recipe, [f"runs_folder={tmp_path}"]))
+
+
+def test_remote_run_folders_are_checked_too(base: list[str], tmp_path: Path) -> None:
+    config = load("shapes_demo", [*base, f"runs_folder=memory:/{tmp_path}"])
+    assert Preflight.check(config).run.read("config.yaml").decode() == to_yaml(config)
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["prompts.train", "prompts.held_out"])
+def test_an_empty_prompts_file(base: list[str], tmp_path: Path, field: str) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    text = message(base, f"{field}={tmp_path / 'empty.jsonl'}")
+    assert field in text
+    assert "empty.jsonl" in text
+    assert "at least one prompt" in text
+
+
+def test_held_out_prompts_that_are_trained_on(base: list[str], tmp_path: Path) -> None:
+    text = message(base, f"prompts.held_out={write_prompts(tmp_path / 'other.jsonl', ['a cow', 'a dog'])}")
+    assert "prompts.held_out: 1 of its prompts" in text
+    assert "'a dog'" in text
+    assert "must not be in prompts.train" in text
+
+
+# -- plug-ins ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("label.scorer=shape", ["label.scorer", "'shape'", "did you mean 'shapes'"]),
+        ("label.scorer=nowhere.mod:Scorer", ["label.scorer", "'nowhere.mod'", "cannot import"]),
+        ("label.labeler=peoples", ["label.labeler", "'peoples'", "package.module:Name"]),
+        ("label.labeler=tests.plugins:Nobody", ["label.labeler", "'tests.plugins'", "no class 'Nobody'"]),
+    ],
+)
+def test_an_unknown_plug_in(base: list[str], override: str, said: list[str]) -> None:
+    text = message(base, override)
+    assert all(words in text for words in said)
+
+
+# -- model ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_model(base: list[str], tmp_path: Path) -> None:
+    text = message(base, f"model={tmp_path / 'missing'}")
+    assert "model.name" in text
+    assert str(tmp_path / "missing") in text
+    assert "give a diffusers pipeline folder" in text
+
+
+@pytest.mark.parametrize("name", ["no-such-organisation/no-such-model", "not a/hub name"])
+def test_a_model_that_the_hub_does_not_give(base: list[str], name: str) -> None:
+    text = message(base, f"model={name}")
+    assert f"model.name: {name!r}" in text
+    assert "check the name, the network" in text
+
+
+def test_a_truncated_model(base: list[str], tmp_path: Path, model: Path) -> None:
+    copy = shutil.copytree(model, tmp_path / "copy")
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    text = message(base, f"model={copy}")
+    assert "model.name" in text
+    assert str(weights) in text
+    assert "download it again" in text
+
+
+def test_a_model_of_an_unsupported_family(base: list[str], tmp_path: Path, model: Path) -> None:
+    copy = shutil.copytree(model, tmp_path / "copy")
+    (copy / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    text = message(base, f"model={copy}")
+    assert "model.name" in text
+    assert "FluxPipeline" in text
+    assert "supported: StableDiffusionPipeline" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("DDIMSchedular", ["unknown to diffusers", "did you mean 'DDIMScheduler'"]),
+        ("FlowMatchEulerDiscreteScheduler", ["not compatible", "fitting: ", "DDIMScheduler"]),
+    ],
+)
+def test_a_scheduler_that_does_not_fit(base: list[str], name: str, said: list[str]) -> None:
+    text = message(base, f"generate.scheduler={name}")
+    assert f"generate.scheduler: {name!r}" in text
+    assert all(words in text for words in said)
+
+
+def test_a_model_that_predicts_something_else(base: list[str], tmp_path: Path, model: Path) -> None:
+    copy = shutil.copytree(model, tmp_path / "copy")
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("v_prediction", "sample"))
+    text = message(base, f"model={copy}")
+    assert "model.name" in text
+    assert "'sample'" in text
+    assert "supported: epsilon, v_prediction" in text
+
+
+# -- run folder -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_begun_with_another_configuration_names_each_difference(base: list[str]) -> None:
+    Preflight.check(load("shapes_demo", base))
+    text = message(base, "train.beta=99", "seed=5")
+    assert "run 'demo'" in text
+    assert "train.beta: the run has 150.0, this command says 99.0" in text
+    assert "seed: the run has 0, this command says 5" in text
+    assert "another `run` name" in text
+
+
+def test_a_refused_configuration_does_not_replace_the_saved_one(base: list[str], tmp_path: Path) -> None:
+    Preflight.check(load("shapes_demo", base))
+    message(base, "train.beta=99")
+    assert load(str(tmp_path / "runs" / "demo" / "config.yaml")) == load("shapes_demo", base)
+
+
+def test_a_longer_run_continues(base: list[str]) -> None:
+    Preflight.check(load("shapes_demo", base))
+    Preflight.check(load("shapes_demo", [*base, "rounds=30"]))
+
+
+@pytest.mark.parametrize("content", ["begun_by: another version\n", "a: [", "just text"])
+def test_a_run_folder_of_another_version_is_named(base: list[str], tmp_path: Path, content: str) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "config.yaml").write_text(content)
+    text = message(base)
+    assert str(tmp_path / "runs" / "demo" / "config.yaml") in text
+    assert "another `run` name" in text
+
+
+def test_a_run_folder_that_cannot_be_written(base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file, not a folder")
+    text = message(base)
+    assert "runs_folder" in text
+    assert str(tmp_path / "runs") in text
+    assert "can be written" in text
+
+
+def test_a_full_disk(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 10**6, 10**6))
+    text = message(base)
+    assert "runs_folder" in text
+    assert str(tmp_path / "runs" / "demo") in text
+    assert "0.00 GB free" in text
+    assert "make room" in text
+
+
+def test_a_run_folder_that_nothing_opens(base: list[str]) -> None:
+    text = message(base, "runs_folder=bogus://here")
+    assert "runs_folder" in text
+    assert "bogus://here" in text
+
+
+# -- estimates --------------------------------------------------------------------------------------------------------
+
+
+def small(model: Path, *overrides: str) -> int:
+    return disk_bytes(load("shapes_demo", [f"model={model}", *overrides]), model, 10)
+
+
+def test_the_estimate_covers_images_and_latents(model: Path) -> None:
+    one = 64 * 64 * 3 + 8 * 8 * 4 * 4
+    grown = small(model, "generate.images_per_round=532") - small(model)
+    assert grown == pytest.approx(100 * 10 * one)
+    assert small(model, "generate.height=128", "generate.width=128") > 3.9 * small(model)
+    assert small(model, "rounds=100") > 8 * small(model)
+    assert small(model, "train.adapter.kind=full") > small(model)
+
+
+def test_the_dry_run_tells_what_follows(base: list[str]) -> None:
+    config: RunConfig = load("shapes_demo", base)
+    text = describe(config)
+    assert text.startswith(to_yaml(config))
+    assert "prompts: 2 for training, 1 held out" in text
+    assert "MB uncompressed" in text
+    assert "downloaded" in describe(load("sd15_lora"))

@@ -1,0 +1,373 @@
+"""The round store: nothing lost, nothing doubled, whatever ends the process; the ledger always balances."""
+
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kto_ray.records import PolicyRef, Sample
+from kto_ray.rounds import Ledger, Round, RoundStore, as_dict
+from kto_ray.storage import Storage
+from tests.factories import make_requests, make_sample, make_samples, make_score, make_verdict, same_sample
+
+
+@pytest.fixture(params=["local", "memory"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path) if request.param == "local" else f"memory:/{tmp_path}")
+
+
+def judge(round_: Round, samples: Sequence[Sample], desirable: bool | None = True) -> None:
+    round_.add_judgements([make_score(s.id) for s in samples], [make_verdict(s.id, desirable) for s in samples])
+
+
+def parts(run: Storage, index: int = 0) -> list[str]:
+    kinds = ("samples", "scores", "verdicts")
+    return [f"{kind}/{name}" for kind in kinds for name in run.names(f"rounds/{index:05}/{kind}")]
+
+
+def train(store: RoundStore, index: int, policy_version: int, max_policy_lag: int = 0) -> list[str]:
+    samples, _ = store.trainable(index, policy_version, max_policy_lag)
+    store.round(index).record_training({sample.id: 1 for sample in samples}, {"figures": {}})
+    return [sample.id for sample in samples]
+
+
+# -- open rounds ------------------------------------------------------------------------------------------------------
+
+
+def test_samples_come_back_in_id_order_whatever_order_they_came_in(run: Storage) -> None:
+    samples = make_samples("round-00000", 6)
+    round_ = RoundStore(run).round(0)
+    for chunk in (samples[4:], samples[:2], samples[2:4][::-1]):
+        round_.add_samples(chunk)
+    again = RoundStore(run).round(0).samples()
+    assert all(same_sample(a, b) for a, b in zip(samples, again, strict=True))
+
+
+def test_adding_samples_again_changes_nothing(run: Storage) -> None:
+    samples = make_samples("round-00000", 4)
+    round_ = RoundStore(run).round(0)
+    round_.add_samples(samples[:3])
+    before = parts(run)
+    round_.add_samples(samples[1:3])
+    RoundStore(run).round(0).add_samples(samples[:1])
+    assert parts(run) == before
+    round_.add_samples(samples)
+    assert [s.id for s in RoundStore(run).round(0).samples()] == [s.id for s in samples]
+
+
+def test_a_record_twice_in_one_call_is_stored_once(run: Storage) -> None:
+    (sample,) = make_samples("round-00000", 1)
+    round_ = RoundStore(run).round(0)
+    round_.add_samples([sample, sample])
+    round_.add_judgements([make_score(sample.id)] * 2, [make_verdict(sample.id, True), make_verdict(sample.id, False)])
+    assert (len(round_.samples()), len(round_.scores())) == (1, 1)
+    assert round_.verdicts() == [make_verdict(sample.id, True)]
+
+
+def test_the_first_judgement_stands(run: Storage) -> None:
+    samples = make_samples("round-00000", 2)
+    round_ = RoundStore(run).round(0)
+    round_.add_samples(samples)
+    judge(round_, samples[:1], desirable=True)
+    for again in (round_, RoundStore(run).round(0)):
+        judge(again, samples[:1], desirable=False)
+        again.add_judgements([make_score(samples[0].id, 0.1)], [])
+    assert round_.verdicts() == [make_verdict(samples[0].id, True)]
+    assert round_.scores() == [make_score(samples[0].id)]
+
+
+def test_several_scorers_may_score_one_sample(run: Storage) -> None:
+    (sample,) = make_samples("round-00000", 1)
+    round_ = RoundStore(run).round(0)
+    scores = [make_score(sample.id), make_score(sample.id, None)]
+    other = type(scores[0])(sample.id, "other", "2", 0.3)
+    round_.add_judgements([scores[0], other], [make_verdict(sample.id)])
+    assert {score.scorer for score in RoundStore(run).round(0).scores()} == {"shapes", "other"}
+
+
+def test_a_failed_score_settles_its_sample(run: Storage) -> None:
+    samples = make_samples("round-00000", 2)
+    round_ = RoundStore(run).round(0)
+    round_.add_samples(samples)
+    round_.add_judgements([make_score(samples[0].id, None)], [])
+    assert round_.judged_ids == RoundStore(run).round(0).judged_ids == {samples[0].id}
+
+
+def test_a_half_round_is_resumed(run: Storage) -> None:
+    requests = make_requests("round-00000", 5)
+    RoundStore(run).round(0).add_samples([make_sample(request) for request in requests[1:3]])
+    resumed = RoundStore(run).round(0)
+    assert resumed.missing(requests) == [requests[0], *requests[3:]]
+    assert not resumed.sealed
+
+
+def test_scored_when_the_process_died_means_judged_again(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = make_samples("round-00000", 2)
+    round_ = RoundStore(run).round(0)
+    round_.add_samples(samples)
+    write = Storage.write_table
+
+    def die_before_verdicts(self: Storage, name: str, table: object) -> None:
+        if name.startswith("verdicts"):
+            raise KeyboardInterrupt
+        write(self, name, table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write_table", die_before_verdicts)
+        with pytest.raises(KeyboardInterrupt):
+            judge(round_, samples)
+    resumed = RoundStore(run).round(0)
+    assert resumed.scored_ids == {s.id for s in samples}
+    assert resumed.judged_ids == set()
+    judge(resumed, samples)
+    assert [v.sample_id for v in resumed.verdicts()] == [s.id for s in samples]
+    assert len(resumed.scores()) == 2
+
+
+# -- sealed rounds ----------------------------------------------------------------------------------------------------
+
+
+def sealed_round(run: Storage, index: int = 0, count: int = 3, **facts: object) -> tuple[Round, list[Sample]]:
+    store = RoundStore(run)
+    samples = make_samples(store.stage(index), count, PolicyRef(index, f"{index}" * 64))
+    round_ = store.round(index)
+    round_.add_samples(samples)
+    judge(round_, samples)
+    round_.seal(**facts)
+    return round_, samples
+
+
+def test_the_manifest_is_the_seal(run: Storage) -> None:
+    round_, samples = sealed_round(run, round=0, desirable=3)
+    again = RoundStore(run).round(0)
+    assert round_.sealed
+    assert again.sealed
+    assert (again.manifest["stage"], again.manifest["desirable"]) == ("round-00000", 3)
+    assert sorted(again.manifest["files"]) == sorted(parts(run))
+    assert {s.id for s in samples} == again.sample_ids
+
+
+def test_an_open_round_has_no_manifest(run: Storage) -> None:
+    with pytest.raises(FileNotFoundError):
+        _ = RoundStore(run).round(0).manifest
+
+
+def test_a_sealed_round_takes_nothing_more(run: Storage) -> None:
+    sealed_round(run)
+    before = parts(run)
+    round_ = RoundStore(run).round(0)
+    new = [sample for sample in make_samples("round-00000", 9) if sample.id not in round_.sample_ids]
+    with pytest.raises(RuntimeError, match=r"00000 is sealed, samples cannot"):
+        round_.add_samples(new)
+    with pytest.raises(RuntimeError, match="sealed, scores cannot"):
+        judge(round_, new)
+    with pytest.raises(RuntimeError, match="sealed, verdicts cannot"):
+        round_.add_judgements([], [make_verdict("round-00000-late")])
+    assert parts(run) == before
+
+
+def test_sealing_twice_keeps_the_first_manifest(run: Storage) -> None:
+    round_, _ = sealed_round(run, desirable=3)
+    round_.seal(desirable=99)
+    RoundStore(run).round(0).seal(desirable=99)
+    assert round_.manifest["desirable"] == 3
+
+
+def test_verify_accepts_what_was_sealed(run: Storage) -> None:
+    round_, _ = sealed_round(run)
+    round_.verify()
+
+
+@pytest.mark.parametrize("kind", ["samples", "scores", "verdicts"])
+def test_verify_names_a_changed_file(run: Storage, kind: str) -> None:
+    round_, _ = sealed_round(run)
+    (name,) = round_.storage.names(kind)
+    data = bytearray(round_.storage.read(f"{kind}/{name}"))
+    data[len(data) // 2] ^= 1
+    round_.storage.write(f"{kind}/{name}", bytes(data))
+    with pytest.raises(ValueError, match=rf"{kind}/{name} has changed"):
+        round_.verify()
+
+
+def test_verify_finds_a_file_that_came_later_or_is_gone(run: Storage) -> None:
+    round_, _ = sealed_round(run)
+    round_.storage.write("samples/ffff.parquet", b"")
+    with pytest.raises(ValueError, match=r"samples/ffff.parquet was added or removed"):
+        round_.verify()
+
+
+# -- what is trained on -----------------------------------------------------------------------------------------------
+
+
+def test_trainable_are_the_samples_with_a_verdict(run: Storage) -> None:
+    store = RoundStore(run)
+    samples = make_samples("round-00000", 5)
+    round_ = store.round(0)
+    round_.add_samples(samples)
+    judge(round_, samples[:1], True)
+    judge(round_, samples[1:2], False)
+    judge(round_, samples[2:3], None)
+    round_.add_judgements([make_score(samples[3].id, None)], [])
+    round_.seal()
+    trainable, desirable = store.trainable(0, policy_version=0, max_policy_lag=0)
+    assert [s.id for s in trainable] == [s.id for s in samples[:2]]
+    assert desirable == [True, False]
+
+
+@pytest.mark.parametrize(("lag", "found"), [(0, [1]), (1, [0, 1]), (2, [0, 1])])
+def test_late_verdicts_are_found_within_the_lag_limit(run: Storage, lag: int, found: list[int]) -> None:
+    store = RoundStore(run)
+    old, new = make_samples("round-00000", 3, PolicyRef(0, "0" * 64)), make_samples("round-00001", 2, PolicyRef(1, "1"))
+    first = store.round(0)
+    first.add_samples(old)
+    judge(first, old[:1])
+    first.seal()
+    second = store.round(1)
+    second.add_samples(new)
+    judge(second, [old[2]], False)
+    judge(second, new)
+    second.seal()
+    trainable, desirable = store.trainable(1, policy_version=1, max_policy_lag=lag)
+    expected = [(old[2].id, False)] * (0 in found) + [(s.id, True) for s in new]
+    assert list(zip([s.id for s in trainable], desirable, strict=True)) == expected
+
+
+def test_a_verdict_given_twice_trains_once(run: Storage) -> None:
+    store = RoundStore(run)
+    _, samples = sealed_round(run, 0)
+    train(store, 0, 0)
+    second, new = store.round(1), make_samples("round-00001", 2, PolicyRef(1, "1"))
+    second.add_samples(new)
+    judge(second, [samples[0], *new], False)  # a queue that delivers at least once gave an old answer again
+    second.seal()
+    assert train(store, 1, 1, max_policy_lag=1) == [s.id for s in new]
+    ledger = store.ledger()
+    assert (ledger.trained, ledger.trained_twice, ledger.labeled) == (5, 0, 5)
+    assert ledger.balances
+
+
+def test_a_round_without_verdicts_trains_on_nothing(run: Storage) -> None:
+    store = RoundStore(run)
+    store.round(0).seal()
+    assert store.trainable(0, 0, 0) == ([], [])
+    assert train(store, 0, 0) == []
+    assert store.round(0).trained
+    assert store.round(0).trained_ids() == []
+
+
+def test_training_counts_once_its_report_is_written(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    round_, samples = sealed_round(run)
+    draws = {samples[0].id: 2, samples[1].id: 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write_json", crash)
+        with pytest.raises(KeyboardInterrupt):
+            round_.record_training(draws, {})
+    assert not round_.trained
+    assert RoundStore(run).ledger().trained == 0
+    round_.record_training(draws, {"figures": {"loss": 0.5}})
+    assert RoundStore(run).round(0).trained_ids() == [samples[0].id]
+
+
+# -- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_counts_every_kind(run: Storage) -> None:
+    store = RoundStore(run)
+    samples = make_samples("round-00000", 7)
+    round_ = store.round(0)
+    round_.add_samples(samples)
+    judge(round_, samples[:3])
+    judge(round_, samples[3:4], None)
+    round_.add_judgements([make_score(s.id, None) for s in samples[4:6]], [])
+    round_.seal()
+    train(store, 0, 0)
+    expected = Ledger(generated=7, labeled=3, abstained=1, failed=2, pending=1, trained=3, trained_twice=0)
+    assert store.ledger() == expected
+    assert expected.balances
+    assert as_dict(expected)["pending"] == 1
+
+
+def test_an_empty_run_balances(run: Storage) -> None:
+    assert RoundStore(run).ledger() == Ledger()
+    assert Ledger().balances
+    assert RoundStore(run).rounds() == []
+
+
+@pytest.mark.parametrize(
+    "ledger",
+    [
+        Ledger(generated=3, labeled=2),
+        Ledger(generated=1, labeled=2),
+        Ledger(generated=2, labeled=2, trained=2, trained_twice=1),
+        Ledger(generated=2, labeled=1, pending=1, trained=2),
+    ],
+)
+def test_a_ledger_that_does_not_add_up_says_so(ledger: Ledger) -> None:
+    assert not ledger.balances
+
+
+def test_a_verdict_on_a_sample_that_was_never_made_does_not_balance(run: Storage) -> None:
+    round_ = RoundStore(run).round(0)
+    round_.add_judgements([], [make_verdict("round-00000-0000000000000000")])
+    assert not RoundStore(run).ledger().balances
+
+
+PER_ROUND = 4
+picks = st.lists(st.integers(0, PER_ROUND - 1), min_size=1, max_size=3)
+answers = st.sampled_from(["yes", "no", "abstain", "failed", "scored"])
+operations = st.one_of(
+    st.tuples(st.just("add"), picks),
+    st.tuples(st.just("judge"), st.lists(st.tuples(st.integers(0, 3 * PER_ROUND), answers), min_size=1, max_size=3)),
+    st.tuples(st.just("seal"), st.none()),
+    st.tuples(st.just("train"), st.none()),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(operations, max_size=14), st.integers(0, 1))
+def test_the_ledger_balances_whatever_happens(script: list[tuple[str, Any]], lag: int) -> None:
+    """Rounds are made one after the other and reopened before every operation, as after a crash."""
+    store = RoundStore(Storage(f"memory://{uuid.uuid4()}"))
+    pool: list[list[Sample]] = []
+    generated: list[str] = []
+    answered: set[str] = set()
+    current = trained = 0
+    for kind, picked in script:
+        round_ = store.round(current)
+        while len(pool) <= current:
+            pool.append(make_samples(store.stage(len(pool)), PER_ROUND, PolicyRef(max(0, len(pool) - lag), "d")))
+        if kind == "add":
+            added = [pool[current][i] for i in picked]
+            round_.add_samples(added)
+            generated = list(dict.fromkeys([*generated, *(sample.id for sample in added)]))
+        elif kind == "judge" and generated:
+            named = [(generated[i % len(generated)], answer) for i, answer in picked]
+            round_.add_judgements(
+                [make_score(sample_id, None if answer == "failed" else 0.7) for sample_id, answer in named],
+                [
+                    make_verdict(sample_id, {"yes": True, "no": False, "abstain": None}[answer])
+                    for sample_id, answer in named
+                    if answer in ("yes", "no", "abstain")
+                ],
+            )
+            answered |= {sample_id for sample_id, answer in named if answer in ("yes", "no")}
+        elif kind == "seal":
+            round_.seal()
+            current += 1
+        elif kind == "train" and trained < current:
+            train(store, trained, trained, lag)
+            trained += 1
+        ledger = store.ledger()
+        assert ledger.balances
+        assert ledger.generated == len(generated)
+        assert ledger.trained <= ledger.labeled <= len(answered)
+    for round_ in store.rounds():
+        if round_.sealed:
+            round_.verify()

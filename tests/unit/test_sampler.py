@@ -1,0 +1,74 @@
+"""Which samples a round trains on: the promised share, even draws, and the same plan for everybody."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kto_ray.train.sampler import plan_round
+
+
+def verdicts(desirable: int, undesirable: int) -> npt.NDArray[np.bool_]:
+    return np.random.default_rng(0).permutation(np.arange(desirable + undesirable) < desirable)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("pass_rate", [0.1, 0.5, 0.9])
+def test_the_share_of_desirable_is_gamma_whatever_the_pass_rate(gamma: float, pass_rate: float) -> None:
+    desirable_N = verdicts(int(200 * pass_rate), 200 - int(200 * pass_rate))
+    plan_SB = plan_round(desirable_N, gamma, steps=100, global_batch=64, seed=0, round_index=0)
+    four_sigma = 4 * np.sqrt(gamma * (1 - gamma) / plan_SB.size)
+    assert desirable_N[plan_SB].mean() == pytest.approx(gamma, abs=four_sigma)
+
+
+def test_the_plan_has_a_row_a_step() -> None:
+    plan_SB = plan_round(verdicts(3, 5), 0.5, steps=4, global_batch=6, seed=0, round_index=0)
+    assert plan_SB.shape == (4, 6)
+    assert plan_SB.dtype == np.int64
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=20),
+    st.floats(0.05, 0.95),
+    st.integers(0, 10),
+    st.integers(1, 16),
+    st.integers(0, 3),
+)
+def test_none_is_drawn_again_before_all_of_its_class_were(
+    verdicts_N: list[bool], gamma: float, steps: int, batch: int, seed: int
+) -> None:
+    desirable_N = np.array(verdicts_N)
+    plan = plan_round(desirable_N, gamma, steps, batch, seed, round_index=0).ravel()
+    assert len(plan) == steps * batch
+    for label in (True, False):
+        members = np.flatnonzero(desirable_N == label)
+        drawn = [index for index in plan if desirable_N[index] == label]
+        for start in range(0, len(drawn), max(1, len(members))):
+            window = drawn[start : start + len(members)]
+            assert len(set(window)) == len(window)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_round_of_one_class_fills_all_places(label: bool) -> None:
+    plan_SB = plan_round(np.full(5, label), 0.8, steps=2, global_batch=5, seed=0, round_index=0)
+    assert np.bincount(plan_SB.ravel()).tolist() == [2] * 5
+
+
+def test_one_sample_is_enough() -> None:
+    assert plan_round(np.array([True]), 0.8, 2, 3, seed=0, round_index=0).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("samples", [0, 4])
+def test_no_steps_draw_nothing(samples: int) -> None:
+    plan_SB = plan_round(np.ones(samples, np.bool_), 0.8, steps=0, global_batch=8, seed=0, round_index=0)
+    assert plan_SB.shape == (0, 8)
+
+
+def test_everybody_finds_the_same_plan() -> None:
+    arguments = {"desirable_N": verdicts(10, 20), "gamma": 0.8, "steps": 5, "global_batch": 8}
+    plan_SB = plan_round(**arguments, seed=1, round_index=2)  # type: ignore[arg-type]
+    assert np.array_equal(plan_SB, plan_round(**arguments, seed=1, round_index=2))  # type: ignore[arg-type]
+    assert not np.array_equal(plan_SB, plan_round(**arguments, seed=2, round_index=2))  # type: ignore[arg-type]
+    assert not np.array_equal(plan_SB, plan_round(**arguments, seed=1, round_index=3))  # type: ignore[arg-type]
