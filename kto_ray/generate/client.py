@@ -22,6 +22,7 @@ from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 MAX_TRIES = 8  # of one batch, whose replica died or had no room; with back-off doubling from half a second
 
 
@@ -44,6 +45,7 @@ class Generators:
             max_queued_requests=self.config.max_queued_requests,
             ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
             health_check_timeout_s=120,
+            logging_config=QUIET,
         ).bind(config, run)
         self._handle: DeploymentHandle[Generator] | None = None
 
@@ -52,7 +54,7 @@ class Generators:
         # No HTTP proxy: the loop talks to replicas by handle, and nothing listens on the network.
         serve.start(
             proxy_location=ProxyLocation.Disabled,
-            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+            logging_config=QUIET,
         )
         async with noisily("generator replicas", self.cluster, self.config.resources, self.config.min_replicas):
             self._handle = await asyncio.to_thread(serve.run, self._application, name=self.name, route_prefix=None)
