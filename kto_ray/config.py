@@ -164,7 +164,8 @@ class Train(Section):
     learning_rate: Positive = 1e-5
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay: Literal["constant", "cosine"] = "constant"
-    """How the learning rate goes on after the warm-up; "cosine" falls to 0 over the rounds of the run."""
+    """How the learning rate goes on after the warm-up; "cosine" falls to 0 over `rounds` (and is stretched
+    when a run is continued with more of them)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0
     max_grad_norm: Positive = 1
     adapter: Adapter = Adapter()
@@ -181,8 +182,8 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _batch_adds_up(self) -> "Train":
-        share = self.workers * min(self.micro_batch, self.global_batch)
-        if self.global_batch % self.workers or self.global_batch // self.workers % (share // self.workers):
+        per_worker, rest = divmod(self.global_batch, self.workers)
+        if rest or per_worker % min(self.micro_batch, per_worker):
             raise ValueError(
                 f"global_batch ({self.global_batch}) must be a multiple of workers ({self.workers}) "
                 f"x micro_batch ({self.micro_batch})"

@@ -184,7 +184,7 @@ class RoundStore:
         return Round(self.storage / f"{index:05}", self.stage(index))
 
     def rounds(self) -> list[Round]:
-        return [self.round(int(name)) for name in self.storage.names()]
+        return [self.round(int(name)) for name in self.storage.names() if name.isdigit()]
 
     def trainable(self, index: int, policy_version: int, max_policy_lag: int) -> tuple[list[Sample], list[bool]]:
         """The samples that a sealed round trains on, and whether each is desirable.

@@ -28,7 +28,7 @@ class Storage:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri if "://" in uri else str(Path(uri).absolute())
+        self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
         return Storage, (self.uri,)

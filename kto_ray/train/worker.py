@@ -57,37 +57,45 @@ def train_worker(arguments: dict[str, Any]) -> None:
         if task is None:
             return
         began = time.monotonic()
-        samples, desirable = (
-            rounds.trainable(task.round_index, version, config.max_policy_lag) if task.train else ([], [])
-        )
+        ids, data = read_round(rounds, task, version, config.max_policy_lag)
         loaded = time.monotonic()
 
         def on_step(step: int, steps: int, index: int = task.round_index) -> None:
             if rank == 0:
                 coordinator.set_progress.remote(index, step, steps)
 
-        figures: dict[str, float] = {}
-        draws = np.zeros(0, np.int64)
-        if samples:
-            data = RoundData(
-                round_index=task.round_index,
-                latents_NCHW=np.stack([sample.latents_CHW for sample in samples]),
-                prompts=[sample.prompt.text for sample in samples],
-                desirable_N=np.array(desirable),
-            )
-            figures, draws = learner.train_round(data, on_step)
-        trained = time.monotonic()
+        figures, draws = learner.train_round(data, on_step) if data else ({}, np.zeros(0, np.int64))
         version += 1
         report = TrainingReport(
             version=version,
             figures={f"objective/{name}": value for name, value in figures.items()}
-            | {"seconds/load": loaded - began, "seconds/train": trained - loaded},
-            draws={sample.id: int(count) for sample, count in zip(samples, draws, strict=True)},
+            | {"seconds/load": loaded - began, "seconds/train": time.monotonic() - loaded},
+            draws={sample_id: int(count) for sample_id, count in zip(ids, draws, strict=True)},
         )
         commit_checkpoint(learner, version, report, rank)
         if rank == 0:
             publish(store, learner.policy, version)
             ray.get(coordinator.report.remote(report))
+
+
+def read_round(
+    rounds: RoundStore, task: RoundTask, version: int, max_policy_lag: int
+) -> tuple[list[str], RoundData | None]:
+    """Ids and data of a sealed round's samples to train on; None when there are none, or the round is to be skipped.
+
+    Raises:
+        ValueError: the round's files are not as they were sealed.
+    """
+    rounds.round(task.round_index).verify()
+    samples, desirable = rounds.trainable(task.round_index, version, max_policy_lag) if task.train else ([], [])
+    if not samples:
+        return [], None
+    return [sample.id for sample in samples], RoundData(
+        round_index=task.round_index,
+        latents_NCHW=np.stack([sample.latents_CHW for sample in samples]),
+        prompts=[sample.prompt.text for sample in samples],
+        desirable_N=np.array(desirable),
+    )
 
 
 def build_learner(config: RunConfig, rank: int = 0, ranks: int = 1, distributed: bool = False) -> Learner:
