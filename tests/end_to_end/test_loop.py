@@ -31,7 +31,9 @@ def test_a_run_leaves_report_summary_metrics_rounds_and_policies(tmp_path: Path,
     assert list(job.run.glob("tensorboard/events*"))
     assert "<html" in (job.run / "report.html").read_text()
 
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1_folder, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tiny_sd1_folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
     pipeline.load_lora_weights(job.run / "policies/00002", weight_name="policy.safetensors")
 
     again = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "evaluate.every=1"])

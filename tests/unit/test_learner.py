@@ -4,6 +4,7 @@ import copy
 import hashlib
 import io
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,6 +28,26 @@ PROMPTS = ("a red circle", "a blue square on white", "a green circle on black", 
 FAST = {"global_batch": 8, "micro_batch": 8, "beta": 50.0, "epochs": 1, "learning_rate": 1e-3}
 
 
+@cache
+def better_than_the_base(folder: Path, adapter: Adapter) -> dict[str, Tensor]:
+    """Weights of a policy that denoises all of a round's images better than the base does: g and z are above 0."""
+    family = load_family(folder, None, CPU, torch.float32)
+    torch.manual_seed(1)
+    policy = make_policy(family.denoiser, adapter)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
+    text_BTD = family.encode_prompts(PROMPTS * 2)
+    for _ in range(10):
+        clean_BCHW, noise_BCHW = torch.randn(2, 8, 4, 8, 8)
+        timesteps_B = family.noise.timesteps(torch.rand(8))
+        noisy_BCHW = family.noise.noisy(clean_BCHW, noise_BCHW, timesteps_B)
+        prediction_BCHW = family.predict(policy.module, noisy_BCHW, timesteps_B, text_BTD)
+        loss = (prediction_BCHW - family.noise.target(clean_BCHW, noise_BCHW, timesteps_B)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return policy.tensors()
+
+
 def make_learner(
     folder: Path,
     kind: str = "lora",
@@ -36,16 +57,13 @@ def make_learner(
     nudged: bool = True,
     **train: Any,
 ) -> Learner:
-    """A learner whose policy has, if `nudged`, already left the base: otherwise g is 0 for all samples of a step."""
+    """A learner whose policy has, unless `nudged` is False, already left the base, where every g is 0."""
     config = Train(**FAST | {"adapter": Adapter(kind=kind, rank=4)} | train)
     family = load_family(folder, None, CPU, torch.float32)
     torch.manual_seed(0)
     policy = make_policy(family.denoiser, config.adapter)
     if nudged:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter += {"lora": 0.1, "full": 0.02}[kind] * torch.randn(parameter.shape, generator=generator)
+        policy.load(better_than_the_base(folder, config.adapter))
     return Learner(family, policy, config, 5, CPU, wrap, rank, ranks)
 
 
@@ -110,7 +128,8 @@ def paper_loss(learner: Learner, batch: Batch, policy: nn.Module, reference: nn.
     with torch.no_grad():
         reference_error = error(reference)
     reward = reference_error - error(policy)
-    z = max(0.0, float(reward.mean()))
+    z = max(0.0, float(reward.detach().mean()))
+    assert z > 0
     w = torch.where(batch.desirable_B, 1.0, -1.0).double()
     weight = torch.where(batch.desirable_B, 1.5, 0.5).double()
     return (weight * (1 - torch.sigmoid(w * learner.config.beta * (reward - z)))).mean()
@@ -291,18 +310,17 @@ def test_the_reference_stands_still(tiny_sd1_folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_training_explains_the_desirable_better_than_the_undesirable(tiny_folder: Path, kind: str) -> None:
-    """Also from the untouched base, where every g is 0."""
+def test_training_explains_the_desirable_better_than_the_undesirable(tiny_sd1_folder: Path, kind: str) -> None:
+    """From the untouched base, where every g is 0."""
     settings: dict[str, Any] = {"epochs": 15, "prompt_dropout": 0.1, "gamma": 0.5, "beta": 20.0, "learning_rate": 3e-3}
-    learner = make_learner(tiny_folder, kind, nudged=False, **settings)
+    learner = make_learner(tiny_sd1_folder, kind, nudged=False, **settings)
     data = make_round()
     pattern = np.where(data.desirable_N, 1, -1)[:, None, None, None] * np.linspace(-2, 2, 8, dtype=np.float32)
     data = RoundData(0, data.latents_NCHW * 0.1 + pattern.astype(np.float32), data.prompts, data.desirable_N)
     first, _ = learner.train_round(data)
     figures, _ = learner.train_round(RoundData(1, data.latents_NCHW, data.prompts, data.desirable_N))
     assert figures["g_desirable"] > figures["g_undesirable"]
-    assert figures["loss"] < first["loss"] < 0.5 + 1e-3
-    assert figures["accuracy"] > 0.6
+    assert figures["loss"] < first["loss"] < 0.5
 
 
 def test_a_round_without_verdicts_changes_nothing(tiny_sd1_folder: Path) -> None:
