@@ -34,7 +34,7 @@ UTILITIES: dict[UtilityName, Callable[[Tensor], Tensor]] = {
     "risk_seeking": lambda x: -F.logsigmoid(-x),
 }
 
-SATURATED = 4.0  # |beta (g - z)| beyond which the sigmoid's slope is under 7 % of its largest: such a sample is mute
+SATURATED = 4.0  # |beta (g - z)| beyond which the sigmoid's slope is under about 7 % of its largest: nearly mute
 
 
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
