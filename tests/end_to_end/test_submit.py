@@ -39,9 +39,9 @@ class Head:
 
     def start_node(self, *arguments: str) -> None:
         """`ray start` in the foreground of a child process."""
-        log = (self.logs / f"node-{len(self.nodes)}.log").open("w")
         command = [RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *arguments]
-        self.nodes.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT))
+        with (self.logs / f"node-{len(self.nodes)}.log").open("w") as log:
+            self.nodes.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT))
 
     def stop(self) -> None:
         family = [child for node in self.nodes for child in psutil.Process(node.pid).children(recursive=True)]
@@ -72,7 +72,9 @@ def head(tmp_path: Path) -> Iterator[Head]:
             *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
         )
         deadline = time.monotonic() + 120
-        while subprocess.run([RAY, "job", "list"], env=env, capture_output=True).returncode:
+        # The dashboard answers before the agent that starts jobs does.
+        probe = [RAY, "job", "submit", "--no-wait", "--", "true"]
+        while subprocess.run(probe, env=env, capture_output=True).returncode:
             assert head.nodes[0].poll() is None, (tmp_path / "node-0.log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "node-0.log").read_text()
             time.sleep(1)
