@@ -39,7 +39,9 @@ class Head:
 
     def start_node(self, *arguments: str) -> None:
         """`ray start` in the foreground of a child process."""
-        command = [RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *arguments]
+        command = [RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+        # Ray's own default is one port for all agents of a machine.
+        command += [f"--dashboard-agent-listen-port={free_port()}", *arguments]
         with (self.logs / f"node-{len(self.nodes)}.log").open("w") as log:
             self.nodes.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT))
 
@@ -71,15 +73,22 @@ def head(tmp_path: Path) -> Iterator[Head]:
             *("--head", "--num-cpus=1", f"--port={gcs}", f"--temp-dir={short}"),
             *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
         )
-        deadline = time.monotonic() + 120
-        # The dashboard answers before the agent that starts jobs does.
-        probe = [RAY, "job", "submit", "--no-wait", "--", "true"]
-        while subprocess.run(probe, env=env, capture_output=True).returncode:
-            assert head.nodes[0].poll() is None, (tmp_path / "node-0.log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "node-0.log").read_text()
-            time.sleep(1)
-        yield head
-        head.stop()
+        try:
+            wait_for_jobs(head)
+            yield head
+        finally:
+            head.stop()
+
+
+def wait_for_jobs(head: Head) -> None:
+    """Until the head takes jobs: its dashboard answers before the agent that starts them does."""
+    deadline = time.monotonic() + 240
+    probe = [RAY, "job", "submit", "--no-wait", "--", "true"]
+    while subprocess.run(probe, env=head.env, capture_output=True).returncode:
+        log = (head.logs / "node-0.log").read_text()
+        assert head.nodes[0].poll() is None, log
+        assert time.monotonic() < deadline, log
+        time.sleep(1)
 
 
 def test_a_submitted_job_says_what_it_waits_for_and_goes_on_when_a_node_comes(

@@ -161,13 +161,18 @@ def test_another_digest_than_the_published_one_makes_no_samples(tiny_sd1_folder:
 
 
 def test_weights_that_do_not_take_effect_make_no_samples(
-    tiny_sd1_folder: Path, run: Storage, monkeypatch: pytest.MonkeyPatch
+    tiny_sd1_folder: Path, run: Storage, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, first = publish(run, tiny_sd1_folder, "lora", versions=1)
-    generator = Generator(make_config(tiny_sd1_folder), run)
-    monkeypatch.setattr(generator.policy, "load", lambda _: None)
-    with pytest.raises(DigestError, match="does not hold its weights"):
-        draw(generator, first)
+    _, first, second = publish(run, tiny_sd1_folder, kind, versions=2)
+    generator = Generator(make_config(tiny_sd1_folder, kind), run)
+    expected = draw(generator, first)
+    load = generator.policy.load
+    with monkeypatch.context() as patched:
+        patched.setattr(generator.policy, "load", lambda tensors: load({n: tensors[n] / 2 for n in tensors}))
+        with pytest.raises(DigestError, match="does not hold its weights"):
+            draw(generator, second)
+    # Nor does what the failure left in the model pass for the version before.
+    assert same_images(draw(generator, first), expected)
 
 
 def test_another_base_model_makes_no_samples(tiny_sd1_folder: Path, tmp_path: Path, run: Storage) -> None:
