@@ -11,7 +11,7 @@ the seal may be repeated. Evaluations are stored in the same way, under `evaluat
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -228,7 +228,3 @@ class RoundStore:
             trained=len(counts),
             trained_twice=int((counts > 1).sum()),
         )
-
-
-def as_dict(ledger: Ledger) -> dict[str, int]:
-    return asdict(ledger)

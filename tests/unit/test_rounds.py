@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kto_ray.records import PolicyRef, Sample
-from kto_ray.rounds import Ledger, Round, RoundStore, as_dict
+from kto_ray.rounds import Ledger, Round, RoundStore
 from kto_ray.storage import Storage
 from tests.factories import make_requests, make_sample, make_samples, make_score, make_verdict, same_sample
 
@@ -291,7 +292,7 @@ def test_the_ledger_counts_every_kind(run: Storage) -> None:
     expected = Ledger(generated=7, labeled=3, abstained=1, failed=2, pending=1, trained=3, trained_twice=0)
     assert store.ledger() == expected
     assert expected.balances
-    assert as_dict(expected)["pending"] == 1
+    assert asdict(expected)["pending"] == 1
 
 
 def test_an_empty_run_balances(run: Storage) -> None:
