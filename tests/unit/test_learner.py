@@ -6,7 +6,8 @@ import io
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from kto_ray.objective import Health, ReferencePointName
 from kto_ray.train.learner import Batch, Learner, RoundData
 from tests.unit.test_noise import alphas_cumprod
 
+Kind = Literal["lora", "full"]
 CPU = torch.device("cpu")
 PROMPTS = ("a red circle", "a blue square on white", "a green circle on black", "a white square")
 FAST = {"global_batch": 8, "micro_batch": 8, "beta": 50.0, "epochs": 1, "learning_rate": 1e-3}
@@ -50,7 +52,7 @@ def better_than_the_base(folder: Path, adapter: Adapter) -> dict[str, Tensor]:
 
 def make_learner(
     folder: Path,
-    kind: str = "lora",
+    kind: Kind = "lora",
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     rank: int = 0,
     ranks: int = 1,
@@ -80,17 +82,15 @@ def make_round(index: int = 0, samples: int = 16) -> RoundData:
 def batches_of(learner: Learner, data: RoundData) -> list[Batch]:
     """The batches that the learner would train on, without training."""
     batches: list[Batch] = []
-    step, learner._optimizer_step = learner._optimizer_step, lambda batch, _: batches.append(batch)  # type: ignore[method-assign]
-    learner.train_round(data)
-    learner._optimizer_step = step  # type: ignore[method-assign]
+    with mock.patch.object(learner, "_optimizer_step", lambda batch, health: batches.append(batch)):
+        learner.train_round(data)
     return batches
 
 
 def gradients_of(learner: Learner, batch: Batch) -> dict[str, Tensor]:
     """Gradients of one step that is not taken; `max_grad_norm` must be out of the way."""
-    learner.optimizer.step = lambda: None  # type: ignore[method-assign]
-    learner.scheduler.step = lambda: None  # type: ignore[method-assign]
-    learner._optimizer_step(batch, Health())
+    with mock.patch.object(learner.optimizer, "step"), mock.patch.object(learner.scheduler, "step"):
+        learner._optimizer_step(batch, Health())
     return {name: p.grad for name, p in learner.policy.module.named_parameters() if p.grad is not None}
 
 
@@ -132,11 +132,12 @@ def paper_loss(learner: Learner, batch: Batch, policy: nn.Module, reference: nn.
     assert z > 0
     w = torch.where(batch.desirable_B, 1.0, -1.0).double()
     weight = torch.where(batch.desirable_B, 1.5, 0.5).double()
-    return (weight * (1 - torch.sigmoid(w * learner.config.beta * (reward - z)))).mean()
+    loss: Tensor = (weight * (1 - torch.sigmoid(w * learner.config.beta * (reward - z)))).mean()
+    return loss
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_gradient_is_that_of_the_paper(tiny_folder: Path, kind: str) -> None:
+def test_the_gradient_is_that_of_the_paper(tiny_folder: Path, kind: Kind) -> None:
     learner = make_learner(tiny_folder, kind, max_grad_norm=1e9, desirable_weight=1.5, undesirable_weight=0.5)
     batch = batches_of(learner, make_round())[0]
     policy = copy.deepcopy(learner.policy.module).double()
@@ -188,7 +189,8 @@ def train_on_rank(rank: int, ranks: int, folder: Path, scratch: Path) -> None:
 
 
 def test_two_ranks_train_as_one_does(tiny_sd1_folder: Path, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_on_rank, (2, tiny_sd1_folder, tmp_path), nprocs=2)
+    arguments = (2, tiny_sd1_folder, tmp_path)
+    torch.multiprocessing.spawn(train_on_rank, arguments, nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
     for name, case in DISTRIBUTED.items():
         origin = make_learner(tiny_sd1_folder, **case).policy.tensors()
@@ -272,7 +274,7 @@ def test_noise_levels_stay_in_their_range(tiny_sd1_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_restarted_learner_goes_on_bit_for_bit(tiny_sd1_folder: Path, kind: str) -> None:
+def test_a_restarted_learner_goes_on_bit_for_bit(tiny_sd1_folder: Path, kind: Kind) -> None:
     settings: dict[str, Any] = {"kind": kind, "warmup_steps": 3, "weight_decay": 0.1}
     learner = make_learner(tiny_sd1_folder, **settings)
     learner.train_round(make_round(0))
@@ -289,7 +291,7 @@ def test_a_restarted_learner_goes_on_bit_for_bit(tiny_sd1_folder: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_reference_stands_still(tiny_sd1_folder: Path, kind: str) -> None:
+def test_the_reference_stands_still(tiny_sd1_folder: Path, kind: Kind) -> None:
     on_disk = source.reference_digest(tiny_sd1_folder)
     learner = make_learner(tiny_sd1_folder, kind, nudged=False)
     with learner.policy.reference() as reference:
@@ -310,7 +312,7 @@ def test_the_reference_stands_still(tiny_sd1_folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_training_explains_the_desirable_better_than_the_undesirable(tiny_sd1_folder: Path, kind: str) -> None:
+def test_training_explains_the_desirable_better_than_the_undesirable(tiny_sd1_folder: Path, kind: Kind) -> None:
     """From the untouched base, where every g is 0."""
     settings: dict[str, Any] = {"epochs": 15, "prompt_dropout": 0.1, "gamma": 0.5, "beta": 20.0, "learning_rate": 3e-3}
     learner = make_learner(tiny_sd1_folder, kind, nudged=False, **settings)

@@ -35,7 +35,7 @@ def nudge(policy: Policy, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 @torch.no_grad()
@@ -74,7 +74,8 @@ def test_the_reference_stays_the_base_model_while_the_policy_trains(tiny_folder:
     for _ in range(3):
         with policy.reference() as reference, torch.no_grad():
             family.predict(reference, noisy_BCHW, torch.tensor([100, 800]), text_BTD)
-        family.predict(policy.module, noisy_BCHW, torch.tensor([100, 800]), text_BTD).square().mean().backward()
+        loss = family.predict(policy.module, noisy_BCHW, torch.tensor([100, 800]), text_BTD).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     expected = predict(base, base.denoiser)

@@ -55,7 +55,7 @@ def publish(run: Storage, folder: Path, kind: Kind, versions: int) -> list[Polic
         generator = torch.Generator().manual_seed(version)
         with torch.no_grad():
             for parameter in policy.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         policies.append(store.publish(version, policy.tensors(), policy.metadata()))
     return policies
 
