@@ -170,8 +170,9 @@ class Train(Section):
     max_grad_norm: Positive = 1
     adapter: Adapter = Adapter()
     device: Device = "auto"
-    dtype: Dtype = "float32"
-    """Precision of the forward passes (autocast); weights, errors and optimizer stay float32."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward passes (autocast); weights, errors and optimizer stay float32. Not float16: its small
+    gradients underflow without loss scaling."""
     compile: bool = False
     gradient_checkpointing: bool = False
     workers: Count = 1

@@ -16,7 +16,7 @@ WORDS = ("a", "red", "green", "blue", "circle", "square", "on", "black", "white"
 TOKENS = 8  # start + six words + end
 PIXELS = 16  # the autoencoder has 2 levels: latents are 4 x 8 x 8
 
-SCHEDULE = {
+SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -46,8 +46,7 @@ def build_tokenizer() -> CLIPTokenizer:
     vocabulary |= {f"{letter}</w>": 26 + index for letter, index in vocabulary.items()}
     merges = []
     for word in WORDS:
-        *letters, last = word
-        pieces = [*letters, f"{last}</w>"]
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
         while len(pieces) > 1:
             merged = pieces[0] + pieces[1]
             if (pair := (pieces[0], pieces[1])) not in merges:

@@ -123,7 +123,8 @@ def paper_loss(learner: Learner, batch: Batch, policy: nn.Module, reference: nn.
     timesteps = (batch.level_B * 1000).long()
 
     def error(module: nn.Module) -> Tensor:
-        return ((module(noisy, timesteps, text).sample - target) ** 2).mean(dim=(1, 2, 3))
+        prediction: Tensor = module(noisy, timesteps, text).sample
+        return ((prediction - target) ** 2).mean(dim=(1, 2, 3))
 
     with torch.no_grad():
         reference_error = error(reference)
