@@ -46,7 +46,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kto_ray.cluster import connected, noisily
-from kto_ray.config import RunConfig
+from kto_ray.config import Label, RunConfig
 from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.statistics import EvaluationSummary
@@ -122,7 +122,6 @@ class _Loop:
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -177,8 +176,8 @@ class _Loop:
     async def _make_round(self, index: int, round_: Round, policy_version: int) -> None:
         config, policy = self.config, self.policies.resolve(policy_version)
         requests = round_requests(self.prompts, config.seed, round_.stage, index, config.generate.images_per_round)
-        bar = self.progress.add_task(f"round {index}: images", total=len(requests), note="")
-        labeled = self.progress.add_task(f"round {index}: verdicts", total=len(requests), note="")
+        bar = self.progress.add_task(f"round {index}: images", total=len(requests))
+        labeled = self.progress.add_task(f"round {index}: verdicts", total=len(requests))
         began, before = time.monotonic(), (self.generators.busy_seconds, self.pool.busy_seconds)
 
         if unjudged := [sample for sample in round_.samples() if sample.id not in round_.judged_ids]:
@@ -285,8 +284,8 @@ class _Loop:
 
     async def _train_round(self, index: int, round_: Round) -> None:
         verdicts = round_.verdicts()
-        train = self._worth_training(index, verdicts)
-        bar = self.progress.add_task(f"round {index}: train", total=None, note="")
+        train = worth_training(self.config.label, index, verdicts)
+        bar = self.progress.add_task(f"round {index}: train", total=None)
 
         async def show() -> None:
             while True:
@@ -305,22 +304,6 @@ class _Loop:
         round_.record_training(
             report.draws, {"policy_version": policy.version, "policy_digest": policy.digest, "figures": report.figures}
         )
-
-    def _worth_training(self, index: int, verdicts: Sequence[Verdict]) -> bool:
-        """Whether both classes are there; else what `label.on_one_class` says, said aloud."""
-        labels = Counter(verdict.label for verdict in verdicts)
-        if labels["desirable"] and labels["undesirable"]:
-            return True
-        counts = f"{labels['desirable']} desirable, {labels['undesirable']} undesirable, {labels['abstain']} abstained"
-        choice = self.config.label.on_one_class
-        if choice == "stop":
-            raise UserError(
-                f"round {index} has verdicts of one class only ({counts}): Diffusion-KTO needs both. "
-                f"Choose another label.threshold than {self.config.label.threshold:g} (in a new run), or let such "
-                "rounds pass with label.on_one_class=skip or =train. The round is sealed and kept."
-            )
-        logger.warning("round %d has verdicts of one class only (%s): %s", index, counts, choice)
-        return choice == "train"
 
     async def _evaluate(self, version: int) -> EvaluationSummary:
         with self.watch.measure("evaluate"):
@@ -344,3 +327,20 @@ class _Loop:
             f"{facts['abstained'] + facts['failed'] + facts['pending']} without verdict, {share}"
             f"generated in {facts['seconds/generate']:.0f} s, trained in {facts['seconds/train']:.0f} s{health}"
         )
+
+
+def worth_training(config: Label, index: int, verdicts: Sequence[Verdict]) -> bool:
+    """Whether both classes are there; else what `label.on_one_class` says, said aloud."""
+    labels = Counter(verdict.label for verdict in verdicts)
+    if labels["desirable"] and labels["undesirable"]:
+        return True
+    counts = f"{labels['desirable']} desirable, {labels['undesirable']} undesirable, {labels['abstain']} abstained"
+    choice = config.on_one_class
+    if choice == "stop":
+        raise UserError(
+            f"round {index} has verdicts of one class only ({counts}): Diffusion-KTO needs both. "
+            f"Choose another label.threshold than {config.threshold:g} (in a new run), or let such "
+            "rounds pass with label.on_one_class=skip or =train. The round is sealed and kept."
+        )
+    logger.warning("round %d has verdicts of one class only (%s): %s", index, counts, choice)
+    return choice == "train"
