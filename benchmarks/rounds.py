@@ -2,7 +2,7 @@
 
     python benchmarks/rounds.py [--quick]
 
-A repeat is one `run_online_kto` of a few small rounds on a Ray of its own, and the same rounds in this process, without
+A repeat is one job of a few small rounds, in a process and on a Ray of its own, and the same rounds in this process, without
 Ray (`plain_loop.py`): same images, same batches, same number of threads. Figures are means over the warm rounds, all
 but the first. The control plane's share is what is left of a round after the seconds in which a replica draws, the
 learner trains, and the scorers catch up with the last images: requests and samples on their way, Parquet, reading and
@@ -10,6 +10,8 @@ sealing the round, checkpoint, policy, digests, polling.
 """
 
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +20,16 @@ from typing import Any
 
 from measuring import Table, median_and_range, ratios, run_alone, threads
 from plain_loop import PlainLoop, PlainRound
-from rich.console import Console
 
-from kto_ray.config import RunConfig, load
-from kto_ray.loop import run_online_kto
+from kto_ray.config import RunConfig, load, to_yaml
 
 ROUNDS = 4
 IMAGES = 144
 OVERRIDES = (
     f"rounds={ROUNDS}",
     f"generate.images_per_round={IMAGES}",
+    "generate.min_replicas=1",  # busy seconds of several replicas overlap
+    "generate.max_replicas=1",
     "evaluate.max_prompts=8",  # before the first and after the last round; not part of any figure
     "evaluate.images_per_prompt=1",
     "cluster.address=local",
@@ -80,8 +82,14 @@ def measure(quick: bool) -> Table:
 
 
 def run_loop(config: RunConfig) -> list[dict[str, Any]]:
-    """Run the loop; returns its metrics rows, one a round."""
-    run_online_kto(config, Console(quiet=True))
+    """Run the loop; returns its metrics rows, one a round.
+
+    In a process of its own: Ray Serve leaves threads behind that trouble a second Ray in the same process.
+    """
+    recipe = Path(config.runs_folder) / "recipe.yaml"
+    recipe.write_text(to_yaml(config))
+    job = Path(__file__).parent.parent / "jobs" / "online_kto.py"
+    subprocess.run([sys.executable, job, "--recipe", recipe], check=True, capture_output=True)
     lines = (Path(config.runs_folder) / config.run / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["kind"] == "round"]
     return sorted(rows, key=lambda row: int(row["step"]))
