@@ -9,10 +9,11 @@ demo: .venv/installed
 	$(BIN)/python jobs/online_kto.py --recipe shapes_demo run=$(RUN)
 
 test: .venv/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 tests/unit
+	$(BIN)/pytest tests/integration tests/end_to_end
 
 unit: .venv/installed-dev
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest --numprocesses 2 tests/unit
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@
 Uses the prompts, seeds, sampler, scorer, batches and `Learner` of `kto_ray.loop`, so that a run of both makes the same
 images and trains on them in the same order. `rounds.py` times it, `ablation.py` compares settings with it.
 
-Left out: everything that is stored, failures, policy lag, and `label.on_one_class` (it always stops). Images are drawn
-in float32, in which the one U-Net of the process is trained.
+Left out: ensembles and thresholds other than absolute ones, everything that is stored, failures, policy lag, and
+`label.on_one_class` (it always stops). Images are drawn in float32, in which the one U-Net of the process is trained.
 
 Shape suffixes: N images; C, H, W channels, height, width of latents (CHW) and pixels (HWC).
 """
@@ -22,8 +22,9 @@ from kto_ray.diffusion.sampling import draw, use_scheduler
 from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import STAGE
 from kto_ray.evaluate.statistics import Interval, mean_interval, pass_rate
-from kto_ray.label.protocol import Scorer, load_plugin
-from kto_ray.label.scorers import SCORERS
+from kto_ray.label.protocol import Scorer
+from kto_ray.label.scorers import load_scorer
+from kto_ray.label.thresholds import Absolute
 from kto_ray.prompts import load_prompts, round_requests
 from kto_ray.records import SampleRequest
 from kto_ray.train.learner import RoundData
@@ -64,7 +65,10 @@ class PlainLoop:
         self.config = config
         self.learner = build_learner(config)
         use_scheduler(self.learner.family.pipeline, config.generate.scheduler)
-        self.scorer: Scorer = load_plugin("label.scorer", config.label.scorer, SCORERS)(**config.label.scorer_args)
+        ((name, settings),) = config.label.voting.items()  # one scorer
+        self.scorer: Scorer = load_scorer(settings.scorer or name)(**settings.args)
+        assert isinstance(config.label.threshold, Absolute)
+        self.threshold = config.label.threshold
         self.train_prompts = load_prompts("prompts.train", config.prompts.train)
         held_out = load_prompts("prompts.held_out", config.prompts.held_out)
         self.held_out_requests = [
@@ -88,10 +92,10 @@ class PlainLoop:
         generate_s = time.perf_counter() - began
 
         scores_N = self._score(pixels_NHWC, requests)
-        desirable_N = scores_N >= config.label.threshold
+        desirable_N = scores_N >= self.threshold.value
         if desirable_N.all() or not desirable_N.any():
             raise UserError(f"round {index}: {desirable_N.sum()} of {len(desirable_N)} images pass")
-        judged = np.abs(scores_N - config.label.threshold) >= config.label.abstain_below_margin
+        judged = np.abs(scores_N - self.threshold.value) >= self.threshold.dead_band
         order = [place for place in np.argsort([request.id for request in requests]) if judged[place]]  # the store's
         data = RoundData(
             index, latents_NCHW[order], [requests[place].prompt.text for place in order], desirable_N[order]
@@ -108,7 +112,7 @@ class PlainLoop:
         prompts = [request.prompt.id for request in self.held_out_requests]
         return PlainEvaluation(
             policy_version,
-            pass_rate(scores_N, prompts, self.config.label.threshold),
+            pass_rate(scores_N, prompts, self.threshold.value),
             mean_interval(scores_N, prompts),
         )
 

@@ -47,11 +47,13 @@ def main() -> int:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         return 2
     final, base = summary["final"], summary["base"]
-    console.print(
-        f"held-out images that pass: {base['pass_rate']:.1%} -> {final['pass_rate']:.1%}, "
-        f"win rate vs base {final['win_rate']:.1%}; {summary['images']} images drawn, "
-        f"{summary['seconds']['total']:.0f} s"
-    )
+    found = []
+    if "pass_rate" in base and "pass_rate" in final:  # a degenerate bar, or no scorer that votes, judges none
+        found.append(f"held-out images that pass: {base['pass_rate']:.1%} -> {final['pass_rate']:.1%}")
+    if "win_rate" in final:
+        found.append(f"win rate vs base {final['win_rate']:.1%}")
+    found.append(f"{summary['images']} images drawn in {summary['seconds']['total']:.0f} s")
+    console.print("; ".join(found), highlight=False)
     console.print(f"{settings.runs_folder}/{settings.run}/report.html", highlight=False)
     return 0
 

@@ -6,30 +6,32 @@ Extra keys are refused, with the nearest known key. `describe` prints the tree a
 `require_same` guards a run folder against being continued with another configuration. The text under a field is its
 documentation.
 """
+# ruff: noqa: RUF012  pydantic copies mutable defaults
 
 import difflib
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from kto_ray.errors import UserError
+from kto_ray.label.thresholds import (
+    Absolute,
+    Combination,
+    PromptQuantile,
+    Threshold,
+    WeightedSum,
+    as_combination,
+    as_threshold,
+)
+from kto_ray.section import Count, InnerShare, NonNegative, Positive, Section, Share
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A part of the tree: frozen, no extra keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class Model(Section):
@@ -41,6 +43,11 @@ class Model(Section):
     """Hub revision; a commit hash makes a run reproducible."""
     variant: str | None = None
     """Weight file variant, for instance "fp16"."""
+
+
+def _model(value: Any) -> Any:
+    """A name stands for the model of that name."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 class Prompts(Section):
@@ -55,8 +62,8 @@ class Prompts(Section):
 class Resources(Section):
     """What one actor of a role asks of the cluster."""
 
-    num_cpus: Annotated[float, Field(ge=0)] = 1
-    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_cpus: NonNegative = 1
+    num_gpus: NonNegative = 0
     """Fractions share one GPU."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Torch threads of an actor; 0: all cores of its machine when it has no GPU."""
@@ -66,6 +73,8 @@ class Generate(Section):
     """How images are sampled, and by how many Serve replicas."""
 
     images_per_round: Count = 512
+    images_per_prompt: Count = 1
+    """Images of one prompt in a round."""
     guidance_scale: Annotated[float, Field(ge=1)] = 7.5
     """Classifier-free guidance; 1 is none."""
     steps: Count = 50
@@ -96,39 +105,107 @@ class Generate(Section):
         return self
 
 
-class Label(Section):
-    """Who says yes or no. A scorer and a threshold by default."""
+class ScorerSettings(Section):
+    """One scorer and the pool of actors that run it."""
 
-    labeler: str = "scorer"
-    """"scorer", or the dotted path `package.module:Name` of a `Labeler`."""
-    labeler_args: dict[str, Any] = {}
-    scorer: str = "shapes"
-    """A built-in scorer, or the dotted path `package.module:Name` of a `Scorer`."""
-    scorer_args: dict[str, Any] = {}
-    threshold: float = 0.5
-    """A score at least this high is desirable."""
-    abstain_below_margin: Annotated[float, Field(ge=0)] = 0
-    """Scores closer to the threshold than this get no verdict."""
+    scorer: str | None = None
+    """A built-in scorer, or the dotted path `package.module:Name` of a `Scorer` or a function; None: the key under
+    which these settings stand, which is also the name that the scores are stored under."""
+    args: dict[str, Any] = {}
+    """Keyword arguments it is built with: checkpoint, device, dtype, ..."""
+    env: str | None = None
+    """Environment it runs in: a name of `kto-ray env list`, or the path of a Python; None: the job's own."""
+    held_out: bool = False
+    """Never used for verdicts, always reported: a second opinion on whether images get better."""
+    weight: Positive = 1
+    """In a weighted sum."""
+    mean: float = 0
+    std: Positive = 1
+    """A weighted sum with calibration "fixed" takes (score - mean) / std."""
+    threshold: Threshold | None = None
+    """Of this scorer's vote, when scorers vote; None: `label.threshold`."""
     min_actors: Count = 1
     max_actors: Count = 2
     """The pool grows while samples wait and shrinks when it idles."""
     resources: Resources = Resources(num_cpus=0.25, threads=1)
-    max_retries: Annotated[int, Field(ge=0)] = 3
-    """How often samples are handed to another actor when theirs died."""
+    max_retries: Annotated[int, Field(ge=0)] = 2
+    """How often a batch is handed to another actor when its own died or did not answer in time."""
     timeout_s: Positive = 600
-    """A batch unanswered for so long is counted as failed, and its actor replaced."""
-    max_failed_fraction: Share = 0.1
-    """A round with more failed scores stops the run, with the scorer's own error."""
-    deadline_s: Positive | None = None
-    """How long after its last image a round waits for verdicts before it is sealed without them; None: for ever."""
-    on_one_class: Literal["stop", "skip", "train"] = "stop"
-    """What to do with a round without desirable, or without undesirable, verdicts."""
+    """An actor that holds a batch for so long is killed and replaced."""
 
     @model_validator(mode="after")
-    def _actors_are_a_range(self) -> "Label":
+    def _actors_are_a_range(self) -> "ScorerSettings":
         if self.max_actors < self.min_actors:
             raise ValueError(f"max_actors ({self.max_actors}) must be at least min_actors ({self.min_actors})")
         return self
+
+
+class Watch(Section):
+    """The watch for reward hacking: scores that verdicts come from rise while those of held-out scorers fall."""
+
+    rounds: Annotated[int, Field(ge=3)] = 5
+    """Trends are taken over so many rounds."""
+    least_slope: NonNegative = 0.05
+    """Slopes up to this are chance: in standard deviations of the first round's scores, a round."""
+    action: Literal["warn", "stop", "off"] = "warn"
+
+
+def _scorers(value: Any) -> Any:
+    """A name, or a list of names, stands for scorers without settings; the last part of a dotted path is its key."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        scorers = {name.rpartition(":")[2]: {"scorer": name} if ":" in name else {} for name in value}
+        if len(scorers) < len(value):
+            raise ValueError("two scorers of one name; write a mapping of names of your choice to {scorer: ...}")
+        return scorers
+    if isinstance(value, dict):
+        return {name: {} if settings is None else settings for name, settings in value.items()}
+    return value
+
+
+class Label(Section):
+    """Who says yes or no. A scorer and a threshold by default."""
+
+    labeler: str = "threshold"
+    """"threshold", or the dotted path `package.module:Name` of a `Labeler`."""
+    labeler_args: dict[str, Any] = {}
+    scorers: Annotated[dict[str, ScorerSettings], BeforeValidator(_scorers)] = {"shapes": ScorerSettings()}
+    """Scorers by the name their scores are stored under. They run at the same time, each in its own pool."""
+    combine: Combination = WeightedSum()
+    """How several scorers come to one verdict."""
+    threshold: Threshold = Absolute(value=0.5)
+    """From scores to verdicts; a number is an absolute threshold."""
+    max_failed_fraction: Share = 0.1
+    """A round in which more samples fail stops the run, with the scorer's own error."""
+    deadline_s: Positive | None = None
+    """How long after its last image a round waits for verdicts before it is sealed without them; None: for ever."""
+    min_verdicts: Count = 2
+    """A round with fewer yes and no in all is treated like a round of one class."""
+    on_one_class: Literal["stop", "skip", "train", "widen"] = "stop"
+    """What to do with a round that has yes or no only, or too few of both: stop the run, skip its training, train on
+    what is there, or widen: let the round's median decide instead of the threshold (for scorers)."""
+    watch: Watch = Watch()
+
+    @model_validator(mode="after")
+    def _scorers_have_a_say(self) -> "Label":
+        if self.labeler == "threshold" and not self.voting:
+            raise ValueError("scorers must have at least one that is not held_out: verdicts come from it")
+        own = [name for name, settings in self.voting.items() if settings.threshold]
+        if own and isinstance(self.combine, WeightedSum):
+            raise ValueError(
+                f"scorers.{own[0]}.threshold would not be used: a weighted_sum has one threshold for all; "
+                "give it as label.threshold, or let the scorers vote with combine=agreement or =majority"
+            )
+        return self
+
+    @property
+    def voting(self) -> dict[str, ScorerSettings]:
+        return {name: settings for name, settings in self.scorers.items() if not settings.held_out}
+
+    @property
+    def held_out(self) -> list[str]:
+        return [name for name, settings in self.scorers.items() if settings.held_out]
 
 
 class Adapter(Section):
@@ -147,7 +224,7 @@ class Train(Section):
     beta: Positive = 5000
     utility: Literal["kahneman_tversky", "loss_averse", "risk_seeking"] = "kahneman_tversky"
     reference_point: Literal["batch_kl", "mismatched_kl", "class_mean", "zero"] = "batch_kl"
-    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    gamma: InnerShare = 0.8
     """Probability that a drawn training sample is desirable."""
     desirable_weight: Positive = 1
     undesirable_weight: Positive = 1
@@ -166,7 +243,7 @@ class Train(Section):
     decay: Literal["constant", "cosine"] = "constant"
     """How the learning rate goes on after the warm-up; "cosine" falls to 0 over `rounds` (and is stretched
     when a run is continued with more of them)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0
     max_grad_norm: Positive = 1
     adapter: Adapter = Adapter()
     device: Device = "auto"
@@ -235,6 +312,15 @@ class Cluster(Section):
     """Poll interval of Ray Train's controller; it bounds the overhead of a warm round."""
 
 
+class Replay(Section):
+    """Rounds of an earlier run, trained on anew before the run goes on with rounds of its own."""
+
+    run: str
+    """The folder of the earlier run: a local path or a URI."""
+    labels: str | None = None
+    """A label set that `kto-ray relabel` has made of it; None: its own verdicts."""
+
+
 class RunConfig(Section):
     """Everything that defines a run."""
 
@@ -246,7 +332,9 @@ class RunConfig(Section):
     rounds: Count = 10
     max_policy_lag: Annotated[int, Field(ge=0, le=1)] = 0
     """0: strictly on-policy. 1: the next round is generated while this one is trained."""
-    model: Annotated[Model, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Model()
+    replay: Replay | None = None
+    """Train on another run's rounds first."""
+    model: Annotated[Model, BeforeValidator(_model)] = Model()
     prompts: Prompts = Prompts()
     generate: Generate = Generate()
     label: Label = Label()
@@ -255,18 +343,45 @@ class RunConfig(Section):
     tracking: Tracking = Tracking()
     cluster: Cluster = Cluster()
 
+    @model_validator(mode="after")
+    def _prompt_quantiles_have_something_to_compare(self) -> "RunConfig":
+        thresholds = [self.label.threshold, *(settings.threshold for settings in self.label.scorers.values())]
+        if any(isinstance(threshold, PromptQuantile) for threshold in thresholds):
+            for field, images in (
+                ("generate.images_per_prompt", self.generate.images_per_prompt),
+                ("evaluate.images_per_prompt", self.evaluate.images_per_prompt),
+            ):
+                if images < 2:
+                    raise ValueError(f"{field} ({images}) must be at least 2 for a threshold of kind prompt_quantile")
+        if self.generate.images_per_round % self.generate.images_per_prompt:
+            raise ValueError(
+                f"generate.images_per_round ({self.generate.images_per_round}) must be a multiple of "
+                f"generate.images_per_prompt ({self.generate.images_per_prompt})"
+            )
+        return self
+
     @property
     def optimizer_steps_per_round(self) -> int:
         """If every image gets a verdict; fewer verdicts, fewer steps."""
         return steps_for(self.generate.images_per_round, self.train)
 
 
+SHORT_FORMS: dict[str, Callable[[Any], Any]] = {
+    "model": _model,
+    "label.scorers": _scorers,
+    "label.scorers.*.threshold": as_threshold,
+    "label.threshold": as_threshold,
+    "label.combine": as_combination,
+}
+"""Fields whose value may be shorter than the mapping it stands for; an override reaches into the mapping."""
+
 MAY_CHANGE_ON_RESUME = (
     *("rounds", "runs_folder", "evaluate.every", "evaluate.stop_at_pass_rate", "tracking", "cluster"),
     *("generate.resources", "generate.min_replicas", "generate.max_replicas"),
     *("generate.max_ongoing_requests", "generate.max_queued_requests"),
-    *("label.resources", "label.min_actors", "label.max_actors", "label.max_retries", "label.timeout_s"),
-    *("label.max_failed_fraction", "label.deadline_s", "label.on_one_class"),
+    *("label.scorers.*.resources", "label.scorers.*.min_actors", "label.scorers.*.max_actors"),
+    *("label.scorers.*.max_retries", "label.scorers.*.timeout_s", "label.scorers.*.env"),
+    *("label.max_failed_fraction", "label.deadline_s", "label.on_one_class", "label.min_verdicts", "label.watch"),
     *("train.resources", "train.workers", "train.micro_batch", "train.max_failures", "train.keep_checkpoints"),
 )
 """Fields in which a continued run may differ: how long, how watched, on what machines, and what to do in trouble.
@@ -286,7 +401,7 @@ def recipe_names() -> list[str]:
     )
 
 
-def load(recipe: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe, lay the overrides over it, check everything.
 
     Args:
@@ -296,27 +411,47 @@ def load(recipe: str | None = None, overrides: list[str] | tuple[str, ...] = ())
     Raises:
         UserError: names the field, the value and what would be right.
     """
-    tree = _read_recipe(recipe) if recipe else {}
+    return from_tree(_overlay(_read_recipe(recipe) if recipe else {}, overrides))
+
+
+def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with overrides laid over it; raises as `load`."""
+    return from_tree(_overlay(config.model_dump(mode="json"), overrides))
+
+
+def from_tree(tree: dict[str, Any]) -> RunConfig:
+    """Raises UserError, as `load`."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(detail) for detail in error.errors())) from error
+
+
+def _overlay(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator:
             raise UserError(f"override {override!r} is not of the form field=value, for instance rounds=3")
         keys = path.split(".")
         branch = tree
-        for key in keys[:-1]:
+        for depth, key in enumerate(keys[:-1], start=1):
             value = branch.get(key)
-            if isinstance(value, str) and key == "model":
-                value = {"name": value}
+            for field, written_out in SHORT_FORMS.items():
+                if _is(keys[:depth], field):
+                    value = written_out(value)
             branch[key] = value if isinstance(value, dict) else {}
             branch = branch[key]
         try:
             branch[keys[-1]] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"override {path}: {text!r} is not a YAML value: {error}") from error
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("\n".join(_explain(detail) for detail in error.errors())) from error
+    return tree
+
+
+def _is(keys: Sequence[str], field: str) -> bool:
+    """Whether keys lead to a field, in whose dotted name * stands for any one key."""
+    names = field.split(".")
+    return len(keys) == len(names) and all(name in ("*", key) for key, name in zip(keys, names, strict=True))
 
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
@@ -340,24 +475,50 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     return tree
 
 
+UNIONS = (Union, UnionType)
+
+
 def _explain(detail: Any) -> str:
     """One pydantic error in the words of this project."""
     location = [str(part) for part in detail["loc"]]
-    field = ".".join(location)
+    keys, section = _resolve(location[:-1])
+    field = ".".join(keys if get_origin(section) in UNIONS else [*keys, *location[-1:]])
     if detail["type"] == "extra_forbidden":
-        known = _fields_of(location[:-1])
+        known = list(section.model_fields)
         return f"unknown field {field!r}{_nearest(location[-1], known)}; known here: {', '.join(known)}"
+    if detail["type"] in ("union_tag_invalid", "model_attributes_type"):
+        known, kind = list(_kinds(_resolve(location)[1])), str(detail.get("ctx", {}).get("tag", detail["input"]))
+        return f"{field}: unknown kind {kind!r}{_nearest(kind, known)}; known: {', '.join(known)}"
     message = detail["msg"].removeprefix("Value error, ")
     given = "" if detail["type"] == "value_error" else f" (given: {detail['input']!r})"
     return f"{field}: {message}{given}" if field else message
 
 
-def _fields_of(location: list[str]) -> list[str]:
-    section: Any = RunConfig
-    for key in location:
-        annotation = section.model_fields[key].annotation
-        section = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, Section))
-    return list(section.model_fields)
+def _resolve(location: list[str]) -> tuple[list[str], Any]:
+    """The keys that a user wrote, and the type they lead to; pydantic also names the kind that it chose."""
+    keys: list[str] = []
+    here: Any = RunConfig
+    for part in location:
+        if get_origin(here) in UNIONS:
+            here = _kinds(here)[part]
+            continue
+        keys.append(part)
+        here = _bare(get_args(here)[1] if get_origin(here) is dict else here.model_fields[part].annotation)
+    return keys, here
+
+
+def _kinds(union: Any) -> dict[str, type[Section]]:
+    return {section.model_fields["kind"].default: section for section in get_args(union)}
+
+
+def _bare(annotation: Any) -> Any:
+    """Without Annotated, and without None."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
+    if get_origin(annotation) in UNIONS:
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        return _bare(members[0]) if len(members) == 1 else annotation
+    return annotation
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -392,16 +553,16 @@ def require_same(config: RunConfig, saved: RunConfig) -> None:
     """Raises UserError when a run folder was begun with a configuration that differs where it must not."""
     differences = []
 
-    def compare(new: Any, old: Any, path: str) -> None:
-        if path in MAY_CHANGE_ON_RESUME:
+    def compare(new: Any, old: Any, *keys: str) -> None:
+        if any(_is(keys, field) for field in MAY_CHANGE_ON_RESUME):
             return
         if isinstance(new, dict) and isinstance(old, dict) and new.keys() == old.keys():
             for key in new:
-                compare(new[key], old[key], f"{path}.{key}" if path else key)
+                compare(new[key], old[key], *keys, key)
         elif new != old:
-            differences.append(f"  {path}: the run has {old!r}, this command says {new!r}")
+            differences.append(f"  {'.'.join(keys)}: the run has {old!r}, this command says {new!r}")
 
-    compare(config.model_dump(mode="json"), saved.model_dump(mode="json"), "")
+    compare(config.model_dump(mode="json"), saved.model_dump(mode="json"))
     if differences:
         raise UserError(
             f"run {config.run!r} was begun with another configuration:\n" + "\n".join(differences) + "\n"

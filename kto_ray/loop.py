@@ -6,8 +6,8 @@
       [ generate ]  generate/client.py -> Serve replicas            <-------------------+
            | samples, as they are drawn                                                 |
            v                                                                            |
-       [ label ]    label/ -> scorer actors, or people                                  |
-           | judgements, as they come                                                   |
+       [ label ]    label/ -> scorer actors, then thresholds, or people                 |
+           | scores and verdicts, as they come                                          |
            v                                                                            |
        [ round ]    rounds.py: Parquet, sealed by its manifest                          |
            |                                                                            |
@@ -26,7 +26,7 @@ round trains. `_train_rounds` trains on sealed rounds in order and evaluates. Wh
 
     state of round r   waits for                         ended by
     OPEN               policy r - lag                    _train_rounds, publishing it
-    OPEN               samples, judgements               replicas, labeler (or label.deadline_s)
+    OPEN               samples, scores, verdicts         replicas, scorers, labeler (or label.deadline_s)
     SEALED             the workers (round r - 1 done)    Ray Train
     TRAINED            nothing: training.json is there
 
@@ -42,29 +42,36 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from kto_ray.cluster import connected, noisily
 from kto_ray.config import Label, RunConfig
 from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import Evaluation
+from kto_ray.evaluate.hacking import suspicion_of
+from kto_ray.evaluate.pictures import picture_figures
 from kto_ray.evaluate.statistics import EvaluationSummary
 from kto_ray.evaluate.summary import evaluation_row, write_results
 from kto_ray.generate.client import Generators
-from kto_ray.label.pool import ScorerPool
+from kto_ray.label.pool import Scorers, require_scored
 from kto_ray.label.protocol import Labeler
-from kto_ray.label.scorer_labeler import make_labeler
+from kto_ray.label.threshold_labeler import make_labeler, one_sided
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight
 from kto_ray.prompts import round_requests
-from kto_ray.records import Verdict
+from kto_ray.records import Sample, Score, Verdict
+from kto_ray.relabel import Replayed
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask
 from kto_ray.train.job import Training
 
 logger = logging.getLogger(__name__)
+
+NOT_FIGURES = ("files", "stage", "labeler", "replayed_from")
+"""What else a round's manifest holds."""
 
 
 def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
@@ -108,9 +115,10 @@ class _Loop:
         self.policies = PolicyStore(self.run_storage)
         self.metrics = Metrics(config, self.run_storage)
         self.generators = Generators(config, self.run_storage)
-        self.pool = ScorerPool(config)
-        self.labeler: Labeler = make_labeler(config.label, self.pool)
+        self.scorers = Scorers(config.label, config.cluster)
+        self.labeler: Labeler = make_labeler(config.label)
         self.training = Training(config, self.run_storage)
+        self.replayed = Replayed(config.replay, config) if config.replay else None
         self.evaluation = Evaluation(config, self.run_storage, preflight.held_out_prompts)
         self.policies.publish_base(preflight.reference_digest)
 
@@ -133,7 +141,7 @@ class _Loop:
             with self.watch.measure("startup"):
                 # Training starts while the generators do: both spend their first seconds on imports.
                 self.training.start()
-                await asyncio.gather(self.generators.start(), self.pool.start(), self.labeler.start())
+                await asyncio.gather(self.generators.start(), self.scorers.start(), self.labeler.start(self._memory()))
             with self.progress:
                 making = asyncio.create_task(self._make_rounds())
                 training = asyncio.create_task(self._train_rounds())
@@ -146,7 +154,7 @@ class _Loop:
             await self.training.close()
         finally:
             await self.labeler.close()
-            self.pool.close()
+            self.scorers.close()
             self.generators.close()
             self.metrics.close()
         self.watch.seconds["total"] = time.monotonic() - began
@@ -159,7 +167,10 @@ class _Loop:
     async def _make_rounds(self) -> None:
         for index in range(self.config.rounds):
             round_ = self.rounds.round(index)
-            if not round_.sealed:
+            if not round_.sealed and self.replayed and index < self.replayed.rounds:
+                await asyncio.to_thread(self.replayed.fill, index, round_)
+                await self._seal(index, round_, {"replayed_from": str(self.replayed.run)})
+            elif not round_.sealed:
                 policy_version = max(0, index - self.config.max_policy_lag)
                 if not await self._until_published(policy_version):
                     return
@@ -173,66 +184,82 @@ class _Loop:
             await self.published.wait_for(lambda: self.stopped or version in self.policies.versions())
         return not self.stopped
 
+    def _memory(self) -> dict[str, Any]:
+        """What the labeler kept with the last sealed round."""
+        sealed = [round_ for round_ in self.rounds.rounds() if round_.sealed]
+        memory: dict[str, Any] = sealed[-1].manifest["labeler"] if sealed else {}
+        return memory
+
     async def _make_round(self, index: int, round_: Round, policy_version: int) -> None:
         config, policy = self.config, self.policies.resolve(policy_version)
-        requests = round_requests(self.prompts, config.seed, round_.stage, index, config.generate.images_per_round)
-        bar = self.progress.add_task(f"round {index}: images", total=len(requests))
-        labeled = self.progress.add_task(f"round {index}: verdicts", total=len(requests))
-        began, before = time.monotonic(), (self.generators.busy_seconds, self.pool.busy_seconds)
-
-        if unjudged := [sample for sample in round_.samples() if sample.id not in round_.judged_ids]:
-            await self.labeler.submit(unjudged)  # drawn before a crash, not judged then
-        collecting = asyncio.create_task(self._collect(round_, len(requests), labeled))
+        images, deadline_s = config.generate.images_per_round, config.label.deadline_s
+        requests = round_requests(
+            self.prompts, config.seed, round_.stage, index, images, config.generate.images_per_prompt
+        )
+        began, before = time.monotonic(), (self.generators.busy_seconds, self.scorers.busy_seconds)
+        stations = ("images", "scores", "verdicts")
+        bars = [self.progress.add_task(f"round {index}: {what}", total=images) for what in stations]
+        collecting = asyncio.create_task(self._collect(round_, images, bars))
+        scoring: set[asyncio.Task[None]] = set()
         try:
-            self.progress.update(bar, completed=len(round_.sample_ids))
+            if drawn_before := round_.samples():
+                # A crash interrupted this round. A threshold needs all of it; verdicts that are there already stay.
+                scoring.add(asyncio.create_task(self._score(round_, drawn_before, bars)))
             async for samples in self.generators.stream(round_.missing(requests), policy):
                 round_.add_samples(samples)
-                await self.labeler.submit(samples)
-                self.progress.update(bar, completed=len(round_.sample_ids))
-                if collecting.done():
-                    collecting.result()
+                scoring.add(asyncio.create_task(self._score(round_, samples, bars)))
+                self._show(round_, bars)
+                for task in {collecting, *scoring}:
+                    if task.done():
+                        task.result()
             drawn = time.monotonic()
-            await self.labeler.finish(round_.stage)
             async with noisily(f"verdicts on round {index}", config.cluster):
-                await asyncio.wait({collecting}, timeout=config.label.deadline_s)
-            if collecting.done():
-                collecting.result()
+                await _done(scoring, deadline_s)
+                await self.labeler.finish(round_.stage)
+                # Past the deadline there is still a moment for what the labeler can say at once.
+                await _done({collecting}, deadline_s and max(1.0, drawn + deadline_s - time.monotonic()))
         finally:
-            collecting.cancel()
-            self.progress.remove_task(bar)
-            self.progress.remove_task(labeled)
-        self._seal(
+            for task in (collecting, *scoring):
+                task.cancel()
+            await asyncio.gather(collecting, *scoring, return_exceptions=True)
+            for bar in bars:
+                self.progress.remove_task(bar)
+        self.scorers.shrink()
+        await self._seal(
             index,
             round_,
             {
                 "seconds/generate": drawn - began,
                 "seconds/label": time.monotonic() - drawn,  # what labeling took beyond the last image
                 "busy/generate": self.generators.busy_seconds - before[0],
-                "busy/label": self.pool.busy_seconds - before[1],
+                "busy/label": self.scorers.busy_seconds - before[1],
             },
         )
 
-    async def _collect(self, round_: Round, expected: int, bar: Any) -> None:
-        """Store judgements as they come, until every sample of the round has one."""
-        while len(round_.judged_ids & round_.sample_ids) < expected:
-            judgements = await self.labeler.collect()
-            round_.add_judgements(
-                [score for judgement in judgements for score in judgement.scores],
-                [judgement.verdict for judgement in judgements if judgement.verdict],
-            )
-            self.progress.update(bar, completed=len(round_.judged_ids))
+    async def _score(self, round_: Round, samples: Sequence[Sample], bars: Sequence[TaskID]) -> None:
+        """Score samples (again only what a crash left unscored), store the scores, and hand both to the labeler."""
+        ids = {sample.id for sample in samples}
+        known = [score for score in round_.scores() if score.sample_id in ids] if ids & round_.scored_ids else []
+        scores = await self.scorers.score(samples, known)
+        round_.add_scores(scores)
+        self._show(round_, bars)
+        require_scored(self.config.label, round_.stage, round_.failures, self.config.generate.images_per_round)
+        await self.labeler.submit(samples, [*known, *scores])
 
-    def _seal(self, index: int, round_: Round, seconds: dict[str, float]) -> None:
-        verdicts, scores, samples = round_.verdicts(), round_.scores(), round_.samples()
-        labels = Counter(verdict.label for verdict in verdicts)
-        failed = [score for score in scores if score.value is None]
-        values = [score.value for score in scores if score.value is not None]
-        if len(failed) > self.config.label.max_failed_fraction * len(samples):
-            raise UserError(
-                f"round {index}: {len(failed)} of {len(samples)} samples could not be scored, more than "
-                f"label.max_failed_fraction ({self.config.label.max_failed_fraction:g}) allows; the scorer's first "
-                f"error: {failed[0].error}"
-            )
+    async def _collect(self, round_: Round, expected: int, bars: Sequence[TaskID]) -> None:
+        """Store verdicts as they come, until every sample of the round has one."""
+        while len(round_.judged_ids & round_.sample_ids) < expected:
+            round_.add_verdicts(await self.labeler.collect())
+            self._show(round_, bars)
+
+    def _show(self, round_: Round, bars: Sequence[TaskID]) -> None:
+        for bar, ids in zip(bars, (round_.sample_ids, round_.scored_ids, round_.judged_ids), strict=True):
+            self.progress.update(bar, completed=len(ids & round_.sample_ids))
+
+    async def _seal(self, index: int, round_: Round, more: dict[str, Any]) -> None:
+        samples = round_.samples()
+        pixels_NHWC = np.stack([sample.pixels_HWC for sample in samples])
+        labels = Counter(verdict.label for verdict in round_.verdicts())
         facts = {
             "round": index,
             "policy_version": samples[0].policy.version,
@@ -240,16 +267,14 @@ class _Loop:
             "desirable": labels["desirable"],
             "undesirable": labels["undesirable"],
             "abstained": labels["abstain"],
-            "failed": len(failed),
+            "failed": labels["failed"],
             "pending": len(round_.sample_ids - round_.judged_ids),
-            **seconds,
+            **score_figures(round_.scores()),
+            **await asyncio.to_thread(picture_figures, pixels_NHWC),
+            **self.labeler.figures(round_.stage),
+            **more,
         }
-        if values:
-            facts |= {
-                "score_mean": sum(values) / len(values),
-                "pass_rate": sum(value >= self.config.label.threshold for value in values) / len(values),
-            }
-        round_.seal(**facts)
+        round_.seal(**facts, labeler=dict(self.labeler.memory()))
 
     # -- train, publish, evaluate ---------------------------------------------------------------------------------
 
@@ -260,8 +285,10 @@ class _Loop:
             round_ = await self._until_sealed(index)
             if not round_.trained:
                 await self._train_round(index, round_)
-            facts = {name: value for name, value in round_.manifest.items() if name not in ("files", "stage")}
+            facts = {name: value for name, value in round_.manifest.items() if name not in NOT_FIGURES}
             facts |= round_.storage.read_json("training.json")["figures"]
+            passes = self.evaluation.pass_rate(round_.prompt_ids(), round_.scores())
+            facts |= {"pass_rate": passes} if passes is not None else {}
             self.metrics.log("round", index, facts | {"seconds/round": time.monotonic() - round_began})
             version = index + 1
             last = version == self.config.rounds
@@ -271,6 +298,8 @@ class _Loop:
                 goal = self.config.evaluate.stop_at_pass_rate
                 if goal is not None and summary.pass_rate.value >= goal:
                     self.stopped = last = True
+            if not last and self._suspicious(index):
+                self.stopped = last = True
             async with self.published:
                 self.published.notify_all()
             if last:
@@ -307,14 +336,22 @@ class _Loop:
 
     async def _evaluate(self, version: int) -> EvaluationSummary:
         with self.watch.measure("evaluate"):
-            summary = await self.evaluation.run_for(self.policies.resolve(version), self.generators, self.pool)
+            summary = await self.evaluation.run_for(self.policies.resolve(version), self.generators, self.scorers)
         self.metrics.log("evaluation", version, evaluation_row(summary))
         win = f", win rate vs base {summary.win_rate.value:.0%}" if summary.win_rate else ""
-        self.console.print(
-            f"  policy {version}: {summary.pass_rate.value:.1%} of {summary.images} held-out images pass, "
-            f"mean score {summary.mean_score.value:.3f}{win}"
-        )
+        passes, mean = summary.pass_rate.value, summary.mean_score.value
+        found = f"{passes:.1%} pass, mean score {mean:.3f}{win}" if summary.pass_rate.used else "none judged"
+        self.console.print(f"  policy {version}: of {summary.images} held-out images {found}")
         return summary
+
+    def _suspicious(self, index: int) -> bool:
+        """Say so when images seem to get better for the voting scorers only; whether the run has to end therefore."""
+        # A continued run has rows of later rounds, too, and must stop where it would have stopped.
+        rows = [row for row in self.metrics.of("round") if row["step"] <= index]
+        doubt = suspicion_of(self.config.label, rows)
+        if doubt:
+            self.console.print(doubt, style="yellow", markup=False, highlight=False)
+        return doubt is not None and self.config.label.watch.action == "stop"
 
     def _say_round(self, facts: dict[str, Any]) -> None:
         share = f"{facts['pass_rate']:.1%} pass, " if "pass_rate" in facts else ""
@@ -325,22 +362,49 @@ class _Loop:
         self.console.print(
             f"round {facts['round']}: {facts['desirable']} yes, {facts['undesirable']} no, "
             f"{facts['abstained'] + facts['failed'] + facts['pending']} without verdict, {share}"
-            f"generated in {facts['seconds/generate']:.0f} s, trained in {facts['seconds/train']:.0f} s{health}"
+            f"generated in {facts.get('seconds/generate', 0):.0f} s, trained in {facts['seconds/train']:.0f} s{health}"
         )
+
+
+async def _done(tasks: set["asyncio.Task[None]"], timeout_s: float | None) -> None:
+    """Wait for tasks, up to a time; raises the first error of theirs."""
+    if tasks:
+        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+
+
+def score_figures(scores: Sequence[Score]) -> dict[str, float]:
+    """Mean and standard deviation of every scorer's scores, and how many it failed to give, if any."""
+    figures: dict[str, float] = {}
+    for name in sorted({score.scorer for score in scores}):
+        values = [score.value for score in scores if score.scorer == name and score.value is not None]
+        if values:
+            figures |= {f"score/{name}": float(np.mean(values)), f"score_std/{name}": float(np.std(values))}
+        if failed := sum(score.scorer == name and score.value is None for score in scores):
+            figures[f"score_failed/{name}"] = failed
+    return figures
 
 
 def worth_training(config: Label, index: int, verdicts: Sequence[Verdict]) -> bool:
-    """Whether both classes are there; else what `label.on_one_class` says, said aloud."""
+    """Whether there are enough verdicts of both classes; else what `label.on_one_class` says, said aloud.
+
+    Raises:
+        UserError: `label.on_one_class` is "stop".
+    """
     labels = Counter(verdict.label for verdict in verdicts)
-    if labels["desirable"] and labels["undesirable"]:
+    if not one_sided(config, labels):
         return True
-    counts = f"{labels['desirable']} desirable, {labels['undesirable']} undesirable, {labels['abstain']} abstained"
+    yes, no = labels["desirable"], labels["undesirable"]
+    what = "verdicts of one class only" if not yes or not no else f"fewer verdicts than {config.min_verdicts}"
+    counts = f"{yes} desirable, {no} undesirable, {labels['abstain']} abstained, {labels['failed']} failed"
     choice = config.on_one_class
     if choice == "stop":
         raise UserError(
-            f"round {index} has verdicts of one class only ({counts}): Diffusion-KTO needs both. "
-            f"Choose another label.threshold than {config.threshold:g} (in a new run), or let such "
-            "rounds pass with label.on_one_class=skip or =train. The round is sealed and kept."
+            f"round {index} has {what} ({counts}): Diffusion-KTO needs both. Choose another label.threshold than "
+            f"{config.threshold} (in a new run), or let such rounds pass with label.on_one_class=skip, =train or "
+            "=widen. The round is sealed and kept."
         )
-    logger.warning("round %d has verdicts of one class only (%s): %s", index, counts, choice)
-    return choice == "train"
+    train = choice in ("train", "widen") and yes + no > 0
+    logger.warning("round %d has %s (%s): %s", index, what, counts, "trained on all the same" if train else "skipped")
+    return train

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kto_ray.config import RunConfig, implied, require_same, to_yaml
 from kto_ray.diffusion import source
 from kto_ray.errors import UserError
+from kto_ray.label.environments import interpreter
 from kto_ray.label.protocol import LABELERS, load_plugin
-from kto_ray.label.scorers import SCORERS
+from kto_ray.label.scorers import load_scorer
 from kto_ray.prompts import load_prompts
 from kto_ray.records import Prompt
+from kto_ray.relabel import Replayed, saved_config
 from kto_ray.storage import Storage
 
 
@@ -40,9 +40,7 @@ class Preflight:
                 f"prompts.held_out: {len(both)} of its prompts are trained on, too, for instance {sorted(both)[0]!r}; "
                 "held-out prompts must not be in prompts.train"
             )
-        load_plugin("label.scorer", config.label.scorer, SCORERS)
-        if config.label.labeler not in LABELERS:
-            load_plugin("label.labeler", config.label.labeler, LABELERS)
+        _check_label(config)
         folder = source.resolve(config.model)
         source.check(folder, config.model.variant)
         _check_scheduler(config, folder)
@@ -56,11 +54,22 @@ class Preflight:
 
 def _saved(run: Storage) -> RunConfig:
     try:
-        return RunConfig.model_validate(yaml.safe_load(run.read("config.yaml")))
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"run: {run}/config.yaml is not a configuration of this version, give another `run` name: {error}"
-        ) from error
+        return saved_config(run)
+    except UserError as error:
+        raise UserError(f"{error}\nGive another `run` name to begin a new one.") from error
+
+
+def _check_label(config: RunConfig) -> None:
+    for name, settings in config.label.scorers.items():
+        load_scorer(settings.scorer or name, f"label.scorers.{name}")
+        try:
+            if settings.env:
+                interpreter(settings.env)
+        except UserError as error:
+            raise UserError(f"label.scorers.{name}.env: {error}") from error
+    load_plugin("label.labeler", config.label.labeler, LABELERS)
+    if config.replay:
+        Replayed(config.replay, config)
 
 
 def _check_scheduler(config: RunConfig, folder: Path) -> None:
@@ -96,6 +105,7 @@ def describe(config: RunConfig) -> str:
     train = load_prompts("prompts.train", config.prompts.train)
     held_out = load_prompts("prompts.held_out", config.prompts.held_out)
     facts = {"prompts": f"{len(train)} for training, {len(held_out)} held out", **implied(config, len(held_out))}
+    _check_label(config)
     folder = source.local_folder(config.model)
     if folder is None:
         facts["disk"] = "unknown until the model is downloaded"

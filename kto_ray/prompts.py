@@ -68,14 +68,17 @@ def _parse(line: str, where: str) -> Prompt:
 
 
 def round_requests(
-    prompts: Sequence[Prompt], run_seed: int, stage: str, round_index: int, images: int
+    prompts: Sequence[Prompt], run_seed: int, stage: str, round_index: int, images: int, images_per_prompt: int = 1
 ) -> list[SampleRequest]:
     """The images of one round: the prompt set in a circle, going on where the last round ended.
 
     Deterministic in its arguments; several images of one prompt differ by index and so by seed.
     """
-    start = round_index * images
+    turns = images // images_per_prompt
     return [
-        SampleRequest.make(run_seed, stage, prompts[place % len(prompts)], place // len(prompts))
-        for place in range(start, start + images)
+        SampleRequest.make(
+            run_seed, stage, prompts[turn % len(prompts)], turn // len(prompts) * images_per_prompt + number
+        )
+        for turn in range(round_index * turns, (round_index + 1) * turns)
+        for number in range(images_per_prompt)
     ]

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-Label = Literal["desirable", "undesirable", "abstain"]
-LABELS: tuple[Label, ...] = ("desirable", "undesirable", "abstain")
+Label = Literal["desirable", "undesirable", "abstain", "failed"]
+LABELS: tuple[Label, ...] = ("desirable", "undesirable", "abstain", "failed")
 
 
 def derive_seed(*parts: object) -> int:
@@ -91,7 +91,10 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a labeler says of a sample. `rule` says how it came to it, for instance "shapes@1 >= 0.5"."""
+    """What a labeler says of a sample; "failed": that nothing could be found out, which is never trained on.
+
+    `rule` says how it came to it, for instance "absolute@1(value=0.5, dead_band=0): shapes >= 0.5".
+    """
 
     sample_id: str
     label: Label

@@ -10,6 +10,8 @@ the seal may be repeated. Evaluations are stored in the same way, under `evaluat
 """
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,14 @@ from kto_ray.records import (
     verdicts_to_table,
 )
 from kto_ray.storage import Storage
+
+
+def by_sample(scores: Iterable[Score]) -> dict[str, dict[str, Score]]:
+    """Scores by sample id and scorer."""
+    table: dict[str, dict[str, Score]] = {}
+    for score in scores:
+        table.setdefault(score.sample_id, {})[score.scorer] = score
+    return table
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,10 @@ class Round:
     def __init__(self, storage: Storage, stage: str) -> None:
         self.storage, self.stage = storage, stage
         self.sample_ids = set(self._ids("samples"))
-        self.scored_ids = {score.sample_id for score in self.scores()}
-        self.judged_ids = {verdict.sample_id for verdict in self.verdicts()} | {
-            score.sample_id for score in self.scores() if score.value is None
-        }
+        scores = self.scores()
+        self.scored = {(score.sample_id, score.scorer) for score in scores}
+        self.failures = [score for score in scores if score.value is None]
+        self.judged_ids = {verdict.sample_id for verdict in self.verdicts()}
         self.sealed = storage.exists("manifest.json")
 
     def _parts(self, kind: str) -> list[str]:
@@ -84,7 +94,8 @@ class Round:
     def _add(self, kind: str, table: pa.Table) -> None:
         if self.sealed:
             raise RuntimeError(f"{self.storage} is sealed, {kind} cannot be added")
-        name = hashlib.sha256("".join(table["sample_id"].to_pylist()).encode()).hexdigest()[:16]
+        keys = [table[name].to_pylist() for name in ("sample_id", "scorer") if name in table.column_names]
+        name = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
         self.storage.write_table(f"{kind}/{name}.parquet", table)
 
     def missing(self, requests: Iterable[SampleRequest]) -> list[SampleRequest]:
@@ -97,30 +108,41 @@ class Round:
             self._add("samples", samples_to_table(list(new.values())))
             self.sample_ids |= new.keys()
 
-    def add_judgements(self, scores: Sequence[Score], verdicts: Sequence[Verdict]) -> None:
-        """Store scores and verdicts; samples already scored or judged keep their first judgement.
-
-        Verdicts last: a sample that was scored when the process died is labeled again, one with a verdict is not.
-        """
+    def add_scores(self, scores: Sequence[Score]) -> None:
+        """Store scores; a sample already scored by the same scorer keeps its first score."""
         firsts = {(score.sample_id, score.scorer): score for score in reversed(scores)}
-        if new_scores := [score for score in firsts.values() if score.sample_id not in self.scored_ids]:
-            self._add("scores", scores_to_table(new_scores))
-        first_verdicts = {verdict.sample_id: verdict for verdict in reversed(verdicts)}
-        if new_verdicts := [v for v in first_verdicts.values() if v.sample_id not in self.judged_ids]:
-            self._add("verdicts", verdicts_to_table(new_verdicts))
-        self.scored_ids.update(score.sample_id for score in new_scores)
-        self.judged_ids.update(verdict.sample_id for verdict in new_verdicts)
-        self.judged_ids.update(score.sample_id for score in new_scores if score.value is None)
+        if new := {key: score for key, score in firsts.items() if key not in self.scored}:
+            self._add("scores", scores_to_table(list(new.values())))
+            self.scored |= new.keys()
+            self.failures += [score for score in new.values() if score.value is None]
+
+    @property
+    def scored_ids(self) -> set[str]:
+        """Samples with a score, or a failed one, of any scorer."""
+        return {sample_id for sample_id, _ in self.scored}
+
+    def add_verdicts(self, verdicts: Sequence[Verdict]) -> None:
+        """Store verdicts; a sample already judged keeps its first verdict."""
+        firsts = {verdict.sample_id: verdict for verdict in reversed(verdicts)}
+        if new := {sample_id: verdict for sample_id, verdict in firsts.items() if sample_id not in self.judged_ids}:
+            self._add("verdicts", verdicts_to_table(list(new.values())))
+            self.judged_ids |= new.keys()
 
     def samples(self) -> list[Sample]:
         """All samples, in the order of their ids, whatever order they came in."""
         parts = [table_to_samples(self.storage.read_table(part)) for part in self._parts("samples")]
         return sorted((sample for part in parts for sample in part), key=lambda sample: sample.id)
 
+    def prompt_ids(self) -> dict[str, str]:
+        """Prompt id by sample id, in the order of `samples`, without reading latents and pixels."""
+        tables = [self.storage.read_table(part, ["sample_id", "prompt_id"]) for part in self._parts("samples")]
+        return dict(sorted((row["sample_id"], row["prompt_id"]) for table in tables for row in table.to_pylist()))
+
     def scores(self) -> list[Score]:
         tables = [self.storage.read_table(part) for part in self._parts("scores")]
         return sorted(
-            table_to_scores(pa.concat_tables([SCORE_SCHEMA.empty_table(), *tables])), key=lambda s: s.sample_id
+            table_to_scores(pa.concat_tables([SCORE_SCHEMA.empty_table(), *tables])),
+            key=lambda score: (score.sample_id, score.scorer),
         )
 
     def verdicts(self) -> list[Verdict]:
@@ -191,9 +213,15 @@ class RoundStore:
 
         Those with a verdict, made by a policy at most `max_policy_lag` versions older than `policy_version`, in the
         order of their ids. Samples of earlier rounds whose verdict came late are fetched from there; a sample that
-        got a verdict in an earlier round already keeps that one and is not trained on again.
+        got a verdict in an earlier round already keeps that one and is not trained on again. In a replayed round
+        ("replayed_from" in its manifest) whatever policy made a sample will do: that is what replaying means.
         """
-        desirable = {v.sample_id: v.label == "desirable" for v in self.round(index).verdicts() if v.label != "abstain"}
+        replayed = "replayed_from" in self.round(index).manifest
+        desirable = {
+            verdict.sample_id: verdict.label == "desirable"
+            for verdict in self.round(index).verdicts()
+            if verdict.label in ("desirable", "undesirable")
+        }
         stages = {sample_id.rpartition("-")[0] for sample_id in desirable}
         homes = [int(stage.removeprefix("round-")) for stage in sorted(stages)]
         for earlier in range(min(homes, default=index), index):
@@ -203,28 +231,26 @@ class RoundStore:
             sample
             for home in homes
             for sample in self.round(home).samples()
-            if sample.id in desirable and policy_version - sample.policy.version <= max_policy_lag
+            if sample.id in desirable and (replayed or policy_version - sample.policy.version <= max_policy_lag)
         ]
         return samples, [desirable[sample.id] for sample in samples]
 
     def ledger(self) -> Ledger:
         """Adds up all rounds from their tables alone."""
         labels: dict[str, str] = {}
-        scored, failed, generated, trained = set[str](), set[str](), set[str](), list[str]()
+        generated, trained = set[str](), list[str]()
         for round_ in self.rounds():
             generated |= round_.sample_ids
             labels = {verdict.sample_id: verdict.label for verdict in round_.verdicts()} | labels
-            for score in round_.scores():
-                (scored if score.value is not None else failed).add(score.sample_id)
             trained += round_.trained_ids()
-        failed -= labels.keys()
+        became = Counter(labels.values())
         counts = np.unique(trained, return_counts=True)[1]
         return Ledger(
             generated=len(generated),
-            labeled=sum(label != "abstain" for label in labels.values()),
-            abstained=sum(label == "abstain" for label in labels.values()),
-            failed=len(failed),
-            pending=len(generated - labels.keys() - failed),
+            labeled=became["desirable"] + became["undesirable"],
+            abstained=became["abstain"],
+            failed=became["failed"],
+            pending=len(generated - labels.keys()),
             trained=len(counts),
             trained_twice=int((counts > 1).sum()),
         )

@@ -1,7 +1,10 @@
 """Fixtures of all tests. Heavy libraries are imported by the fixtures that need them."""
 
+import json
 import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +34,25 @@ def tiny_folder(request: pytest.FixtureRequest) -> Path:
     """Both of them, one after the other."""
     folder: Path = request.getfixturevalue(f"tiny_{request.param}_folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def scorer_arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Arguments of `image_reward` and `hpsv2`: random checkpoints, written in their environments.
+
+    The environments are built under $KTO_RAY_ENVS, or else in .envs of this checkout, and stay there.
+    """
+    os.environ.setdefault("KTO_RAY_ENVS", str(Path(__file__).parents[1] / ".envs"))
+    from rich.console import Console
+
+    from kto_ray.label import environments
+
+    arguments = {}
+    for name in environments.ENVIRONMENTS:
+        folder = tmp_path_factory.mktemp(name)
+        write = f"import json, pathlib; from kto_ray.label.scorers.{name} import random_checkpoint; "
+        write += f"print(json.dumps(random_checkpoint(pathlib.Path({str(folder)!r}))))"
+        python = environments.build(name, Console())
+        done = subprocess.run([python, "-I", "-c", write], stdout=subprocess.PIPE, text=True, check=True)
+        arguments[name] = json.loads(done.stdout.splitlines()[-1])
+    return arguments

@@ -56,7 +56,7 @@ def make_score(sample_id: str, value: float | None = 0.7, error: str | None = No
 def make_verdict(sample_id: str, desirable: bool | None = True) -> Verdict:
     """None abstains."""
     label: Label = "abstain" if desirable is None else "desirable" if desirable else "undesirable"
-    return Verdict(sample_id, label, "scorer", "shapes@1 >= 0.5")
+    return Verdict(sample_id, label, "threshold", "absolute@1(value=0.5, dead_band=0): shapes >= 0.5")
 
 
 def write_pipeline(folder: Path) -> Path:

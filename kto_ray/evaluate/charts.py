@@ -8,6 +8,7 @@ Shape suffix: R rounds.
 
 import base64
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -158,6 +160,56 @@ PLOTS: dict[str, tuple[Plot, ...]] = {
 }
 
 
+def opinion_plots(scorers: Mapping[str, bool]) -> tuple[Plot, ...]:
+    """Second opinions: every scorer on one scale (name -> held out), and figures of the pictures themselves."""
+    colors = (ORANGE, BLUE, GREEN, PURPLE, RED, INK)
+    voting_first = sorted(scorers, key=lambda name: scorers[name])
+    return (
+        Plot(
+            "Proxy and held-out scores",
+            "Mean score of each round, as change since the first in its standard deviations. "
+            "Up for those that vote and down for those held out: reward hacking.",
+            tuple(
+                (f"opinion/{name}", f"{name} (held out)" if scorers[name] else name, color)
+                for name, color in zip(voting_first, itertools.cycle(colors), strict=False)
+            ),
+            inches=(4.0, 2.8),
+        ),
+        Plot(
+            "Diversity",
+            "Mean distance between any two images of a round, as 8x8 thumbnails; it falls when all look alike.",
+            (("pictures/diversity", "diversity", BLUE),),
+            inches=SMALL,
+        ),
+        Plot(
+            "Brightness and saturation",
+            "Means over the pixels.",
+            (("pictures/brightness", "brightness", ORANGE), ("pictures/saturation", "saturation", BLUE)),
+            share=True,
+            inches=SMALL,
+        ),
+        Plot(
+            "Edges",
+            "Share of pixels on an edge.",
+            (("pictures/edge_density", "edge density", BLUE),),
+            inches=SMALL,
+        ),
+        Plot(
+            "Colour entropy",
+            "Bits, of the colours of an image.",
+            (("pictures/color_entropy", "colour entropy", BLUE),),
+            inches=SMALL,
+        ),
+        Plot(
+            "Flipped verdicts",
+            "Share that the last round's threshold would have judged otherwise.",
+            (("flip_rate", "flipped", BLUE),),
+            share=True,
+            inches=SMALL,
+        ),
+    )
+
+
 def draw(plot: Plot, rounds: Sequence[Row], evaluations: Sequence[EvaluationSummary]) -> Chart | None:
     """None when no round (and no evaluation, if the plot shows them) has any of the plot's figures."""
     figure = Figure(figsize=plot.inches, layout="constrained", facecolor="none")
@@ -167,6 +219,8 @@ def draw(plot: Plot, rounds: Sequence[Row], evaluations: Sequence[EvaluationSumm
 
     def say(label: str, values: npt.NDArray[np.float64]) -> None:
         known = values[np.isfinite(values)]
+        if not len(known):
+            return
         show = percent if plot.share else number
         said.append(f"{label} {show(float(known[0]))}" + (f" to {show(float(known[-1]))}" if len(known) > 1 else ""))
 
@@ -178,7 +232,7 @@ def draw(plot: Plot, rounds: Sequence[Row], evaluations: Sequence[EvaluationSumm
         axes.vlines(versions, low, high, color=BLUE, linewidth=1)
         axes.plot(versions, value, "D-", color=BLUE, markersize=4.5, linewidth=1.8, label="held-out prompts")
         say("held-out prompts", value)
-    for (key, label, color), (marker, line) in zip(plot.columns, STYLES * 2, strict=False):
+    for (key, label, color), (marker, line) in zip(plot.columns, itertools.cycle(STYLES), strict=False):
         y_R = _column(rounds, key)
         if not np.isfinite(x_R + y_R).any() or (plot.stacked and not np.nansum(y_R)):
             continue
@@ -204,8 +258,7 @@ def draw(plot: Plot, rounds: Sequence[Row], evaluations: Sequence[EvaluationSumm
     elif plot.at_least is not None:
         axes.set_ylim(-0.05 * plot.at_least, max(1.05 * plot.at_least, axes.get_ylim()[1]))
     if len(said) > 1:
-        # Above the axes, in as many columns as fit.
-        columns = 3 if plot.stacked else len(said)
+        columns = _columns_that_fit(axes, plot)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1), ncols=columns, frameon=False, fontsize=8.5,
                     labelcolor=INK, handlelength=1.7, handletextpad=0.5, columnspacing=1.1)  # fmt: skip
     buffer = io.StringIO()
@@ -216,6 +269,16 @@ def draw(plot: Plot, rounds: Sequence[Row], evaluations: Sequence[EvaluationSumm
     dark = re.sub("#[0-9a-f]{6}", lambda found: IN_THE_DARK.get(found[0], found[0]), light)
     svg = "image/svg+xml"
     return Chart(plot.title, plot.note, "; ".join(said), data_uri(svg, light.encode()), data_uri(svg, dark.encode()))
+
+
+def _columns_that_fit(axes: Axes, plot: Plot) -> int:
+    """Columns of a legend above the axes; each is as wide as its longest label, and 5 letters more for the line."""
+    lengths, room = [len(label) for label in axes.get_legend_handles_labels()[1]], 13 * plot.inches[0]
+
+    def width(columns: int) -> int:
+        return sum(5 + int(column.max()) for column in np.array_split(lengths, columns))
+
+    return next((columns for columns in range(len(lengths), 1, -1) if width(columns) <= room), 1)
 
 
 def _column(rounds: Sequence[Row], key: str) -> npt.NDArray[np.float64]:

@@ -1,27 +1,32 @@
-"""Held-out evaluation: the same prompts and seeds from any policy, scored, stored, and compared with the base.
+"""Held-out evaluation: the same prompts and seeds from any policy, scored, judged, and compared with the base.
 
 The loop asks for an evaluation of a policy version; images and scores are kept under `evaluations/<version>` in the
-form of a round, so that a resumed run does not draw them again.
+form of a round, so that a resumed run does not draw them again. All policies are judged by the run's rule as fitted to
+the base's images: a quantile of the base's scores is the same bar for everybody.
 """
 
-import logging
-from collections.abc import Sequence
+import asyncio
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.report import Pair
-from kto_ray.evaluate.statistics import EvaluationSummary, mean_interval, median_win_rate, pass_rate
+from kto_ray.evaluate.statistics import EvaluationSummary, Interval, mean_interval, median_win_rate, pass_rate
 from kto_ray.generate.client import Generators
-from kto_ray.label.pool import ScorerPool
-from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest
-from kto_ray.rounds import Round
+from kto_ray.label.pool import Scorers, require_scored
+from kto_ray.label.threshold_labeler import rule_of, table_of
+from kto_ray.label.thresholds import Judged, RuleFit
+from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest, Score
+from kto_ray.rounds import Round, by_sample
 from kto_ray.storage import Storage
 
-logger = logging.getLogger(__name__)
-
 STAGE = "evaluation"
+UNKNOWN = Interval(math.nan, math.nan, math.nan)
+"""Nothing was judged: no scorer votes, all failed, or the base's images all score the same and give no bar."""
 
 
 class Evaluation:
@@ -35,42 +40,101 @@ class Evaluation:
             for prompt in self.prompts
             for index in range(config.evaluate.images_per_prompt)
         ]
+        self.rule = rule_of(config.label)
 
     def _round(self, version: int) -> Round:
         return Round(self.run / "evaluations" / f"{version:05}", STAGE)
 
-    async def run_for(self, policy: PolicyRef, generators: Generators, pool: ScorerPool) -> EvaluationSummary:
+    async def run_for(self, policy: PolicyRef, generators: Generators, scorers: Scorers) -> EvaluationSummary:
         """Draw and score what is not there yet, then sum up."""
         folder = self._round(policy.version)
         if not folder.sealed:
             async for samples in generators.stream(folder.missing(self.requests), policy):
                 folder.add_samples(samples)
-            unscored = [sample for sample in folder.samples() if sample.id not in folder.scored_ids]
-            size = self.config.generate.batch_size
-            for start in range(0, len(unscored), size):
-                folder.add_judgements(await pool.score(unscored[start : start + size]), [])
+            samples, known, size = folder.samples(), folder.scores(), self.config.generate.batch_size
+
+            async def score(batch: Sequence[Sample]) -> None:
+                folder.add_scores(await scorers.score(batch, known))
+
+            await asyncio.gather(*(score(samples[start : start + size]) for start in range(0, len(samples), size)))
+            require_scored(self.config.label, f"evaluation of policy {policy.version}", folder.failures, len(samples))
             folder.seal(policy_version=policy.version, policy_digest=policy.digest)
         return self.summary(policy.version)
 
     def summary(self, version: int) -> EvaluationSummary:
         """Figures of a sealed evaluation."""
-        scores_PK = self._scores(version)
-        groups = np.repeat(np.arange(scores_PK.shape[0]), scores_PK.shape[1])
-        win_rate = median_win_rate(scores_PK, self._scores(0)) if version else None
+        judged, prompts_N = self._judged(version), list(self._prompts.values())
+        scores = by_sample(self._round(version).scores())
+        values = {name: [scores[id_][name].value for id_ in self._prompts] for name in self.config.label.scorers}
+        passes_N = self._passes(judged, prompts_N)
         return EvaluationSummary(
             policy_version=version,
-            mean_score=mean_interval(scores_PK.ravel(), groups),
-            pass_rate=pass_rate(scores_PK.ravel(), groups, self.config.label.threshold),
-            win_rate=win_rate,
-            images=scores_PK.size,
-            failed=int(np.isnan(scores_PK).sum()),
+            mean_score=UNKNOWN if np.isnan(judged.values_N).all() else mean_interval(judged.values_N, prompts_N),
+            pass_rate=UNKNOWN if np.isnan(passes_N).all() else pass_rate(passes_N, prompts_N, 0.5),
+            win_rate=self._win_rate(judged) if version else None,
+            images=len(judged.labels),
+            failed=judged.labels.count("failed"),
+            scores={
+                name: mean_interval(values_N, prompts_N)
+                for name, values_N in values.items()
+                if any(value is not None for value in values_N)
+            },
         )
 
-    def _scores(self, version: int) -> npt.NDArray[np.float64]:
-        """Scores (P prompts, K images), NaN where the scorer failed."""
-        values = {score.sample_id: score.value for score in self._round(version).scores()}
-        scores = [values[request.id] for request in self.requests]
-        return np.array(scores, np.float64).reshape(len(self.prompts), -1)
+    def _win_rate(self, judged: Judged) -> Interval | None:
+        """Against the base; None when no prompt can be compared."""
+        policy_PK, base_PK = (j.values_N.reshape(len(self.prompts), -1) for j in (judged, self._judged(0)))
+        comparable_P = ~(np.isnan(policy_PK).all(axis=1) | np.isnan(base_PK).all(axis=1))
+        return median_win_rate(policy_PK, base_PK) if comparable_P.any() else None
+
+    def pass_rate(self, prompts: Mapping[str, str], scores: Sequence[Score]) -> float | None:
+        """Share of any samples that the bar of the held-out images lets pass; None if none could be judged.
+
+        A bar that differs from prompt to prompt says nothing of other prompts.
+
+        Args:
+            prompts: prompt id by sample id.
+            scores: of these samples.
+        """
+        passes_N = self._passes(self._judge(scores, prompts), prompts.values())
+        known = not np.isnan(passes_N).all() and self._bar.same_for_every_prompt
+        return float(np.nanmean(passes_N)) if known else None
+
+    @cached_property
+    def _prompts(self) -> dict[str, str]:
+        """Prompt id by sample id of the held-out images."""
+        return {request.id: request.prompt.id for request in self.requests}
+
+    @cached_property
+    def _bar(self) -> RuleFit:
+        return self.rule.fit(table_of(self.rule, by_sample(self._round(0).scores()), self._prompts))
+
+    def _judge(self, scores: Sequence[Score], prompts: Mapping[str, str]) -> Judged:
+        """By the bar; where no scorer votes, every value is NaN."""
+        if not self.rule.voters:
+            return Judged(["abstain"] * len(prompts), np.full(len(prompts), np.nan), [""] * len(prompts))
+        return self.rule.judge(table_of(self.rule, by_sample(scores), prompts), self._bar)
+
+    def _passes(self, judged: Judged, prompts_N: Iterable[str]) -> npt.NDArray[np.float64]:
+        """1 for an image that passes, 0 for one that does not (as in the dead band), NaN for one that is not judged."""
+        return np.array(
+            [
+                float(label == "desirable") if not np.isnan(value) and self._bar.judges(prompt) else np.nan
+                for label, value, prompt in zip(judged.labels, judged.values_N, prompts_N, strict=True)
+            ]
+        )
+
+    def _judged(self, version: int) -> Judged:
+        return self._judge(self._round(version).scores(), self._prompts)
+
+    def _marks(self, version: int) -> dict[str, tuple[float | None, bool | None]]:
+        """Value of each image, and whether it passes, by sample id; None for what was not judged."""
+        judged = self._judged(version)
+        passes_N = self._passes(judged, self._prompts.values())
+        return {
+            sample_id: (None if np.isnan(value) else float(value), None if np.isnan(passes) else bool(passes))
+            for sample_id, value, passes in zip(self._prompts, judged.values_N, passes_N, strict=True)
+        }
 
     def pairs(self, version: int, count: int) -> list[Pair]:
         """The first `count` prompts (spread over the set) with their images from the base and from a version."""
@@ -85,15 +149,16 @@ class Evaluation:
                     by_prompt[sample.prompt.id].append(sample)
             return by_prompt
 
-        before, after = images(0), images(version)
-        scored = [{score.sample_id: score.value for score in self._round(v).scores()} for v in (0, version)]
+        before, after, marks = images(0), images(version), {v: self._marks(v) for v in (0, version)}
         return [
             Pair(
                 prompt=prompt.text,
                 base=[sample.pixels_HWC for sample in before[prompt.id]],
                 final=[sample.pixels_HWC for sample in after[prompt.id]],
-                base_scores=[scored[0][sample.id] for sample in before[prompt.id]],
-                final_scores=[scored[1][sample.id] for sample in after[prompt.id]],
+                base_scores=[marks[0][sample.id][0] for sample in before[prompt.id]],
+                final_scores=[marks[version][sample.id][0] for sample in after[prompt.id]],
+                base_passes=[marks[0][sample.id][1] for sample in before[prompt.id]],
+                final_passes=[marks[version][sample.id][1] for sample in after[prompt.id]],
             )
             for prompt in chosen
         ]

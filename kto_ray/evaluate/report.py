@@ -8,10 +8,11 @@ its charts.
 """
 
 import io
+import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import IO
@@ -19,7 +20,6 @@ from typing import IO
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-import yaml
 from jinja2 import Environment, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
@@ -34,9 +34,11 @@ from kto_ray.evaluate.charts import (
     duration,
     number,
     numbers,
+    opinion_plots,
     percent,
     percents,
 )
+from kto_ray.evaluate.hacking import with_opinions
 from kto_ray.evaluate.statistics import EvaluationSummary
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
@@ -55,6 +57,8 @@ class Pair:
     final: Sequence[Picture]
     base_scores: Sequence[float | None]
     final_scores: Sequence[float | None]
+    base_passes: Sequence[bool | None]
+    final_passes: Sequence[bool | None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class ReportData:
     ledger: Mapping[str, int]
     seconds: Mapping[str, float]
     images: int
+    scorers: Mapping[str, bool] = field(default_factory=dict)  # name -> held out
+    suspicion: str | None = None  # why the scores may be gamed
 
 
 def render_report(data: ReportData) -> str:
@@ -80,17 +86,18 @@ def render_report(data: ReportData) -> str:
     environment.filters |= {**words, "picture": picture_uri}
     template = environment.from_string((resources.files("kto_ray.evaluate") / "report.html.j2").read_text("utf-8"))
     evaluations = sorted(data.evaluations, key=lambda evaluation: evaluation.policy_version)
-    rounds = [_with_idle_time(row) for row in data.rounds]
+    rounds = [_with_idle_time(row) for row in with_opinions(data.rounds, data.scorers)]
+    plots = {**PLOTS, "opinions": opinion_plots(data.scorers)}
     return template.render(
         data=data,
         evaluations=evaluations,
         base=next((evaluation for evaluation in evaluations if evaluation.policy_version == 0), None),
         last=next((evaluation for evaluation in reversed(evaluations) if evaluation.policy_version > 0), None),
-        threshold=_threshold(data.config_yaml),
-        charts={section: [c for p in plots if (c := draw(p, rounds, evaluations))] for section, plots in PLOTS.items()},
+        charts={section: [c for p in plots if (c := draw(p, rounds, evaluations))] for section, plots in plots.items()},
         columns=list(dict.fromkeys(key for row in rounds for key in row)),
         rounds=rounds,
         ledger_parts=LEDGER_PARTS,
+        judged=not any(math.isnan(evaluation.pass_rate.value) for evaluation in evaluations),
         unaccounted=_unaccounted(data.ledger),
         small_edge=SMALL_EDGE,
         version=kto_ray.__version__,
@@ -110,14 +117,6 @@ def _unaccounted(ledger: Mapping[str, int]) -> int | None:
     if not {"generated", *LEDGER_PARTS} <= ledger.keys():
         return None
     return ledger["generated"] - sum(ledger[part] for part in LEDGER_PARTS)
-
-
-def _threshold(config_yaml: str) -> float | None:
-    """The score from which an image passes, as the run's configuration has it."""
-    tree = yaml.safe_load(config_yaml)
-    label = tree.get("label") if isinstance(tree, dict) else None
-    threshold = label.get("threshold") if isinstance(label, dict) else None
-    return float(threshold) if isinstance(threshold, int | float) else None
 
 
 def picture_uri(pixels_HWC: Picture) -> str:

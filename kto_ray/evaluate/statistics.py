@@ -12,8 +12,8 @@ Shape suffixes: N images in any order; P prompts; K images of one prompt.
 """
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,10 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSummary:
-    """One policy on the held-out prompts; `win_rate` is against the base, and None for the base itself."""
+    """One policy on the held-out prompts; `win_rate` is against the base, and None for the base itself.
+
+    `mean_score`, `pass_rate` and `win_rate` are by the rule that verdicts come from, `scores` by every scorer.
+    """
 
     policy_version: int
     mean_score: Interval
@@ -51,6 +54,7 @@ class EvaluationSummary:
     win_rate: Interval | None
     images: int
     failed: int
+    scores: Mapping[str, Interval] = field(default_factory=dict)
 
 
 def mean_interval(scores: Scores, groups: Groups) -> Interval:

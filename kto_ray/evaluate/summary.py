@@ -4,12 +4,14 @@ Made by the loop at its end, from the metrics rows, the ledger and the stored ev
 """
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from kto_ray.config import RunConfig, to_yaml
 from kto_ray.evaluate.evaluation import Evaluation
+from kto_ray.evaluate.hacking import suspicion_of
 from kto_ray.evaluate.report import ReportData, render_report, save_png_grid
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval
 from kto_ray.rounds import RoundStore
@@ -20,13 +22,14 @@ PICTURED_PROMPTS = 12
 
 
 def evaluation_row(summary: EvaluationSummary) -> dict[str, Any]:
-    """An evaluation as a flat row: `pass_rate`, `pass_rate_low`, `pass_rate_high`, ..."""
+    """An evaluation as a flat row: `pass_rate`, `pass_rate_low`, `pass_rate_high`, ...; without what is not known."""
     row: dict[str, Any] = {"images": summary.images, "failed": summary.failed}
     for name in ("pass_rate", "mean_score", "win_rate"):
         interval: Interval | None = getattr(summary, name)
         if interval is not None:
             row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return row
+    row |= {f"score/{name}": interval.value for name, interval in summary.scores.items()}
+    return {name: value for name, value in row.items() if not math.isnan(value)}
 
 
 def write_results(
@@ -59,6 +62,7 @@ def write_results(
     def figures(row: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name not in ("kind", "step", "time")}
 
+    suspicion = suspicion_of(config.label, round_rows)
     summary = {
         "run": config.run,
         "model": config.model.name,
@@ -70,6 +74,7 @@ def write_results(
         "evaluation_images": sum(int(row["images"]) for row in evaluation_rows),
         "seconds": all_seconds,
         "ledger": asdict(ledger) | {"balances": ledger.balances},
+        "suspicion": suspicion,
     }
     run.write_json("summary.json", summary)
     pairs = evaluation.pairs(last, PICTURED_PROMPTS)
@@ -85,6 +90,8 @@ def write_results(
             ledger=asdict(ledger),
             seconds=all_seconds,
             images=ledger.generated,
+            scorers={name: settings.held_out for name, settings in config.label.scorers.items()},
+            suspicion=suspicion,
         )
     )
     run.write("report.html", report.encode())

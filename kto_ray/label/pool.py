@@ -1,150 +1,220 @@
-"""A pool of Ray actors that run one scorer: batches in, scores out, whatever dies or hangs on the way.
+"""Pools of Ray actors that run scorers: batches in, scores out, whatever dies or hangs on the way.
 
-`scorer_labeler.py` labels with it and `evaluate/` measures with it. Each actor builds the scorer once. A batch whose
-actor dies is handed to another, a bounded number of times; a batch that outlasts the time-out fails, and its actor is
-killed and replaced. Whatever fails becomes a score without a value that carries the error: never a number.
+`Scorers` runs all scorers of a run side by side, each in its own pool; `loop.py` scores rounds with it and `evaluate/`
+held-out images. Each actor (`actor.py`) builds its scorer once. A batch whose actor dies or does not answer in time is
+handed to another, a bounded number of times. Whatever fails becomes a score without a value that carries the error:
+never a number.
 """
 
 import asyncio
 import contextlib
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from kto_ray.cluster import noisily
-from kto_ray.config import RunConfig
-from kto_ray.label.protocol import Scorer, load_plugin
-from kto_ray.label.scorers import SCORERS
-from kto_ray.records import Prompt, Sample, Score
+from kto_ray.config import Cluster, Label, ScorerSettings
+from kto_ray.errors import UserError
+from kto_ray.label.actor import Answers, ScorerActor, plain, to_png
+from kto_ray.label.environments import interpreter
+from kto_ray.records import Sample, Score
 
 logger = logging.getLogger(__name__)
 
 
-class ScorerActor:
-    """Holds one scorer. Batches that raise are scored image by image, so that one bad image costs one score."""
+class Batch:
+    """Samples on their way through several scorers; their images enter the object store once in each form."""
 
-    def __init__(self, scorer: str, arguments: dict[str, Any]) -> None:
-        self.scorer: Scorer = load_plugin("label.scorer", scorer, SCORERS)(**arguments)
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+        self.prompts = [sample.prompt for sample in samples]
+        self._forms: dict[bool, asyncio.Task[Any]] = {}
 
-    def describe(self) -> tuple[str, str]:
-        """Name and version of the scorer; returns once it is built."""
-        return self.scorer.name, self.scorer.version
+    async def images(self, png: bool) -> Any:
+        """Reference to a list of PNG files, or else to uint8 of shape (B, H, W, 3)."""
+        if png not in self._forms:
+            self._forms[png] = asyncio.create_task(asyncio.to_thread(self._put, png))
+        return await self._forms[png]
 
-    def score(
-        self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]
-    ) -> list[tuple[float | None, str | None]]:
-        """(value, None) or (None, error) for each image."""
-        try:
-            return self._score(images_BHWC, prompts)
-        except Exception as error:  # noqa: BLE001  a plug-in may raise anything; it goes into the record
-            if len(prompts) == 1:
-                return [(None, f"{type(error).__name__}: {error}")]
-        return [self.score(images_BHWC[i : i + 1], [prompt])[0] for i, prompt in enumerate(prompts)]
-
-    def _score(
-        self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]
-    ) -> list[tuple[float | None, str | None]]:
-        values = [float(value) for value in self.scorer.score(images_BHWC, prompts)]
-        if len(values) != len(prompts):
-            raise ValueError(f"{self.scorer.name} gave {len(values)} scores for {len(prompts)} images")
-        return [(value, None) if math.isfinite(value) else (None, f"the score is {value}") for value in values]
+    def _put(self, png: bool) -> Any:
+        images_BHWC = np.stack([sample.pixels_HWC for sample in self.samples])
+        return ray.put(to_png(images_BHWC) if png else images_BHWC)
 
 
 class ScorerPool:
-    """Scores samples on `min_actors` to `max_actors` actors; grows while batches wait for one.
+    """Runs one scorer on `min_actors` to `max_actors` actors; grows while batches wait for one.
 
     `start` must be awaited first. Use from one event loop.
+
+    Args:
+        name: the name that scores are stored under.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config, self.cluster = config.label, config.cluster
-        resources = self.config.resources
+    def __init__(self, name: str, settings: ScorerSettings, cluster: Cluster) -> None:
+        self.name, self.settings, self.cluster = name, settings, cluster
+        resources = settings.resources
+        runtime_env: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(resources.threads or 1)}}
+        if settings.env:
+            runtime_env["py_executable"] = str(interpreter(settings.env))
         self._actor_class = ray.remote(
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads or 1)}},
+            num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, runtime_env=runtime_env
         )(ScorerActor)
-        self._actors: list[Any] = []
+        self._actors: dict[Any, asyncio.Task[None]] = {}  # each with what offers it once it is built
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
-        self._waiting = 0
-        self.name = self.version = ""
+        self.version = ""
         self.busy_seconds = 0.0
 
     async def start(self) -> None:
-        """Bring up `min_actors` actors and learn the scorer's name and version. Raises what building it raises."""
-        for _ in range(self.config.min_actors):
+        """Bring up `min_actors` actors and learn the scorer's version.
+
+        Raises:
+            UserError: the scorer could not be built; has its own last words.
+        """
+        for _ in range(self.settings.min_actors):
             self._add_actor()
-        async with noisily("scorer actors", self.cluster, self.config.resources, self.config.min_actors):
+        await asyncio.gather(*self._actors.values())
+        try:
             described = await asyncio.gather(*(actor.describe.remote() for actor in self._actors))
-        self.name, self.version = described[0]
+        except RayError as error:
+            raise UserError(f"label.scorers.{self.name} could not be built: {_last_words(error)}") from error
+        scorer, version = described[0]
+        self.version = version if scorer == self.name else f"{scorer}@{version}"
 
     def _add_actor(self) -> None:
-        actor = self._actor_class.remote(self.config.scorer, self.config.scorer_args)
-        self._actors.append(actor)
+        actor = self._actor_class.remote(self.settings.scorer or self.name, self.settings.args)
+        self._actors[actor] = asyncio.create_task(self._offer(actor))
+
+    async def _offer(self, actor: Any) -> None:
+        """Let an actor have batches once its scorer is built; until then they go to others.
+
+        One that cannot be built is offered, too: whoever takes it finds out why, and replaces it.
+        """
+        async with noisily(f"an actor of scorer {self.name}", self.cluster, self.settings.resources):
+            with contextlib.suppress(RayError):
+                await actor.describe.remote()
         self._idle.put_nowait(actor)
 
-    def _replace(self, actor: Any) -> None:
+    def _dismiss(self, actor: Any) -> None:
+        self._actors.pop(actor).cancel()
         ray.kill(actor)
-        self._actors.remove(actor)
-        self._add_actor()
 
-    async def score(self, samples: Sequence[Sample]) -> list[Score]:
+    def _replace(self, actor: Any) -> None:
+        if actor in self._actors:  # the pool is open
+            self._dismiss(actor)
+            self._add_actor()
+
+    async def score(self, batch: Batch) -> list[Score]:
         """Score samples, in order; never raises for what a scorer or its actor does."""
-        images_BHWC = np.stack([sample.pixels_HWC for sample in samples])
-        answers = await self._ask(images_BHWC, [sample.prompt for sample in samples])
+        answers = await self._ask(batch)
         return [
             Score(sample.id, self.name, self.version, value, error)
-            for sample, (value, error) in zip(samples, answers, strict=True)
+            for sample, (value, error) in zip(batch.samples, answers, strict=True)
         ]
 
-    async def _ask(
-        self, images_BHWC: npt.NDArray[np.uint8], prompts: list[Prompt]
-    ) -> list[tuple[float | None, str | None]]:
+    async def _ask(self, batch: Batch) -> Answers:
         loop = asyncio.get_running_loop()
-        images, failure = ray.put(images_BHWC), ""
-        for _ in range(1 + self.config.max_retries):
+        tries, failure = 1 + self.settings.max_retries, ""
+        for tried in range(1, tries + 1):
             actor = await self._acquire()
-            began = loop.time()
             try:
-                async with asyncio.timeout(self.config.timeout_s):
-                    answers: list[tuple[float | None, str | None]] = await actor.score.remote(images, prompts)
-            except RayActorError as error:
-                failure = f"scorer actor died: {error}"
-                logger.warning("a scorer actor died; its %d images go to another", len(prompts))
-                self._replace(actor)
+                images = await batch.images(png=self.settings.env is not None)
+                began = loop.time()
+                async with asyncio.timeout(self.settings.timeout_s):
+                    if self.settings.env:
+                        answers: Answers = await actor.score_png.remote(images, plain(batch.prompts))
+                    else:
+                        answers = await actor.score.remote(images, batch.prompts)
             except TimeoutError:
-                failure = f"no answer within {self.config.timeout_s:g} s"
-                logger.warning(
-                    "a scorer actor gave %s; it is replaced and its %d images count as failed", failure, len(prompts)
-                )
-                self._replace(actor)
-                break
+                failure = f"no answer within {self.settings.timeout_s:g} s"
+            except RayError as error:
+                failure = f"scorer actor died: {_last_words(error)}"
+            except asyncio.CancelledError:
+                self._replace(actor)  # it may be at it for long
+                raise
             else:
                 self._idle.put_nowait(actor)
                 self.busy_seconds += loop.time() - began
                 return answers
-        return [(None, failure)] * len(prompts)
+            logger.warning(
+                "scorer %s: %s; the actor is replaced, its %d images %s",
+                *(self.name, failure, len(batch.samples), "go to another" if tried < tries else "count as failed"),
+            )
+            self._replace(actor)
+        return [(None, f"{failure} (tried {tries} times)")] * len(batch.samples)
 
     async def _acquire(self) -> Any:
-        if self._idle.empty() and len(self._actors) < self.config.max_actors:
+        if self._idle.empty() and len(self._actors) < self.settings.max_actors:
             self._add_actor()
         return await self._idle.get()
 
     def shrink(self) -> None:
-        """Let go of idle actors above the minimum; the loop calls it when a round is sealed."""
-        while len(self._actors) > self.config.min_actors and not self._idle.empty():
-            actor = self._idle.get_nowait()
-            self._actors.remove(actor)
-            ray.kill(actor)
+        """Let go of actors above the minimum that are idle or not yet built."""
+        idle = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
+        building = [actor for actor, offer in self._actors.items() if not offer.done()]
+        surplus = [*building, *idle][: max(0, len(self._actors) - self.settings.min_actors)]
+        for actor in surplus:
+            self._dismiss(actor)
+        for actor in idle:
+            if actor in self._actors:
+                self._idle.put_nowait(actor)
 
     def close(self) -> None:
-        for actor in self._actors:
-            with contextlib.suppress(RayActorError):
-                ray.kill(actor)
-        self._actors.clear()
+        for actor in list(self._actors):
+            self._dismiss(actor)
+
+
+def _last_words(error: RayError) -> str:
+    """What it says at the end, below pages of traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+
+
+def require_scored(label: Label, what: str, failures: Sequence[Score], images: int) -> None:
+    """Raises UserError when voting scorers failed on more of so many images than `label.max_failed_fraction`."""
+    of_voters = [score for score in failures if score.scorer in label.voting]
+    failed = len({score.sample_id for score in of_voters})
+    if failed > label.max_failed_fraction * images:
+        first = of_voters[0]
+        raise UserError(
+            f"{what}: {failed} of {images} images could not be scored, more than "
+            f"label.max_failed_fraction ({label.max_failed_fraction:g}) allows; "
+            f"the first error of scorer {first.scorer}: {first.error}"
+        )
+
+
+class Scorers:
+    """All scorers of a run, by the names their scores are stored under; see `ScorerPool`."""
+
+    def __init__(self, label: Label, cluster: Cluster) -> None:
+        self.pools = {name: ScorerPool(name, settings, cluster) for name, settings in label.scorers.items()}
+
+    @property
+    def busy_seconds(self) -> float:
+        return sum(pool.busy_seconds for pool in self.pools.values())
+
+    async def start(self) -> None:
+        await asyncio.gather(*(pool.start() for pool in self.pools.values()))
+
+    async def score(self, samples: Sequence[Sample], known: Sequence[Score] = ()) -> list[Score]:
+        """Score samples by all scorers at the same time; gives the scores that are not `known` yet."""
+        have = {(score.sample_id, score.scorer) for score in known}
+        batches: dict[tuple[str, ...], Batch] = {}  # after a crash scorers may lack different samples
+        jobs = []
+        for name, pool in self.pools.items():
+            if lacking := [sample for sample in samples if (sample.id, name) not in have]:
+                batch = batches.setdefault(tuple(sample.id for sample in lacking), Batch(lacking))
+                jobs.append(pool.score(batch))
+        return [score for scores in await asyncio.gather(*jobs) for score in scores]
+
+    def shrink(self) -> None:
+        """Let go of idle actors above the minimum; the loop calls it when a round is sealed."""
+        for pool in self.pools.values():
+            pool.shrink()
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.close()

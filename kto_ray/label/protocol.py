@@ -1,14 +1,14 @@
 """The `Labeler` and `Scorer` protocols, and how a plug-in is found by its dotted path.
 
-The loop submits samples as they are generated and collects judgements as they come, of whatever round: a function that
-answers in 10 ms and a person who answers in two days fit alike. `scorer_labeler.py` is the built-in labeler,
-`scorers/` the built-in scorers.
+The loop scores samples as they are generated, submits them with their scores, and collects verdicts as they come, of
+whatever round: a function that answers in 10 ms and a person who answers in two days fit alike. `threshold_labeler.py`
+is the built-in labeler, `scorers/` has the built-in scorers; `kto-ray check` (`contract.py`) tries one's own class.
 """
 
+import difflib
 import importlib
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,59 +25,84 @@ class Scorer(Protocol):
     version: str
 
     def score(self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> Sequence[float]:
-        """One finite float an image, in order; higher is better. May raise: a failure is stored as such."""
+        """One finite float an image, in order; higher is better. May raise: a failure is stored as such.
+
+        Args:
+            images_BHWC: uint8 RGB of shape (B, H, W, 3), as they were drawn; read-only. B may be 0.
+            prompts: B prompts.
+        """
 
 
-LABELERS: dict[str, str] = {"scorer": "kto_ray.label.scorer_labeler:ScorerLabeler"}
+class BatchFailed(Exception):  # noqa: N818  it says what happened to the batch
+    """Raised by a scorer when nothing about single images is wrong, for instance a server that does not answer.
+
+    The whole batch fails at once; other exceptions have its images tried one by one, so that one bad image costs one
+    score.
+    """
+
+
+def check_batch(images_BHWC: npt.NDArray[Any], prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError when images are not uint8 RGB of shape (B, H, W, 3), or prompts are not as many."""
+    if images_BHWC.dtype != np.uint8 or images_BHWC.ndim != 4 or images_BHWC.shape[3] != 3:
+        raise ValueError(
+            f"images must be uint8 of shape (B, height, width, 3), not {images_BHWC.dtype} of shape {images_BHWC.shape}"
+        )
+    if len(images_BHWC) != len(prompts):
+        raise ValueError(f"{len(images_BHWC)} images with {len(prompts)} prompts: there must be one for each")
+
+
+LABELERS: dict[str, str] = {"threshold": "kto_ray.label.threshold_labeler:ThresholdLabeler"}
 """The built-in labelers by name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """A labeler's answer on one sample: its verdict, and the scores behind it.
-
-    `verdict` is None when none could be found; then at least one score has no value, and says why.
-    """
-
-    sample_id: str
-    scores: tuple[Score, ...]
-    verdict: Verdict | None
-
-
 class Labeler(Protocol):
-    """Turns samples into verdicts, in its own time.
+    """Turns samples and their scores into verdicts, in its own time. Subclass it to inherit what you do not need.
 
     All methods are called from the loop's one thread. Answers may come in any order, after any time, also in a later
-    run of the process: a labeler that remembers over restarts must give an answer for every submitted sample once, and
-    one that does not is given unanswered samples again (`submit` is idempotent by sample id).
+    run of the process: a labeler that remembers over restarts must give a verdict on every submitted sample once, and
+    one that does not is given the samples of an interrupted round again (`submit` is idempotent by sample id).
     """
 
     name: str
 
-    async def start(self) -> None:
-        """Get ready; called once, before anything else."""
+    async def start(self, memory: Mapping[str, Any]) -> None:
+        """Get ready; called once, before anything else. `memory` is what the last sealed round kept, or {}."""
+        return  # a body, for those who inherit it
 
-    async def submit(self, samples: Sequence[Sample]) -> None:
-        """Take samples to judge, and return at once."""
+    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+        """Take samples to judge, and return at once.
+
+        `scores` are what the run's scorers, if it has any, say of these samples: held-out scorers and failed scores
+        included.
+        """
 
     async def finish(self, stage: str) -> None:
         """No more samples of this round (`Sample.stage`) will come: verdicts that need all of it can be found."""
+        return  # a body, for those who inherit it
 
-    async def collect(self) -> Sequence[Judgement]:
-        """Wait for answers and give them, each once. Cancelling the call must lose none."""
+    async def collect(self) -> Sequence[Verdict]:
+        """Wait for verdicts and give them, each once. Cancelling the call must lose none."""
+        raise NotImplementedError
+
+    def figures(self, stage: str) -> Mapping[str, float]:
+        """What to log of a round that is about to be sealed, for instance its threshold."""
+        return {}
+
+    def memory(self) -> Mapping[str, Any]:
+        """JSON kept with the round that is about to be sealed; `start` of the process that continues is given it."""
+        return {}
 
     async def close(self) -> None:
         """Give back what `start` took."""
+        return  # a body, for those who inherit it
 
 
-def load_plugin(kind: str, path: str, built_in: dict[str, str]) -> Any:
-    """The class that a name of `built_in` or a dotted path `package.module:Name` stands for.
+def load_plugin(kind: str, path: str, built_in: Mapping[str, str], functions: bool = False) -> Any:
+    """The class (with `functions`, or function) that a name of `built_in` or `package.module:Name` stands for.
 
     Raises:
         UserError: unknown name (suggests the nearest), module that cannot be imported, or attribute that is not there.
     """
-    import difflib
-
     dotted = built_in.get(path, path)
     module_name, separator, attribute = dotted.partition(":")
     if not separator:
@@ -91,6 +116,9 @@ def load_plugin(kind: str, path: str, built_in: dict[str, str]) -> Any:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError, TypeError) as error:
         raise UserError(f"{kind}: cannot import {module_name!r} of {path!r}: {error}") from error
-    if not inspect.isclass(plugin := getattr(module, attribute, None)):
-        raise UserError(f"{kind}: module {module_name!r} has no class {attribute!r}")
+    plugin = getattr(module, attribute, None)
+    if not inspect.isclass(plugin) and not (functions and callable(plugin)):
+        raise UserError(
+            f"{kind}: module {module_name!r} has no class {'or function ' if functions else ''}{attribute!r}"
+        )
     return plugin

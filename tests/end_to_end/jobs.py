@@ -26,7 +26,7 @@ SMALL = [
     "generate.steps=2",
     "generate.min_replicas=1",
     "generate.max_replicas=1",
-    "label.scorer=tests.plugins:CoinScorer",
+    "label.scorers=tests.plugins:CoinScorer",
     "train.global_batch=8",
     "train.micro_batch=8",
     "train.resources.threads=1",
@@ -38,11 +38,12 @@ SMALL = [
 
 @dataclass
 class Job:
-    """One process of the job, and its run folder."""
+    """One process of the job, and its run folder; Ray's processes are children of it, or of `nodes`."""
 
     process: "subprocess.Popen[bytes]"
     run: Path
     log: Path
+    nodes: tuple[int, ...] = ()
 
     def wait(self, timeout: float = 400) -> int:
         try:
@@ -66,7 +67,8 @@ class Job:
     def actors(self, name: str) -> list[psutil.Process]:
         """The job's Ray worker processes whose title has `name`, for instance "ServeReplica"."""
         found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
+        parents = self.nodes or (self.process.pid,)
+        for process in [child for pid in parents for child in psutil.Process(pid).children(recursive=True)]:
             with suppress(psutil.Error):
                 if process.name().startswith("ray::") and name in " ".join(process.cmdline()):
                     found.append(process)

@@ -36,7 +36,7 @@ def assert_whole(run: Path, undisturbed: Path) -> None:
 def test_a_killed_replica_scorer_and_train_worker_cost_nothing(
     tmp_path: Path, tiny_sd1_folder: Path, undisturbed: Path
 ) -> None:
-    slow = ["label.scorer_args={seconds: 0.5}", "train.epochs=12"]
+    slow = ["label.scorers.CoinScorer.args.seconds=0.5", "train.epochs=12"]
     job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", *slow])
 
     job.wait_until(lambda: list(job.run.glob("rounds/00000/samples/*.parquet")))
@@ -50,7 +50,7 @@ def test_a_killed_replica_scorer_and_train_worker_cost_nothing(
 
     assert job.wait() == 0, job.output()
     assert "a generator replica died" in job.output()
-    assert "a scorer actor died" in job.output()
+    assert "scorer CoinScorer: scorer actor died" in job.output()
     assert_whole(job.run, undisturbed)
 
 
@@ -61,10 +61,10 @@ def test_a_killed_driver_continues_where_it_was(tmp_path: Path, tiny_sd1_folder:
         "policies/00001/policy.json",  # a policy of a round that is not yet recorded as trained
     ]
     for moment in moments:
-        job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "label.scorer_args={seconds: 0.2}"])
+        job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "label.scorers.CoinScorer.args.seconds=0.2"])
         job.wait_until(lambda moment=moment, run=job.run: list(run.glob(moment)))
         job.kill()
         assert not (job.run / "summary.json").exists()
-    job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "label.scorer_args={seconds: 0.2}"])
+    job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "label.scorers.CoinScorer.args.seconds=0.2"])
     assert job.wait() == 0, job.output()
     assert_whole(job.run, undisturbed)

@@ -46,16 +46,19 @@ def test_a_run_leaves_report_summary_metrics_rounds_and_policies(tmp_path: Path,
 
 
 def test_failed_scores_are_counted_and_never_trained_on(tmp_path: Path, tiny_sd1_folder: Path) -> None:
-    brittle = ["label.scorer=tests.plugins:BrittleScorer", "label.max_retries=1", "rounds=1", "generate.batch_size=1"]
-    few_actors = "label.max_actors=1"
+    brittle = [
+        "label.scorers=tests.plugins:BrittleScorer",
+        "label.scorers.BrittleScorer.max_retries=1",
+        "label.scorers.BrittleScorer.max_actors=1",
+        "rounds=1",
+        "generate.batch_size=1",
+    ]
 
-    strict = jobs.start(tmp_path, "strict", [f"model={tiny_sd1_folder}", *brittle, few_actors])
+    strict = jobs.start(tmp_path, "strict", [f"model={tiny_sd1_folder}", *brittle])
     assert strict.wait() == 2
     assert "label.max_failed_fraction (0.1)" in strict.output()
 
-    tolerant = jobs.start(
-        tmp_path, "tolerant", [f"model={tiny_sd1_folder}", *brittle, few_actors, "label.max_failed_fraction=1"]
-    )
+    tolerant = jobs.start(tmp_path, "tolerant", [f"model={tiny_sd1_folder}", *brittle, "label.max_failed_fraction=1"])
     assert tolerant.wait() == 0, tolerant.output()
     round_ = RoundStore(Storage(str(tolerant.run))).round(0)
     failed = {score.sample_id: score.error or "" for score in round_.scores() if score.value is None}

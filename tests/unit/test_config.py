@@ -7,17 +7,28 @@ import pytest
 import yaml
 
 from kto_ray.config import (
-    MAY_CHANGE_ON_RESUME,
     RunConfig,
+    ScorerSettings,
     Train,
     implied,
     load,
+    override,
     recipe_names,
     require_same,
     steps_for,
     to_yaml,
 )
 from kto_ray.errors import UserError
+from kto_ray.label.scorers import SCORERS
+from kto_ray.label.thresholds import (
+    Absolute,
+    Agreement,
+    PromptQuantile,
+    RoundQuantile,
+    RunningMean,
+    TopBottom,
+    WeightedSum,
+)
 
 
 def message(*overrides: str, recipe: str | None = None) -> str:
@@ -58,13 +69,13 @@ def test_overrides_lie_over_the_recipe_and_read_as_yaml() -> None:
             "rounds=3",
             "generate.height=null",
             "train.noise_range=[0.1, 0.9]",
-            "label.scorer_args.name=a=b",
+            "label.scorers.shapes.args.name=a=b",
             "evaluate={every: 7}",
         ],
     )
     assert (config.train.learning_rate, config.rounds, config.generate.height) == (1e-4, 3, None)
     assert config.train.noise_range == (0.1, 0.9)
-    assert config.label.scorer_args == {"name": "a=b"}
+    assert config.label.scorers["shapes"].args == {"name": "a=b"}
     assert config.evaluate.every == 7
     assert config.train.beta == load("shapes_demo").train.beta
 
@@ -77,6 +88,118 @@ def test_model_may_be_given_as_a_name_and_refined() -> None:
     assert load("shapes_demo", ["model=org/name"]).model.name == "org/name"
     refined = load("shapes_demo", ["model=org/name", "model.revision=main"]).model
     assert (refined.name, refined.revision) == ("org/name", "main")
+
+
+def test_overrides_lie_over_a_configuration_too() -> None:
+    config = load("shapes_ensemble")
+    changed = override(config, ["label.scorers.redness.threshold.quantile=0.7", "rounds=3"])
+    assert changed.label.scorers["redness"].threshold == RoundQuantile(quantile=0.7)
+    assert (changed.rounds, changed.label.scorers["shapes"]) == (3, config.label.scorers["shapes"])
+    assert config == load("shapes_ensemble")
+
+
+# -- scorers and thresholds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "scorers"),
+    [
+        ("label.scorers=redness", {"redness": ScorerSettings()}),
+        ("label.scorers=my_pkg.mod:Name", {"Name": ScorerSettings(scorer="my_pkg.mod:Name")}),
+        (
+            "label.scorers=[shapes, my_pkg.mod:Name]",
+            {"shapes": ScorerSettings(), "Name": ScorerSettings(scorer="my_pkg.mod:Name")},
+        ),
+        ("label.scorers={shapes: null, redness: {}}", {"shapes": ScorerSettings(), "redness": ScorerSettings()}),
+        ("label.scorers.redness.weight=2", {"shapes": ScorerSettings(), "redness": ScorerSettings(weight=2)}),
+        ("label.scorers.redness=null", {"shapes": ScorerSettings(), "redness": ScorerSettings()}),
+    ],
+)
+def test_scorers_have_short_forms(tmp_path: Path, override: str, scorers: dict[str, ScorerSettings]) -> None:
+    for short in ("shapes", "[shapes]", "{shapes: }", "{shapes: {}}"):
+        (tmp_path / "mine.yaml").write_text(f"label: {{scorers: {short}}}")
+        assert load(str(tmp_path / "mine.yaml"), [override]).label.scorers == scorers
+
+
+@pytest.mark.parametrize(
+    ("overrides", "threshold"),
+    [
+        (["label.threshold=0.7"], Absolute(value=0.7)),
+        (["label.threshold=-2"], Absolute(value=-2)),
+        (["label.threshold={value: 0.7, dead_band: 0.1}"], Absolute(value=0.7, dead_band=0.1)),
+        (["label.threshold.dead_band=0.1"], Absolute(value=0.5, dead_band=0.1)),
+        (["label.threshold=running_mean"], RunningMean()),
+        (["label.threshold=running_mean", "label.threshold.z=2"], RunningMean(z=2)),
+        (["label.threshold={kind: round_quantile, quantile: 0.7}"], RoundQuantile(quantile=0.7)),
+        (["label.threshold={kind: top_bottom, top: 0.1}", "label.threshold.top=0.2"], TopBottom(top=0.2)),
+    ],
+)
+def test_thresholds_have_short_forms(overrides: list[str], threshold: object) -> None:
+    assert load("shapes_demo", overrides).label.threshold == threshold
+
+
+def test_a_scorer_may_have_its_own_threshold_in_any_form() -> None:
+    voting, own = "label.combine=agreement", "label.scorers.shapes.threshold"
+    assert load(None, [voting, f"{own}=3"]).label.scorers["shapes"].threshold == Absolute(value=3)
+    refined = load(None, [voting, f"{own}=3", f"{own}.dead_band=1"])
+    assert refined.label.scorers["shapes"].threshold == Absolute(value=3, dead_band=1)
+    named = load(None, [voting, f"{own}=top_bottom", f"{own}.top=0.1"])
+    assert named.label.scorers["shapes"].threshold == TopBottom(top=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "combine"),
+    [
+        (["label.combine=agreement"], Agreement()),
+        (["label.combine.calibration=running"], WeightedSum(calibration="running")),
+        (
+            ["label.combine={calibration: round}", "label.combine.decay=0.5"],
+            WeightedSum(calibration="round", decay=0.5),
+        ),
+        (["label.combine=weighted_sum", "label.combine.calibration=round"], WeightedSum(calibration="round")),
+    ],
+)
+def test_combinations_have_short_forms(overrides: list[str], combine: object) -> None:
+    assert load(None, overrides).label.combine == combine
+
+
+def test_what_looks_like_a_short_form_elsewhere_is_left_alone() -> None:
+    overrides = ["label.scorers.shapes.args.threshold=3", "label.scorers.shapes.args.threshold.low=1"]
+    assert load(None, overrides).label.scorers["shapes"].args == {"threshold": {"low": 1}}
+    named = load(None, ["label.scorers={threshold: {scorer: shapes}}", "label.scorers.threshold.weight=2"])
+    assert named.label.scorers == {"threshold": ScorerSettings(scorer="shapes", weight=2)}
+
+
+def test_held_out_scorers_do_not_vote() -> None:
+    label = load(None, ["label.scorers={shapes: , redness: {held_out: true}}"]).label
+    assert (list(label.voting), label.held_out) == (["shapes"], ["redness"])
+
+
+@pytest.mark.parametrize(
+    "threshold",
+    [
+        Absolute(value=-1.5, dead_band=0.1),
+        RoundQuantile(quantile=0.7, dead_band=0.05),
+        PromptQuantile(quantile=0.25),
+        TopBottom(top=0.1, bottom=0.3),
+        RunningMean(z=-1, decay=0.5, dead_band=0.1),
+    ],
+    ids=str,
+)
+def test_every_threshold_survives_yaml(threshold: Absolute, tmp_path: Path) -> None:
+    written = threshold.model_dump_json()
+    overrides = [f"label.threshold={written}", "label.combine=majority", f"label.scorers.shapes.threshold={written}"]
+    config = load(None, [*overrides, "generate.images_per_prompt=2"])
+    assert config.label.threshold == config.label.scorers["shapes"].threshold == threshold
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load(str(tmp_path / "again.yaml")) == override(config, []) == config
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_names_scorers_that_are_built_in(name: str) -> None:
+    label = load(name).label
+    assert label.scorers.keys() <= SCORERS.keys()
+    assert label.voting
 
 
 def test_a_configuration_cannot_be_changed() -> None:
@@ -128,12 +251,55 @@ def test_unknown_key_in_a_recipe_names_the_nearest(tmp_path: Path) -> None:
         ("train.adapter.rnk=4", "rank"),
         ("model.varian=fp16", "variant"),
         ("generate.resources.gpus=1", "num_gpus"),
+        ("label.scorers.shapes.weigth=2", "weight"),
+        ("label.scorers.shapes.resources.gpus=1", "num_gpus"),
+        ("label.threshold.dead_bnd=1", "dead_band"),
+        ("label.combine.calibrate=round", "calibration"),
+        ("label.watch.round=4", "rounds"),
+        ("replay.label=strict", "labels"),
     ],
 )
 def test_unknown_key_in_an_override_names_the_nearest(override: str, nearest: str) -> None:
     text = message(override)
     assert repr(override.partition("=")[0]) in text
     assert f"did you mean {nearest!r}" in text
+
+
+@pytest.mark.parametrize("field", ["label.threshold", "label.scorers.shapes.threshold"])
+def test_unknown_key_of_a_threshold_is_named_without_the_kind(field: str) -> None:
+    text = message(f"{field}={{kind: round_quantile, quantil: 0.5}}")
+    assert f"unknown field '{field}.quantil', did you mean 'quantile'?" in text
+    assert "known here: kind, quantile, dead_band" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("label.threshold={kind: round_quantil}", ["unknown kind 'round_quantil'", "did you mean 'round_quantile'"]),
+        ("label.threshold=hihg", ["unknown kind 'hihg'", "known: absolute, round_quantile, prompt_quantile, top_bot"]),
+        ("label.threshold=true", ["unknown kind 'True'"]),
+        ("label.threshold=[1]", ["unknown kind '[1]'"]),
+        ("label.scorers.shapes.threshold.kind=top_botom", ["unknown kind 'top_botom'", "did you mean 'top_bottom'"]),
+        ("label.combine=majorty", ["unknown kind 'majorty'", "did you mean 'majority'", "known: weighted_sum, agree"]),
+        ("label.combine=null", ["unknown kind 'None'", "agreement"]),
+    ],
+)
+def test_unknown_kind_names_the_nearest_and_the_known(override: str, said: list[str]) -> None:
+    text = message(override)
+    assert text.startswith(override.partition("=")[0].removesuffix(".kind") + ": ")
+    assert all(words in text for words in said)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unknown"),
+    [
+        (["label.combine=agreement", "label.combine.calibration=round"], "label.combine.calibration"),
+        (["label.threshold=0.5", "label.threshold.kind=round_quantile"], "label.threshold.value"),
+        (["label.threshold=top_bottom", "label.threshold.quantile=0.5"], "label.threshold.quantile"),
+    ],
+)
+def test_an_override_into_a_short_form_does_not_forget_its_kind(overrides: list[str], unknown: str) -> None:
+    assert f"unknown field {unknown!r}" in message(*overrides)
 
 
 def test_unknown_key_lists_what_is_known() -> None:
@@ -151,6 +317,19 @@ def test_unknown_key_lists_what_is_known() -> None:
         ("rounds.x=3", "{'x': 3}"),
         ("train.noise_range=[0]", "[0]"),
         ("label.threshold=.nan", "nan"),
+        ("label.threshold={kind: round_quantile, quantile: 0}", "0"),
+        ("label.threshold={kind: prompt_quantile, quantile: 1}", "1"),
+        ("label.threshold={kind: running_mean, decay: 2}", "2"),
+        ("label.threshold={quantile: 0.5}", "{'kind': 'absolute', 'quantile': 0.5}"),
+        ("label.combine={calibration: never}", "'never'"),
+        ("label.scorers.shapes.weight=0", "0"),
+        ("label.scorers.shapes.std=0", "0"),
+        ("label.scorers.shapes=3", "3"),
+        ("label.scorers=3", "3"),
+        ("label.scorers=[shapes, {redness: 1}]", "['shapes', {'redness': 1}]"),
+        ("label.on_one_class=widne", "'widne'"),
+        ("label.watch.rounds=2", "2"),
+        ("replay={labels: strict}", "{'labels': 'strict'}"),
     ],
 )
 def test_wrong_type_or_value_is_named_with_its_field(override: str, given: str) -> None:
@@ -192,7 +371,30 @@ def test_a_batch_of_one_has_no_batch_reference_point() -> None:
         (["train.global_batch=64", "train.micro_batch=24"], ["global_batch (64)", "micro_batch (24)", "multiple"]),
         (["train.noise_range=[0.5, 0.5]"], ["noise_range [0.5, 0.5]", "for instance [0, 1]"]),
         (["generate.min_replicas=3"], ["max_replicas (1)", "min_replicas (3)", "at least"]),
-        (["label.min_actors=3"], ["max_actors (2)", "min_actors (3)", "at least"]),
+        (["label.scorers.shapes.min_actors=3"], ["label.scorers.shapes: max_actors (2)", "min_actors (3)", "at least"]),
+        (
+            ["label.threshold={kind: top_bottom, top: 0.7, bottom: 0.4}"],
+            ["label.threshold: top (0.7) and bottom (0.4)", "not be more than 1"],
+        ),
+        (["label.scorers.shapes.held_out=true"], ["label: scorers", "at least one that is not held_out"]),
+        (["label.scorers=[]"], ["label: scorers", "at least one"]),
+        (["label.scorers=[my.mod:Name, your.mod:Name]"], ["label.scorers: two scorers of one name", "{scorer: ...}"]),
+        (
+            ["label.scorers.shapes.threshold=0.7"],
+            ["label: scorers.shapes.threshold", "weighted_sum", "label.threshold", "combine=agreement"],
+        ),
+        (
+            ["label.threshold=prompt_quantile"],
+            ["generate.images_per_prompt (1)", "at least 2", "prompt_quantile"],
+        ),
+        (
+            ["label.combine=majority", "label.scorers.shapes.threshold=prompt_quantile"],
+            ["generate.images_per_prompt (1)", "at least 2", "prompt_quantile"],
+        ),
+        (
+            ["generate.images_per_round=100", "generate.images_per_prompt=3"],
+            ["generate.images_per_round (100)", "multiple", "generate.images_per_prompt (3)"],
+        ),
     ],
 )
 def test_fields_that_contradict_each_other_are_named_together(overrides: list[str], names: list[str]) -> None:
@@ -249,21 +451,56 @@ def test_the_same_configuration_continues_a_run() -> None:
 
 
 def test_every_field_that_differs_is_named_with_both_values() -> None:
-    saved = load("shapes_demo", ["train.beta=100", "label.scorer_args.x=1"])
+    saved = load("shapes_demo", ["train.beta=100", "label.scorers.shapes.args.x=1"])
     with pytest.raises(UserError) as caught:
-        require_same(load("shapes_demo", ["train.beta=200", "seed=7", "label.scorer_args.x=2"]), saved)
+        require_same(load("shapes_demo", ["train.beta=200", "seed=7", "label.scorers.shapes.args.x=2"]), saved)
     text = str(caught.value)
     assert "train.beta: the run has 100.0, this command says 200.0" in text
     assert "seed: the run has 0, this command says 7" in text
-    assert "label.scorer_args.x: the run has 1, this command says 2" in text
+    assert "label.scorers.shapes.args.x: the run has 1, this command says 2" in text
     assert "learning_rate" not in text
     assert "another `run` name" in text
 
 
 @pytest.mark.parametrize(
     "override",
-    ["rounds=99", "runs_folder=elsewhere", "evaluate.every=3", "evaluate.stop_at_pass_rate=0.9", "cluster.wait_s=1"],
+    [
+        *("rounds=99", "runs_folder=elsewhere", "evaluate.every=3", "evaluate.stop_at_pass_rate=0.9"),
+        *("cluster.wait_s=1", "label.scorers.shapes.resources.num_cpus=9", "label.scorers.shapes.timeout_s=9"),
+        *("label.scorers.shapes.max_actors=9", "label.scorers.shapes.max_retries=9", "label.scorers.shapes.env=mine"),
+        *("label.on_one_class=widen", "label.min_verdicts=9", "label.watch.action=stop", "label.deadline_s=9"),
+    ],
 )
 def test_what_may_change_on_resume_may(override: str) -> None:
+    assert load("shapes_demo", [override]) != load("shapes_demo")
     require_same(load("shapes_demo", [override]), load("shapes_demo"))
-    assert any(override.startswith(field) for field in MAY_CHANGE_ON_RESUME)
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("label.scorers.shapes.args.timeout_s=9", "label.scorers.shapes.args"),
+        ("label.scorers.shapes.args={env: mine}", "label.scorers.shapes.args"),
+        ("label.scorers.shapes.scorer=tests.plugins:CoinScorer", "label.scorers.shapes.scorer"),
+        ("label.scorers.shapes.weight=2", "label.scorers.shapes.weight"),
+        ("label.scorers.redness=null", "label.scorers"),
+        ("label.threshold=0.7", "label.threshold.value"),
+        ("label.threshold=round_quantile", "label.threshold"),
+        ("label.combine=majority", "label.combine"),
+        ("generate.images_per_prompt=2", "generate.images_per_prompt"),
+        ("replay.run=elsewhere", "replay"),
+    ],
+)
+def test_what_makes_another_experiment_may_not(override: str, field: str) -> None:
+    with pytest.raises(UserError, match=rf"  {field}: the run has .*, this command says "):
+        require_same(load("shapes_demo", [override]), load("shapes_demo"))
+
+
+def test_settings_of_a_scorer_may_change_but_not_arguments_of_the_same_name() -> None:
+    arguments = ["label.scorers.shapes.args={timeout_s: 1, env: a, resources: {gpus: 1}}"]
+    for changed in ("timeout_s=2", "env=b", "resources.gpus=2"):
+        with pytest.raises(UserError, match=r"label\.scorers\.shapes\.args\."):
+            require_same(
+                load("shapes_demo", [*arguments, f"label.scorers.shapes.args.{changed}"]),
+                load("shapes_demo", arguments),
+            )

@@ -1,25 +1,325 @@
-"""What the loop decides by itself, without a cluster."""
+"""What the loop decides by itself: rounds made, resumed, sealed and stopped; without a cluster."""
 
+import asyncio
+import contextlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
 import pytest
+from rich.console import Console
 
-from kto_ray.config import Label
+from kto_ray.config import Label, RunConfig
 from kto_ray.errors import UserError
-from kto_ray.loop import worth_training
-from kto_ray.records import Verdict
+from kto_ray.label.protocol import Labeler
+from kto_ray.loop import _Loop, score_figures, worth_training
+from kto_ray.preflight import Preflight
+from kto_ray.records import Prompt, Sample, Score, Verdict
+from kto_ray.rounds import Round
+from kto_ray.storage import Storage
+from tests.factories import make_score, make_verdict
+from tests.in_process import InProcess, Value
+
+IMAGES = 6
+
+
+class Patient(Labeler):
+    """Answers when it is told to; remembers everything that it is given."""
+
+    name = "patient"
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.given: dict[str, Sequence[Score]] = {}
+        self.finished: list[str] = []
+        self.answers: asyncio.Queue[list[Verdict]] = asyncio.Queue()
+
+    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+        for sample in samples:
+            self.given[sample.id] = [score for score in scores if score.sample_id == sample.id]
+
+    async def finish(self, stage: str) -> None:
+        self.finished.append(stage)
+
+    def answer(self, sample_ids: Sequence[str]) -> None:
+        self.answers.put_nowait([make_verdict(sample_id, place % 2 == 0) for place, sample_id in enumerate(sample_ids)])
+
+    async def collect(self) -> Sequence[Verdict]:
+        if self.fails:
+            raise UserError("label.labeler: nobody is there")
+        return await self.answers.get()
+
+    def figures(self, stage: str) -> Mapping[str, float]:
+        return {"asked": float(len(self.given))}
+
+    def memory(self) -> Mapping[str, Any]:
+        return {"finished": self.finished}
+
+
+def coin(sample: Sample) -> float:
+    return float(sample.seed % 97) / 96
+
+
+def half(sample: Sample) -> float:
+    return float(sample.prompt.id in ("p0", "p2", "p4"))
+
+
+Make = Callable[..., tuple[_Loop, InProcess]]
+
+
+@pytest.fixture
+def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """A loop of one run folder, again and again; with generators and scorers of this process, and no training."""
+
+    def make(label: Mapping[str, Any], **values: Value) -> tuple[_Loop, InProcess]:
+        workers = InProcess(values)
+        monkeypatch.setattr("kto_ray.loop.Training", lambda *_: None)
+        for part in ("Generators", "Scorers"):
+            monkeypatch.setattr(f"kto_ray.loop.{part}", lambda *_: workers)
+        config = RunConfig.model_validate(
+            {"label": label, "generate": {"images_per_round": IMAGES}, "tracking": {"tensorboard": False}}
+        )
+        prompts = [Prompt(f"p{place}", f"prompt {place}") for place in range(IMAGES)]
+        preflight = Preflight(Storage(str(tmp_path)), prompts, prompts, "b" * 64)
+        return _Loop(config, preflight, Console(file=io.StringIO(), width=1000)), workers
+
+    return make
+
+
+async def make_round(loop: _Loop, index: int = 0) -> Round:
+    await asyncio.wait_for(loop._make_round(index, loop.rounds.round(index), 0), 60)
+    return loop.rounds.round(index)
+
+
+def labels(round_: Round) -> dict[str, str]:
+    return {verdict.sample_id: verdict.label for verdict in round_.verdicts()}
+
+
+PATIENT = {"labeler": f"{__name__}:Patient"}
+TWO = {"shapes": {}, "other": {"held_out": True}}
+
+
+# -- making a round ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_round_is_drawn_scored_judged_and_sealed(make_loop: Make) -> None:
+    loop, workers = make_loop({"scorers": TWO}, shapes=half, other=coin)
+    round_ = await make_round(loop)
+    assert round_.sealed
+    assert sorted(workers.drawn) == sorted(round_.sample_ids)
+    assert sorted(workers.scored) == sorted(round_.scored)
+    assert len(round_.scored) == 2 * IMAGES
+    assert workers.shrunk == 1
+    expected = {s.id: "desirable" if half(s) else "undesirable" for s in round_.samples()}
+    assert labels(round_) == expected
+    facts = round_.manifest
+    assert (facts["desirable"], facts["undesirable"], facts["pending"], facts["failed"]) == (3, 3, 0, 0)
+    assert facts["score/shapes"] == 0.5
+    assert facts["score/other"] == pytest.approx(np.mean([coin(sample) for sample in round_.samples()]))
+    assert 0 < facts["pictures/diversity"] < 1
+    assert facts["threshold/sum"] == 0.5
+    assert loop._memory() == facts["labeler"] != {}
+
+
+async def test_the_labeler_is_given_all_scores_also_failed_and_held_out_ones(make_loop: Make) -> None:
+    def fails_once(sample: Sample) -> float | None:
+        return None if sample.prompt.id == "p1" else coin(sample)
+
+    scorers = {"shapes": {"held_out": True}, "other": {"held_out": True}}
+    loop, _ = make_loop({**PATIENT, "scorers": scorers}, shapes=fails_once, other=coin)
+    labeler = cast(Patient, loop.labeler)
+    making = asyncio.create_task(make_round(loop))
+    while not labeler.finished:
+        await asyncio.sleep(0.01)
+    labeler.answer(list(labeler.given))
+    round_ = await making
+    assert labeler.finished == [round_.stage]
+    for sample in round_.samples():
+        scores = {score.scorer: score.value for score in labeler.given[sample.id]}
+        assert scores == {"shapes": fails_once(sample), "other": coin(sample)}
+    assert round_.manifest["asked"] == IMAGES
+    assert loop._memory() == {"finished": [round_.stage]}
+
+
+async def test_people_need_no_scorers(make_loop: Make) -> None:
+    loop, workers = make_loop({**PATIENT, "scorers": {}})
+    making = asyncio.create_task(make_round(loop))
+    labeler = cast(Patient, loop.labeler)
+    while not labeler.finished:
+        await asyncio.sleep(0.01)
+    labeler.answer(list(labeler.given))
+    assert len(labels(await making)) == IMAGES
+    assert workers.scored == []
+
+
+@pytest.mark.parametrize("tolerated", [0.1, 0.5])
+async def test_failed_scores_stop_the_run_past_the_limit(make_loop: Make, tolerated: float) -> None:
+    def fails_twice(sample: Sample) -> float | None:
+        return None if sample.prompt.id in ("p0", "p1") else half(sample)
+
+    loop, _ = make_loop({"max_failed_fraction": tolerated}, shapes=fails_twice)
+    if tolerated < 0.3:
+        with pytest.raises(UserError, match=r"round-00000: \d of 6 .*max_failed_fraction.* shapes: RuntimeError: no"):
+            await make_round(loop)
+        assert not loop.rounds.round(0).sealed
+    else:
+        round_ = await make_round(loop)
+        became = labels(round_)
+        failed = {sample.id for sample in round_.samples() if fails_twice(sample) is None}
+        assert {sample_id for sample_id, label in became.items() if label == "failed"} == failed
+        assert (round_.manifest["failed"], round_.manifest["score_failed/shapes"]) == (2, 2)
+        assert loop.rounds.ledger().failed == 2
+        assert loop.rounds.ledger().balances
+
+
+async def test_what_breaks_the_labeler_ends_the_round(make_loop: Make) -> None:
+    loop, _ = make_loop({**PATIENT, "labeler_args": {"fails": True}}, shapes=coin)
+    with pytest.raises(UserError, match="nobody is there"):
+        await make_round(loop)
+    assert not loop.rounds.round(0).sealed
+
+
+# -- the deadline -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_round_is_sealed_at_its_deadline_and_late_verdicts_join_the_next(make_loop: Make) -> None:
+    loop, _ = make_loop({**PATIENT, "deadline_s": 0.2}, shapes=coin)
+    labeler = cast(Patient, loop.labeler)
+    making = asyncio.create_task(make_round(loop))
+    while not labeler.finished:
+        await asyncio.sleep(0.01)
+    early, late = list(labeler.given)[:4], list(labeler.given)[4:]
+    labeler.answer(early)
+    first = await making
+    assert labels(first).keys() == set(early)
+    assert first.manifest["pending"] == 2
+    assert loop.rounds.ledger().pending == 2
+    labeler.answer(late)
+    second = await make_round(loop, 1)
+    assert labels(second).keys() == set(late)
+    assert second.manifest["pending"] == IMAGES
+    ledger = loop.rounds.ledger()
+    assert (ledger.labeled, ledger.pending) == (IMAGES, IMAGES)
+    assert ledger.balances
+
+
+async def test_scorers_that_miss_the_deadline_leave_their_images_without_verdict(make_loop: Make) -> None:
+    loop, workers = make_loop({"deadline_s": 0.2}, shapes=half)
+    workers.answering.clear()
+    round_ = await make_round(loop)
+    assert round_.sealed
+    assert (round_.scores(), round_.verdicts(), round_.manifest["pending"]) == ([], [], IMAGES)
+    workers.answering.set()
+    assert (await make_round(loop, 1)).manifest["desirable"] == 3
+
+
+# -- after a crash ----------------------------------------------------------------------------------------------------
+
+
+async def test_what_a_crash_left_unjudged_is_judged_and_nothing_is_done_twice(make_loop: Make) -> None:
+    loop, before = make_loop({"scorers": TWO}, shapes=half, other=coin)
+    before.batch_size = 4
+    before.answering.clear()
+    making = asyncio.create_task(make_round(loop))
+    while len(loop.rounds.round(0).sample_ids) < 4:
+        await asyncio.sleep(0.01)
+    making.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await making
+    there = sorted(loop.rounds.round(0).sample_ids)
+    loop.rounds.round(0).add_scores([Score(there[0], "shapes", "1", 1.0), Score(there[0], "other", "1", 0.5)])
+    loop.rounds.round(0).add_scores([Score(there[1], "other", "1", 0.5)])
+
+    loop, after = make_loop({"scorers": TWO}, shapes=half, other=coin)
+    round_ = await make_round(loop)
+    assert not set(after.drawn) & set(there)
+    assert len(round_.sample_ids) == IMAGES
+    assert {(there[0], "shapes"), (there[0], "other"), (there[1], "other")}.isdisjoint(after.scored)
+    assert len(after.scored) == 2 * IMAGES - 3
+    # What was known counts: nothing has failed for want of it.
+    yes = {sample.id for sample in round_.samples() if half(sample) or sample.id == there[0]}
+    assert labels(round_) == {id_: "desirable" if id_ in yes else "undesirable" for id_ in round_.sample_ids}
+    assert loop.rounds.ledger().balances
+
+
+async def test_a_crash_between_verdicts_and_seal_costs_nothing(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    loop, _ = make_loop({"threshold": {"kind": "round_quantile"}}, shapes=coin)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Loop, "_seal", die)
+        with pytest.raises(KeyboardInterrupt):
+            await loop._make_round(0, loop.rounds.round(0), 0)
+    before = labels(loop.rounds.round(0))
+    assert len(before) == IMAGES
+    loop, again = make_loop({"threshold": {"kind": "round_quantile"}}, shapes=coin)
+    round_ = await make_round(loop)
+    assert (again.drawn, again.scored) == ([], [])
+    assert labels(round_) == before
+    assert round_.sealed
+
+
+# -- reward hacking ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("action", "stops", "says"), [("warn", False, 1), ("stop", True, 1), ("off", False, 0)])
+def test_suspicion_is_said_aloud_and_ends_the_run_if_wanted(
+    make_loop: Make, action: str, stops: bool, says: int
+) -> None:
+    loop, _ = make_loop({"scorers": TWO, "watch": {"rounds": 3, "action": action}})
+    for index in range(5):
+        loop.metrics.log("round", index, {"score/shapes": 0.1 * index, "score/other": -0.1 * max(0, index - 1)})
+    assert not loop._suspicious(1)  # rows of later rounds, which a continued run has, do not count
+    assert cast(io.StringIO, loop.console.file).getvalue() == ""
+    assert loop._suspicious(4) is stops
+    assert cast(io.StringIO, loop.console.file).getvalue().count("possible reward hacking: ") == says
+
+
+# -- figures and decisions --------------------------------------------------------------------------------------------
+
+
+def test_figures_of_scores_leave_failures_out_and_count_them() -> None:
+    scores = [make_score("a", 0.2), make_score("b", 0.6), make_score("c", None), Score("a", "other", "1", None, "no")]
+    assert score_figures(scores) == {
+        "score/shapes": pytest.approx(0.4),
+        "score_std/shapes": pytest.approx(0.2),
+        "score_failed/shapes": 1,
+        "score_failed/other": 1,
+    }
+    assert score_figures([]) == {}
+
 
 YES, NO = Verdict("a", "desirable", "x", "y"), Verdict("b", "undesirable", "x", "y")
+ABSTAINED, FAILED = Verdict("c", "abstain", "x", "y"), Verdict("d", "failed", "x", "y")
 
 
 def test_a_round_of_both_classes_is_trained_on() -> None:
     assert worth_training(Label(), 0, [YES, NO])
 
 
-@pytest.mark.parametrize("verdicts", [[YES], [NO], []])
+@pytest.mark.parametrize("verdicts", [[YES], [NO], [], [YES, ABSTAINED, FAILED]])
 def test_a_threshold_that_leaves_one_class_empty_stops_the_run(verdicts: list[Verdict]) -> None:
-    with pytest.raises(UserError, match=r"round 3 .* one class only .* label\.threshold than 2 .*on_one_class=skip"):
-        worth_training(Label(threshold=2), 3, verdicts)
+    with pytest.raises(UserError, match=r"round 3 .* one class only .* label\.threshold than .*on_one_class=skip"):
+        worth_training(Label.model_validate({"threshold": 2}), 3, verdicts)
 
 
-def test_or_does_what_the_configuration_says() -> None:
-    assert worth_training(Label(on_one_class="train"), 0, [YES])
-    assert not worth_training(Label(on_one_class="skip"), 0, [YES])
+def test_so_do_too_few_verdicts() -> None:
+    with pytest.raises(UserError, match=r"round 3 has fewer verdicts than 3 \(1 desirable, 1 undesirable, 1 abstained"):
+        worth_training(Label(min_verdicts=3), 3, [YES, NO, ABSTAINED])
+    assert worth_training(Label(min_verdicts=3), 3, [YES, NO, NO])
+
+
+@pytest.mark.parametrize("verdicts", [[YES], [NO, FAILED], [YES, NO]])
+@pytest.mark.parametrize(("choice", "trained"), [("skip", False), ("train", True), ("widen", True)])
+def test_or_the_configuration_says_what_to_do(choice: Any, trained: bool, verdicts: list[Verdict]) -> None:
+    assert worth_training(Label(on_one_class=choice, min_verdicts=3), 0, verdicts) is trained
+
+
+@pytest.mark.parametrize("choice", ["skip", "train", "widen"])
+def test_nothing_is_never_trained_on(choice: Any) -> None:
+    assert not worth_training(Label(on_one_class=choice), 0, [ABSTAINED, FAILED])

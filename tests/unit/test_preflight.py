@@ -1,16 +1,24 @@
 """Everything that can be wrong before machine time is spent is said before, with field, value and remedy."""
 
 import shutil
+import sys
 from collections import namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
-from kto_ray.config import RunConfig, load, to_yaml
+from kto_ray.config import RunConfig, load, recipe_names, to_yaml
 from kto_ray.diffusion import source
 from kto_ray.errors import UserError
 from kto_ray.preflight import Preflight, describe, disk_bytes
-from tests.factories import write_pipeline, write_prompts
+from kto_ray.records import Prompt
+from kto_ray.relabel import relabel
+from kto_ray.rounds import RoundStore
+from kto_ray.storage import Storage
+from tests.factories import make_samples, make_score, make_verdict, write_pipeline, write_prompts
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -48,8 +56,9 @@ def test_a_run_that_is_well_is_ready(base: list[str], tmp_path: Path, model: Pat
 
 
 def test_every_recipe_of_the_embedded_world_is_ready(tmp_path: Path) -> None:
-    for recipe in ("shapes_demo", "shapes_full"):
-        Preflight.check(load(recipe, [f"runs_folder={tmp_path}"]))
+    for recipe in recipe_names():
+        if load(recipe).model.name == "shapes":
+            Preflight.check(load(recipe, [f"runs_folder={tmp_path}"]))
 
 
 def test_remote_run_folders_are_checked_too(base: list[str], tmp_path: Path) -> None:
@@ -82,8 +91,13 @@ def test_held_out_prompts_that_are_trained_on(base: list[str], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("label.scorer=shape", ["label.scorer", "'shape'", "did you mean 'shapes'"]),
-        ("label.scorer=nowhere.mod:Scorer", ["label.scorer", "'nowhere.mod'", "cannot import"]),
+        ("label.scorers=shape", ["label.scorers.shape: ", "'shape'", "did you mean 'shapes'"]),
+        ("label.scorers=nowhere.mod:Scorer", ["label.scorers.Scorer: ", "'nowhere.mod'", "cannot import"]),
+        ("label.scorers.mine={scorer: rednes, held_out: true}", ["label.scorers.mine: ", "did you mean 'redness'"]),
+        (
+            "label.scorers=tests.plugins:nothing",
+            ["label.scorers.nothing: ", "'tests.plugins'", "no class or function 'nothing'"],
+        ),
         ("label.labeler=peoples", ["label.labeler", "'peoples'", "package.module:Name"]),
         ("label.labeler=tests.plugins:Nobody", ["label.labeler", "'tests.plugins'", "no class 'Nobody'"]),
     ],
@@ -91,6 +105,86 @@ def test_held_out_prompts_that_are_trained_on(base: list[str], tmp_path: Path) -
 def test_an_unknown_plug_in(base: list[str], override: str, said: list[str]) -> None:
     text = message(base, override)
     assert all(words in text for words in said)
+
+
+def brightness(images_BHWC: npt.NDArray[np.uint8], _: Sequence[Prompt]) -> list[float]:
+    return [float(image.mean()) for image in images_BHWC]
+
+
+def test_classes_and_functions_of_ones_own_are_found(base: list[str]) -> None:
+    scorers = f"label.scorers=[shapes, tests.plugins:CoinScorer, {__name__}:brightness]"
+    Preflight.check(load("shapes_demo", [*base, scorers]))
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ("hpsv3", ["unknown environment 'hpsv3'", "did you mean 'hpsv2'"]),
+        ("hpsv2", ["'hpsv2' is not built", "kto-ray env build hpsv2"]),
+        ("/no/such/python", ["/no/such/python", "path of a Python"]),
+    ],
+)
+def test_an_environment_that_is_not_there(
+    base: list[str], env: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KTO_RAY_ENVS", str(tmp_path / "environments"))
+    text = message(base, f"label.scorers.shapes.env={env}")
+    assert text.startswith("label.scorers.shapes.env: ")
+    assert all(words in text for words in said)
+
+
+def test_an_environment_may_be_a_python_of_ones_own(base: list[str]) -> None:
+    Preflight.check(load("shapes_demo", [*base, f"label.scorers.shapes.env={sys.executable}"]))
+
+
+# -- replay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def earlier(base: list[str]) -> Storage:
+    """An earlier run of one sealed round, with a label set."""
+    run = Preflight.check(load("shapes_demo", [*base, "run=earlier"])).run
+    round_, samples = RoundStore(run).round(0), make_samples("round-00000", 2)
+    round_.add_samples(samples)
+    round_.add_scores([make_score(sample.id) for sample in samples])
+    round_.add_verdicts([make_verdict(sample.id) for sample in samples])
+    round_.seal()
+    relabel(run, "strict", ["label.threshold=0.9"])
+    return run
+
+
+def test_rounds_that_can_be_replayed(base: list[str], earlier: Storage) -> None:
+    for labels in ("null", "strict"):
+        overrides = [*base, f"replay={{run: {earlier}, labels: {labels}}}", f"run=replay_{labels}"]
+        Preflight.check(load("shapes_demo", overrides))
+
+
+def test_a_replay_of_what_is_no_run(base: list[str], tmp_path: Path) -> None:
+    text = message(base, f"replay.run={tmp_path / 'nowhere'}")
+    assert text.startswith("replay.run: ")
+    assert f"{tmp_path / 'nowhere'} is not a run folder" in text
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_replay_of_a_run_without_rounds(base: list[str]) -> None:
+    run = Preflight.check(load("shapes_demo", [*base, "run=empty"])).run
+    assert message(base, f"replay.run={run}") == f"replay.run: {run} has no sealed round yet"
+
+
+def test_a_replay_of_another_model(base: list[str], tmp_path: Path, model: Path, earlier: Storage) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    text = message([*base, f"model={other}"], f"replay.run={earlier}")
+    assert text.startswith("replay.run: ")
+    assert str(model) in text
+    assert str(other) in text
+
+
+def test_a_replay_of_an_unknown_label_set(base: list[str], earlier: Storage) -> None:
+    text = message(base, f"replay={{run: {earlier}, labels: strickt}}")
+    assert text.startswith("replay.labels: ")
+    assert "'strickt'" in text
+    assert "it has: strict" in text
+    assert f"kto-ray relabel {earlier} --name strickt" in text
 
 
 # -- model ------------------------------------------------------------------------------------------------------------
@@ -168,6 +262,14 @@ def test_a_refused_configuration_does_not_replace_the_saved_one(base: list[str],
     Preflight.check(load("shapes_demo", base))
     message(base, "train.beta=99")
     assert load(str(tmp_path / "runs" / "demo" / "config.yaml")) == load("shapes_demo", base)
+
+
+def test_a_run_does_not_go_on_with_other_arguments_of_its_scorer(base: list[str]) -> None:
+    coins = "label.scorers.shapes={scorer: tests.plugins:CoinScorer, args: {seconds: 0.0}}"
+    Preflight.check(load("shapes_demo", [*base, coins]))
+    Preflight.check(load("shapes_demo", [*base, coins, "label.scorers.shapes.resources.num_cpus=0.1"]))
+    text = message(base, coins, "label.scorers.shapes.args.seconds=1.0")
+    assert "label.scorers.shapes.args.seconds: the run has 0.0, this command says 1.0" in text
 
 
 def test_a_longer_run_continues(base: list[str]) -> None:

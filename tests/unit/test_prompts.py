@@ -114,6 +114,30 @@ def test_no_image_of_a_run_is_asked_for_twice() -> None:
     assert max(Counter((request.prompt.id, request.index) for request in requests).values()) == 1
 
 
+@pytest.mark.parametrize("images_per_prompt", [2, 3])
+def test_a_prompt_may_be_drawn_several_times_in_a_row(images_per_prompt: int) -> None:
+    images = 4 * images_per_prompt
+    rounds = [round_requests(PROMPTS, 0, f"round-{r:05}", r, images, images_per_prompt) for r in range(5)]
+    assert all(
+        set(Counter(request.prompt.id for request in round_).values()) == {images_per_prompt} for round_ in rounds
+    )
+    in_order = [request.prompt.id for round_ in rounds for request in round_[::images_per_prompt]]
+    assert in_order == [str(turn % 5) for turn in range(20)]
+    requests = [request for round_ in rounds for request in round_]
+    assert len({request.seed for request in requests}) == 5 * images
+    # Every prompt had 4 turns: its images are numbered through.
+    assert {(request.prompt.id, request.index) for request in requests} == {
+        (prompt.id, index) for prompt in PROMPTS for index in range(4 * images_per_prompt)
+    }
+
+
+def test_a_prompt_whose_turn_comes_twice_in_a_round_has_other_images() -> None:
+    requests = round_requests(PROMPTS[:2], 0, "round-00000", 0, 8, 2)
+    assert [(request.prompt.id, request.index) for request in requests] == [
+        *(("0", 0), ("0", 1), ("1", 0), ("1", 1), ("0", 2), ("0", 3), ("1", 2), ("1", 3))
+    ]
+
+
 def test_requests_follow_from_their_arguments() -> None:
     assert round_requests(PROMPTS, 3, "round-00001", 1, 8) == round_requests(PROMPTS, 3, "round-00001", 1, 8)
     other = round_requests(PROMPTS, 4, "round-00001", 1, 8)

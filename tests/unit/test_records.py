@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pickle
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 
 from kto_ray.records import (
     LABELS,
+    Label,
     Prompt,
     Sample,
     SampleRequest,
@@ -91,6 +93,10 @@ def test_samples_of_different_sizes_do_not_share_a_table() -> None:
 def test_scores_survive_parquet_failed_ones_too(tmp_path: Path) -> None:
     scores = [make_score("a", 0.1 + 0.2), make_score("b", None, "ValueError: ü"), make_score("c", -math.pi)]
     assert table_to_scores(through_parquet(scores_to_table(scores), tmp_path)) == scores
+
+
+def test_every_label_is_listed() -> None:
+    assert get_args(Label) == LABELS == ("desirable", "undesirable", "abstain", "failed")
 
 
 def test_verdicts_survive_parquet(tmp_path: Path) -> None:

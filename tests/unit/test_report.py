@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kto_ray.evaluate.charts import PLOTS, draw, duration, number, percent, percents
+from kto_ray.evaluate.charts import PLOTS, Plot, draw, duration, number, opinion_plots, percent, percents
 from kto_ray.evaluate.report import Pair, Picture, ReportData, picture_uri, render_report, save_png_grid
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval
 from kto_ray.shapes.world import Scene, draw_somewhere
 
 CONFIG = "run: demo\nlabel:\n  threshold: 0.5\ntracking:\n  mlflow_uri: null\n"
+SCORERS = {"shapes": False, "redness": True}
 LEDGER = {"generated": 1536, "labeled": 1500, "abstained": 20, "failed": 12, "pending": 4, "trained": 1500}
 
 
@@ -37,12 +39,27 @@ def a_round(number: int) -> dict[str, Any]:
         **{f"objective/{key}": 0.5 for key in ("margin", "loss", "gradient_norm", *(f"g_noise_{k}" for k in range(4)))},
         **{"seconds/generate": 20.0, "seconds/label": 1.0, "seconds/train": 9.0, "seconds/publish": 0.5},
         **{"seconds/evaluate": 0.0, "seconds/round": 33.0},
+        **{"score/shapes": 0.5 + 0.1 * number, "score_std/shapes": 0.5},
+        **{"score/redness": 40.0 - 2 * number, "score_std/redness": 4.0, "flip_rate": 0.05},
+        **{f"pictures/{key}": 0.3 for key in ("diversity", "brightness", "saturation")},
+        **{f"pictures/{key}": 0.1 for key in ("edge_density", "color_entropy")},
     }
 
 
-def evaluated(version: int, passing: float, win_rate: Interval | None = None) -> EvaluationSummary:
-    share = Interval(passing, passing - 0.05, passing + 0.05, 240)
-    return EvaluationSummary(version, share, share, win_rate, 240, 0)
+def an_older_round(number: int) -> dict[str, Any]:
+    """As it was logged before there were several scorers, and figures of pictures."""
+    new = ("score/", "score_std/", "pictures/", "flip_rate")
+    return {key: value for key, value in a_round(number).items() if not key.startswith(new)}
+
+
+def evaluated(
+    version: int, passing: float, win_rate: Interval | None = None, scores: Mapping[str, float] | None = None
+) -> EvaluationSummary:
+    def about(value: float) -> Interval:
+        return Interval(value, value - 0.05, value + 0.05, 240)
+
+    opinions = {name: about(value) for name, value in (scores or {}).items()}
+    return EvaluationSummary(version, about(passing), about(passing), win_rate, 240, 0, opinions)
 
 
 def full_data() -> ReportData:
@@ -53,12 +70,24 @@ def full_data() -> ReportData:
         finished=True,
         # The second round was skipped: next to nothing is known of it.
         rounds=[a_round(0), {"round": 1, "policy_version": None}, {}, a_round(3)],
-        evaluations=[evaluated(3, 0.86, Interval(0.93, 0.88, 0.96, 48)), evaluated(0, 0.51)],
-        pairs=[Pair("a red circle on black", pictures(2), pictures(2), [0.1, None], [0.9, 0.7])],
+        evaluations=[
+            evaluated(3, 0.86, Interval(0.93, 0.88, 0.96, 48), {"shapes": 0.81, "redness": 33.5}),
+            evaluated(0, 0.51, scores={"shapes": 0.52, "redness": 41.5}),
+        ],
+        pairs=[a_pair("a red circle on black")],
         ledger=LEDGER | {"trained_twice": 0},
         seconds={"total": 120.0, "generate": 70.0, "train": 30.0, "idle": 20.0},
         images=1536,
+        scorers=SCORERS,
     )
+
+
+def a_pair(prompt: str, before: Picture | None = None, after: Picture | None = None) -> Pair:
+    """The first image of each side has a score; so has the second of the policy, which abstained in it."""
+    one, two = pictures(2)
+    base = [one if before is None else before, two]
+    final = [one if after is None else after, two]
+    return Pair(prompt, base, final, [0.1, None], [0.9, 0.7], [False, None], [True, False])
 
 
 def without_charts() -> ReportData:
@@ -120,7 +149,7 @@ def test_the_headline_claims_no_more_than_the_win_rate(low: float, high: float, 
 
 def test_every_part_is_on_the_page(html: str) -> None:
     page = Page(html)
-    for plots in PLOTS.values():
+    for plots in (*PLOTS.values(), opinion_plots(SCORERS)):
         for plot in plots:
             assert plot.title in page.text
     assert "1,536 generated = 1,500 labeled + 20 abstained + 12 failed + 4 pending: ✓ it balances" in page.text
@@ -128,6 +157,7 @@ def test_every_part_is_on_the_page(html: str) -> None:
     assert "threshold: 0.5" in page.text
     assert "✓ 0.90" in page.text
     assert "✗ 0.10" in page.text
+    assert "✗ 0.70" in page.text
 
 
 def test_every_image_says_what_it_shows(html: str) -> None:
@@ -136,6 +166,7 @@ def test_every_image_says_what_it_shows(html: str) -> None:
     assert "Base, image 1 for “a red circle on black”: score 0.10, does not pass" in alts
     assert "Base, image 2 for “a red circle on black”: not scored" in alts
     assert "Policy 3, image 1 for “a red circle on black”: score 0.90, passes" in alts
+    assert "Policy 3, image 2 for “a red circle on black”: score 0.70, does not pass" in alts
     assert any("held-out prompts 51\N{NARROW NO-BREAK SPACE}% to 86" in alt for alt in alts)
 
 
@@ -149,10 +180,10 @@ def test_the_page_is_self_contained(html: str) -> None:
 
 
 def test_small_pictures_stay_crisp_and_large_ones_are_scaled_down() -> None:
-    pair = Pair("p", pictures(1), pictures(1, edge=512), [0.1], [0.9])
-    small, large = [
-        i for i in Page(render_report(replace(without_charts(), pairs=[pair]))).all("img") if "Chart" not in i["alt"]
-    ]
+    pair = a_pair("p", after=pictures(1, edge=512)[0])
+    shown = Page(render_report(replace(without_charts(), pairs=[pair]))).all("img")
+    (small,) = (image for image in shown if image["alt"].startswith("Base, image 1"))
+    (large,) = (image for image in shown if image["alt"].startswith("Final policy, image 1"))
     assert (small["class"], large["class"]) == ("small", "")
     sizes = [Image.open(io.BytesIO(base64.b64decode(i["src"].split(",")[1]))).size for i in (small, large)]
     assert sizes == [(64, 64), (256, 256)]
@@ -166,12 +197,12 @@ def test_pictures_travel_unchanged() -> None:
 
 def test_text_from_the_run_is_escaped() -> None:
     attack = '<script>alert("1")</script>" onerror="x'
-    pair = Pair(attack, pictures(1), pictures(1), [None], [None])
-    page = Page(
-        render_report(replace(without_charts(), run=attack, model=attack, config_yaml=f"run: '{attack}'", pairs=[pair]))
-    )
+    evaluations = [evaluated(0, 0.5, scores={attack: 0.5})]
+    data = replace(without_charts(), run=attack, model=attack, config_yaml=f"run: '{attack}'", suspicion=attack)
+    page = Page(render_report(replace(data, pairs=[a_pair(attack)], evaluations=evaluations, scorers={attack: True})))
     assert not page.all("script")
-    assert page.text.count('alert("1")') == 5  # title, run, model, prompt, configuration
+    # Title, run, model, suspicion, prompt, scorer, configuration.
+    assert page.text.count('alert("1")') == 7
     assert not any("onerror" in attributes for _, attributes in page.tags)
 
 
@@ -192,10 +223,77 @@ def test_one_held_out_prompt_has_no_interval() -> None:
     assert "no interval" in Page(render_report(data)).text
 
 
-def test_without_a_threshold_nothing_passes_or_fails() -> None:
-    page = Page(render_report(replace(without_charts(), config_yaml="run: demo")))
-    assert "✗" not in page.text
-    assert "0.90" in page.text
+def test_where_nothing_was_judged_nothing_passes_or_fails() -> None:
+    unknown = Interval(math.nan, math.nan, math.nan)
+    pair = replace(a_pair("p"), base_passes=[None, None], final_passes=[None, None])
+    evaluations = [EvaluationSummary(version, unknown, unknown, None, 240, 0) for version in (0, 3)]
+    text = Page(render_report(replace(full_data(), rounds=[a_round(0)], evaluations=evaluations, pairs=[pair]))).text
+    assert "✗" not in text
+    assert "0.90" in text
+    assert "neither pass nor fail" in text
+    assert "nan" not in text.lower()
+
+
+# -- second opinions --------------------------------------------------------------------------------------------------
+
+
+def opinions_plot(scorers: dict[str, bool]) -> Plot:
+    return opinion_plots(scorers)[0]
+
+
+def test_every_scorer_s_opinion_of_the_held_out_prompts_is_there(html: str) -> None:
+    text = Page(html).text
+    assert "Held-out prompts, mean scoreBasePolicy 3" in text
+    assert "shapes 0.520.47 to 0.57 0.810.76 to 0.86" in text
+    assert "rednessheld out 41.541.5 to 41.5 33.533.5 to 33.5" in text
+
+
+@pytest.mark.parametrize(("version", "column"), [(0, "Base"), (4, "Policy 4")])
+def test_a_single_evaluation_has_a_single_column(version: int, column: str) -> None:
+    data = replace(without_charts(), evaluations=[evaluated(version, 0.5, scores={"shapes": 0.5})])
+    assert f"Held-out prompts, mean score{column} shapes 0.5" in Page(render_report(data)).text
+
+
+def test_a_scorer_that_failed_throughout_one_evaluation_is_missing_there() -> None:
+    evaluations = [evaluated(0, 0.5), evaluated(1, 0.5, scores={"late": 0.5})]
+    data = replace(without_charts(), evaluations=evaluations)
+    assert "BasePolicy 1 late \N{EN DASH} 0.5" in Page(render_report(data)).text
+
+
+def test_scorers_are_drawn_on_one_scale(html: str) -> None:
+    (chart,) = (image["alt"] for image in Page(html).all("img") if "Proxy and held-out" in image["alt"])
+    # 0.5 to 0.8 with a standard deviation of 0.5; 40 to 34 with one of 4.
+    assert "shapes 0 to 0.6; redness (held out) 0 to -1.5" in chart
+
+
+def test_many_scorers_are_all_drawn() -> None:
+    many = {f"scorer{place}": place % 2 == 0 for place in range(14)}
+    chart = draw(opinions_plot(many), [{"round": 0} | {f"opinion/{name}": 0.0 for name in many}], [])
+    assert chart is not None
+    assert chart.alt.count("scorer") == 14
+    assert chart.alt.startswith("scorer1 0")
+
+
+@pytest.mark.parametrize("suspicion", [None, "possible reward hacking: shapes rises, redness falls"])
+def test_a_suspicion_is_said_at_the_top(suspicion: str | None) -> None:
+    page = Page(render_report(replace(full_data(), suspicion=suspicion)))
+    notes = [attributes for _, attributes in page.tags if attributes.get("role") == "note"]
+    assert len(notes) == (suspicion is not None)
+    if suspicion:
+        assert "Possible reward hacking: shapes rises, redness falls." in page.text.split("Before and after")[0]
+
+
+def test_an_older_run_without_these_columns_has_its_report() -> None:
+    evaluations = [evaluated(0, 0.51), evaluated(3, 0.86)]
+    rounds = [an_older_round(number) for number in range(3)]
+    data = replace(full_data(), rounds=rounds, evaluations=evaluations, scorers={})
+    for page in (Page(render_report(data)), Page(render_report(replace(data, scorers=SCORERS)))):
+        assert "Second opinions" not in page.text
+        assert "Health of the objective" in page.text
+        assert "it balances" in page.text
+
+
+# -- charts and pictures ----------------------------------------------------------------------------------------------
 
 
 def test_a_ledger_that_does_not_balance_says_so() -> None:
@@ -245,8 +343,8 @@ def test_png_grid_shows_base_left_and_final_right(tmp_path: Path) -> None:
         return np.full((64, 64, 3), value, np.uint8)
 
     pairs = [
-        Pair("a prompt " * 40, [plain(10), plain(20)], [plain(30)], [None, 0.1], [0.9]),
-        Pair("ещё", [], [plain(40)], [], [1]),
+        Pair("a prompt " * 40, [plain(10), plain(20)], [plain(30)], [None, 0.1], [0.9], [None, False], [True]),
+        Pair("ещё", [], [plain(40)], [], [1], [], [True]),
     ]
     save_png_grid(pairs, tmp_path / "grid.png", cell=32)
     sheet = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))

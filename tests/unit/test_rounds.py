@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kto_ray.records import PolicyRef, Sample
-from kto_ray.rounds import Ledger, Round, RoundStore
+from kto_ray.records import PolicyRef, Sample, Score, Verdict
+from kto_ray.rounds import Ledger, Round, RoundStore, by_sample
 from kto_ray.storage import Storage
 from tests.factories import make_requests, make_sample, make_samples, make_score, make_verdict, same_sample
 
@@ -22,7 +22,16 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 def judge(round_: Round, samples: Sequence[Sample], desirable: bool | None = True) -> None:
-    round_.add_judgements([make_score(s.id) for s in samples], [make_verdict(s.id, desirable) for s in samples])
+    round_.add_scores([make_score(s.id) for s in samples])
+    round_.add_verdicts([make_verdict(s.id, desirable) for s in samples])
+
+
+def failed(sample_id: str) -> Verdict:
+    return Verdict(sample_id, "failed", "threshold", "no score: RuntimeError: no")
+
+
+def score_by(scorer: str, sample_id: str, value: float | None = 0.3) -> Score:
+    return Score(sample_id, scorer, "2", value, None if value is not None else "RuntimeError: no")
 
 
 def parts(run: Storage, index: int = 0) -> list[str]:
@@ -64,38 +73,74 @@ def test_a_record_twice_in_one_call_is_stored_once(run: Storage) -> None:
     (sample,) = make_samples("round-00000", 1)
     round_ = RoundStore(run).round(0)
     round_.add_samples([sample, sample])
-    round_.add_judgements([make_score(sample.id)] * 2, [make_verdict(sample.id, True), make_verdict(sample.id, False)])
-    assert (len(round_.samples()), len(round_.scores())) == (1, 1)
+    round_.add_scores([make_score(sample.id), make_score(sample.id, 0.1)])
+    round_.add_verdicts([make_verdict(sample.id, True), make_verdict(sample.id, False)])
+    assert (len(round_.samples()), round_.scores()) == (1, [make_score(sample.id)])
     assert round_.verdicts() == [make_verdict(sample.id, True)]
 
 
-def test_the_first_judgement_stands(run: Storage) -> None:
+def test_the_first_score_and_the_first_verdict_stand(run: Storage) -> None:
     samples = make_samples("round-00000", 2)
     round_ = RoundStore(run).round(0)
     round_.add_samples(samples)
     judge(round_, samples[:1], desirable=True)
     for again in (round_, RoundStore(run).round(0)):
         judge(again, samples[:1], desirable=False)
-        again.add_judgements([make_score(samples[0].id, 0.1)], [])
+        again.add_scores([make_score(samples[0].id, 0.1)])
     assert round_.verdicts() == [make_verdict(samples[0].id, True)]
     assert round_.scores() == [make_score(samples[0].id)]
 
 
-def test_several_scorers_may_score_one_sample(run: Storage) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_several_scorers_may_score_the_same_samples(run: Storage, together: bool) -> None:
+    samples = make_samples("round-00000", 3)
+    round_ = RoundStore(run).round(0)
+    mine = [make_score(sample.id) for sample in samples]
+    others = [score_by("other", sample.id) for sample in samples]
+    for scores in [[*others, *mine]] if together else [mine, others]:
+        round_.add_scores(scores)
+    expected = [score for pair in zip(others, mine, strict=True) for score in pair]
+    assert round_.scores() == RoundStore(run).round(0).scores() == expected
+    assert by_sample(expected)[samples[0].id] == {"other": others[0], "shapes": mine[0]}
+
+
+def test_parts_whose_names_read_alike_do_not_overwrite_each_other(run: Storage) -> None:
     (sample,) = make_samples("round-00000", 1)
     round_ = RoundStore(run).round(0)
-    scores = [make_score(sample.id), make_score(sample.id, None)]
-    other = type(scores[0])(sample.id, "other", "2", 0.3)
-    round_.add_judgements([scores[0], other], [make_verdict(sample.id)])
-    assert {score.scorer for score in RoundStore(run).round(0).scores()} == {"shapes", "other"}
+    for scorers in (("a", "bc"), ("ab", "c"), ("fg", "e"), ("g", "ef")):
+        round_.add_scores([score_by(scorer, sample.id) for scorer in scorers])
+    assert [score.scorer for score in round_.scores()] == ["a", "ab", "bc", "c", "e", "ef", "fg", "g"]
 
 
-def test_a_failed_score_settles_its_sample(run: Storage) -> None:
-    samples = make_samples("round-00000", 2)
+def test_what_one_scorer_has_said_does_not_keep_another_from_speaking(run: Storage) -> None:
+    one, two = make_samples("round-00000", 2)
+    RoundStore(run).round(0).add_scores([make_score(one.id), make_score(two.id)])
     round_ = RoundStore(run).round(0)
-    round_.add_samples(samples)
-    round_.add_judgements([make_score(samples[0].id, None)], [])
-    assert round_.judged_ids == RoundStore(run).round(0).judged_ids == {samples[0].id}
+    round_.add_scores([make_score(two.id, 0.1), score_by("other", two.id)])
+    assert round_.scored == {(one.id, "shapes"), (two.id, "shapes"), (two.id, "other")}
+    assert round_.scored_ids == {one.id, two.id}
+    assert len(round_.scores()) == 3
+    assert make_score(two.id) in round_.scores()
+
+
+def test_failed_scores_are_remembered_and_are_no_verdict(run: Storage) -> None:
+    one, two = make_samples("round-00000", 2)
+    round_ = RoundStore(run).round(0)
+    round_.add_samples([one, two])
+    round_.add_scores([make_score(one.id, None), make_score(two.id)])
+    for again in (round_, RoundStore(run).round(0)):
+        assert again.failures == [make_score(one.id, None)]
+        assert again.judged_ids == set()
+    round_.add_verdicts([failed(one.id)])
+    assert round_.judged_ids == RoundStore(run).round(0).judged_ids == {one.id}
+
+
+def test_prompts_are_read_without_their_images(run: Storage) -> None:
+    samples = make_samples("round-00000", 5)
+    round_ = RoundStore(run).round(0)
+    for chunk in (samples[3:], samples[:3]):
+        round_.add_samples(chunk)
+    assert list(round_.prompt_ids().items()) == [(sample.id, sample.prompt.id) for sample in samples]
 
 
 def test_a_half_round_is_resumed(run: Storage) -> None:
@@ -167,7 +212,7 @@ def test_a_sealed_round_takes_nothing_more(run: Storage) -> None:
     with pytest.raises(RuntimeError, match="sealed, scores cannot"):
         judge(round_, new)
     with pytest.raises(RuntimeError, match="sealed, verdicts cannot"):
-        round_.add_judgements([], [make_verdict("round-00000-late")])
+        round_.add_verdicts([make_verdict("round-00000-late")])
     assert parts(run) == before
 
 
@@ -212,7 +257,7 @@ def test_trainable_are_the_samples_with_a_verdict(run: Storage) -> None:
     judge(round_, samples[:1], True)
     judge(round_, samples[1:2], False)
     judge(round_, samples[2:3], None)
-    round_.add_judgements([make_score(samples[3].id, None)], [])
+    round_.add_verdicts([failed(samples[3].id)])
     round_.seal()
     trainable, desirable = store.trainable(0, policy_version=0, max_policy_lag=0)
     assert [s.id for s in trainable] == [s.id for s in samples[:2]]
@@ -251,6 +296,33 @@ def test_a_verdict_given_twice_trains_once(run: Storage) -> None:
     assert ledger.balances
 
 
+def test_a_late_verdict_settles_its_sample_and_a_failed_one_does_not_come_back(run: Storage) -> None:
+    store = RoundStore(run)
+    old, new = make_samples("round-00000", 3, PolicyRef(0, "0")), make_samples("round-00001", 1, PolicyRef(1, "1"))
+    first = store.round(0)
+    first.add_samples(old)
+    first.add_verdicts([failed(old[0].id)])
+    first.seal()
+    assert store.ledger() == Ledger(generated=3, failed=1, pending=2)
+    second = store.round(1)
+    second.add_samples(new)
+    judge(second, [*old, *new])  # the failed one again, too
+    second.seal()
+    assert train(store, 1, 1, max_policy_lag=1) == [s.id for s in (*old[1:], *new)]
+    assert store.ledger() == Ledger(generated=4, labeled=3, failed=1, trained=3)
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_a_replayed_round_trains_on_whatever_policy_made_it(run: Storage, replayed: bool) -> None:
+    store = RoundStore(run)
+    samples = make_samples("round-00004", 2, PolicyRef(1, "1"))
+    round_ = store.round(4)
+    round_.add_samples(samples)
+    judge(round_, samples)
+    round_.seal(**({"replayed_from": "runs/earlier"} if replayed else {}))
+    assert train(store, 4, policy_version=4) == [s.id for s in samples] * replayed
+
+
 def test_a_round_without_verdicts_trains_on_nothing(run: Storage) -> None:
     store = RoundStore(run)
     store.round(0).seal()
@@ -286,7 +358,8 @@ def test_the_ledger_counts_every_kind(run: Storage) -> None:
     round_.add_samples(samples)
     judge(round_, samples[:3])
     judge(round_, samples[3:4], None)
-    round_.add_judgements([make_score(s.id, None) for s in samples[4:6]], [])
+    round_.add_verdicts([failed(s.id) for s in samples[4:6]])
+    round_.add_scores([make_score(samples[6].id, None)])  # which its labeler has not said anything about yet
     round_.seal()
     train(store, 0, 0)
     expected = Ledger(generated=7, labeled=3, abstained=1, failed=2, pending=1, trained=3, trained_twice=0)
@@ -316,13 +389,19 @@ def test_a_ledger_that_does_not_add_up_says_so(ledger: Ledger) -> None:
 
 def test_a_verdict_on_a_sample_that_was_never_made_does_not_balance(run: Storage) -> None:
     round_ = RoundStore(run).round(0)
-    round_.add_judgements([], [make_verdict("round-00000-0000000000000000")])
+    round_.add_verdicts([make_verdict("round-00000-0000000000000000")])
     assert not RoundStore(run).ledger().balances
 
 
 PER_ROUND = 4
 picks = st.lists(st.integers(0, PER_ROUND - 1), min_size=1, max_size=3)
-answers = st.sampled_from(["yes", "no", "abstain", "failed", "scored"])
+answers = st.sampled_from(["yes", "no", "abstain", "failed", "scored", "not scored"])
+VERDICTS = {
+    "yes": make_verdict,
+    "no": lambda sample_id: make_verdict(sample_id, False),
+    "abstain": lambda sample_id: make_verdict(sample_id, None),
+    "failed": failed,
+}
 operations = st.one_of(
     st.tuples(st.just("add"), picks),
     st.tuples(st.just("judge"), st.lists(st.tuples(st.integers(0, 3 * PER_ROUND), answers), min_size=1, max_size=3)),
@@ -350,14 +429,10 @@ def test_the_ledger_balances_whatever_happens(script: list[tuple[str, Any]], lag
             generated = list(dict.fromkeys([*generated, *(sample.id for sample in added)]))
         elif kind == "judge" and generated:
             named = [(generated[i % len(generated)], answer) for i, answer in picked]
-            round_.add_judgements(
-                [make_score(sample_id, None if answer == "failed" else 0.7) for sample_id, answer in named],
-                [
-                    make_verdict(sample_id, {"yes": True, "no": False, "abstain": None}[answer])
-                    for sample_id, answer in named
-                    if answer in ("yes", "no", "abstain")
-                ],
+            round_.add_scores(
+                [make_score(sample_id, None if answer == "not scored" else 0.7) for sample_id, answer in named]
             )
+            round_.add_verdicts([VERDICTS[answer](sample_id) for sample_id, answer in named if answer in VERDICTS])
             answered |= {sample_id for sample_id, answer in named if answer in ("yes", "no")}
         elif kind == "seal":
             round_.seal()

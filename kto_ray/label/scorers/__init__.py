@@ -1,5 +1,36 @@
-"""The built-in scorers by name: an explicit table from the configuration's `label.scorer` to a class."""
+"""The built-in scorers by name: an explicit table from the configuration to a class, one small file each."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+from kto_ray.label.protocol import Scorer, load_plugin
 
 SCORERS: dict[str, str] = {
     "shapes": "kto_ray.shapes.scorer:ShapesScorer",
+    "redness": "kto_ray.label.scorers.redness:Redness",
+    "jpeg_size": "kto_ray.label.scorers.jpeg_size:JpegSize",
+    "clip_score": "kto_ray.label.scorers.clip_score:ClipScore",
+    "pickscore": "kto_ray.label.scorers.pickscore:PickScore",
+    "aesthetic": "kto_ray.label.scorers.aesthetic:Aesthetic",
+    "image_reward": "kto_ray.label.scorers.image_reward:ImageReward",
+    "hpsv2": "kto_ray.label.scorers.hpsv2:HPSv2",
+    "http": "kto_ray.label.scorers.http:Http",
+    "vlm_judge": "kto_ray.label.scorers.vlm_judge:VlmJudge",
+    "function": "kto_ray.label.scorers.function:Function",
 }
+
+
+def load_scorer(path: str, field: str = "label.scorers") -> Callable[..., Scorer]:
+    """What builds the scorer of a built-in name or dotted path, from keyword arguments; a function is wrapped.
+
+    Raises:
+        UserError: see `load_plugin`.
+    """
+    plugin = load_plugin(field, path, SCORERS, functions=True)
+    if inspect.isclass(plugin):
+        return cast(Callable[..., Scorer], plugin)
+    from kto_ray.label.scorers.function import Function
+
+    return partial(Function, path)

@@ -1,0 +1,195 @@
+"""The command `kto-ray`: a group for each thing it works on. Commands import what they need only when they run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kto_ray.errors import UserError
+
+VERDICTS = ("desirable", "undesirable", "abstain", "failed")
+
+
+class Commands(click.Group):
+    """A group that prints a UserError in red, without traceback, and ends with status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", "bold red"))
+            ctx.exit(2)
+
+
+@click.group("kto-ray", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kto-ray")
+def main() -> None:
+    """Online Diffusion-KTO on Ray."""
+
+
+# -- kto-ray env ------------------------------------------------------------------------------------------------------
+
+
+@main.group("env")
+def env() -> None:
+    """Python environments of scorers whose packages cannot live beside the loop's."""
+
+
+@env.command("build")
+@click.argument("names", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Build all of them.")
+def env_build(names: tuple[str, ...], everything: bool) -> None:
+    """Build environments NAMES, and the base that they share; what is built already stays."""
+    from kto_ray.label import environments
+
+    if bool(names) == everything:
+        raise click.UsageError(f"name environments ({', '.join(environments.ENVIRONMENTS)}), or give --all")
+    for name in names:
+        environments.named(name)
+    console = Console(soft_wrap=True)
+    for name in environments.ENVIRONMENTS if everything else names:
+        python = environments.build(name, console)
+        console.print(f"{name}: {python}; try it with: kto-ray env check {name}", markup=False, highlight=False)
+
+
+@env.command("check")
+@click.argument("names", nargs=-1)
+def env_check(names: tuple[str, ...]) -> None:
+    """Build a scorer in each of NAMES, by default in all that are built, and score one picture.
+
+    Weights are random: what is checked is the environment.
+    """
+    from kto_ray.label import environments
+
+    built = [state.environment.name for state in environments.states() if state.flaw is None]
+    names = names or tuple(name for name in built if name in environments.ENVIRONMENTS)
+    if not names:
+        raise UserError(f"no environment is built in {environments.root()}; build them with: kto-ray env build --all")
+    console = Console(soft_wrap=True)
+    for name in names:
+        found = environments.check(name)
+        versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+        console.print(
+            f"{name}: its scorer works, with random weights ({found['seconds']:.0f} s; {versions})", highlight=False
+        )
+
+
+@env.command("list")
+def env_list() -> None:
+    """Show all environments: whether they can be used, where they are, and what is in them."""
+    from kto_ray.label import environments
+
+    table = Table("name", "state", "path", "size", "versions")
+    for state in environments.states():
+        environment = state.environment
+        table.add_row(
+            environment.name,
+            Text("ready", "green") if state.flaw is None else Text(state.flaw, "red"),
+            str(environment.folder),
+            f"{state.size / 1e6:,.0f} MB" if state.size else "",
+            ", ".join(environments.requirements(environment)),
+        )
+    Console().print(table)
+
+
+# -- kto-ray check ----------------------------------------------------------------------------------------------------
+
+
+@main.group("check")
+def check() -> None:
+    """Try a scorer or labeler of one's own against its protocol, before a run does."""
+    # Unlike `python`, a command does not look for modules where it is called.
+    sys.path.insert(0, str(Path.cwd()))
+
+
+def _yaml_mapping(_context: click.Context, _option: click.Parameter, text: str) -> dict[str, Any]:
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise click.BadParameter(f"{text!r} is not a mapping; write for instance '{{threshold: 3}}'")
+    return value
+
+
+ARGUMENTS = click.option(
+    "--args", "arguments", default="{}", callback=_yaml_mapping, help="Keyword arguments it is built with, as YAML."
+)
+SIZE = click.option(
+    "--size", nargs=2, type=int, default=(64, 64), show_default=True, help="Height and width of images."
+)
+
+
+@check.command("scorer")
+@click.argument("path")
+@ARGUMENTS
+@SIZE
+@click.option("--tolerance", default=1e-4, show_default=True, help="How far scores of one image may lie apart.")
+@click.option("--wait", "wait_s", default=600.0, show_default=True, help="Seconds after which a check has hung.")
+@click.option("--gpus", "num_gpus", default=0.0, show_default=True, help="What its actor asks for.")
+@click.option("--env", "environment", default=None, help="Environment that it runs in.")
+def check_scorer(
+    path: str,
+    arguments: dict[str, Any],
+    size: tuple[int, int],
+    tolerance: float,
+    wait_s: float,
+    num_gpus: float,
+    environment: str | None,
+) -> None:
+    """Try the scorer PATH: a built-in name, or package.module:Name of a class or function."""
+    from kto_ray.label import contract
+
+    console = Console(soft_wrap=True)
+    with console.status(f"trying {path} in an actor"):
+        findings = contract.check_scorer(
+            path, arguments, size=size, tolerance=tolerance, wait_s=wait_s, num_gpus=num_gpus, env=environment
+        )
+    sys.exit(0 if contract.show(findings, console) else 1)
+
+
+@check.command("labeler")
+@click.argument("path")
+@ARGUMENTS
+@SIZE
+@click.option("--wait", "wait_s", default=30.0, show_default=True, help="Seconds to wait for answers.")
+@click.option("--scorer", "scorers", multiple=True, default=("check",), help="Name of scores that come with samples.")
+def check_labeler(
+    path: str, arguments: dict[str, Any], size: tuple[int, int], wait_s: float, scorers: tuple[str, ...]
+) -> None:
+    """Try the labeler PATH: package.module:Name."""
+    from kto_ray.label import contract
+
+    console = Console(soft_wrap=True)
+    with console.status(f"trying {path}"):
+        findings = contract.check_labeler(path, arguments, scorers=scorers, wait_s=wait_s, size=size)
+    sys.exit(0 if contract.show(findings, console) else 1)
+
+
+# -- kto-ray relabel --------------------------------------------------------------------------------------------------
+
+
+@main.command("relabel")
+@click.argument("run")
+@click.option("--name", required=True, help="Name of the label set.")
+@click.option("--threshold", required=True, help="A number, or {kind: ..., ...}; see docs/labeling.md.")
+@click.argument("overrides", nargs=-1, metavar="[label.FIELD=VALUE]...")
+def relabel(run: str, name: str, threshold: str, overrides: tuple[str, ...]) -> None:
+    """Judge the sealed rounds of RUN (its folder or URI) anew from their stored scores; its own verdicts stay."""
+    from kto_ray.relabel import relabel
+    from kto_ray.storage import Storage
+
+    rounds = relabel(Storage(run), name, [*overrides, f"label.threshold={threshold}"])
+    table = Table("round", *VERDICTS, "changed")
+    for round_ in rounds:
+        counts = (str(round_.labels[label]) for label in VERDICTS)
+        table.add_row(str(round_.round), *counts, f"{round_.changed:.0%}")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(
+        f"train on it with: python jobs/online_kto.py ... replay.run={run} replay.labels={name}",
+        markup=False,
+        highlight=False,
+    )

@@ -1,0 +1,78 @@
+"""The actor that holds one scorer; `pool.py` runs several of them.
+
+It may live in another Python environment than the loop: this module imports nothing that is not there, and the batches
+and answers that reach it across that border are PNG bytes, strings and floats.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from kto_ray.label.protocol import BatchFailed, Scorer, check_batch
+from kto_ray.label.scorers import load_scorer
+from kto_ray.records import Prompt
+
+Answers = list[tuple[float | None, str | None]]
+"""(value, None) or (None, error) for each image."""
+PlainPrompt = tuple[str, str, dict[str, str]]
+"""Id, text and metadata of a prompt."""
+
+
+class ScorerActor:
+    """Builds a scorer and runs it. Batches that raise are scored image by image, so that one bad image costs one."""
+
+    def __init__(self, scorer: str, arguments: Mapping[str, Any]) -> None:
+        self.scorer: Scorer = load_scorer(scorer)(**arguments)
+
+    def describe(self) -> tuple[str, str]:
+        """Name and version of the scorer; returns once it is built."""
+        return self.scorer.name, self.scorer.version
+
+    def score(self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> Answers:
+        """Score arrays that share this environment. Raises ValueError for what is no batch (`check_batch`)."""
+        check_batch(images_BHWC, prompts)
+        try:
+            return self._score(images_BHWC, prompts)
+        except BatchFailed as error:
+            return [(None, str(error))] * len(prompts)
+        except Exception as error:  # noqa: BLE001  a plug-in may raise anything; it goes into the record
+            if len(prompts) == 1:
+                return [(None, f"{type(error).__name__}: {error}")]
+        return [self.score(images_BHWC[i : i + 1], [prompt])[0] for i, prompt in enumerate(prompts)]
+
+    def score_png(self, pngs: Sequence[bytes], prompts: Sequence[PlainPrompt]) -> Answers:
+        """Score images that came from another environment."""
+        return self.score(from_png(pngs), [Prompt(*prompt) for prompt in prompts])
+
+    def _score(self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> Answers:
+        values = [float(value) for value in self.scorer.score(images_BHWC, prompts)]
+        if len(values) != len(prompts):
+            raise ValueError(f"{self.scorer.name} gave {len(values)} scores for {len(prompts)} images")
+        return [(value, None) if math.isfinite(value) else (None, f"the score is {value}") for value in values]
+
+
+def to_png(images_BHWC: npt.NDArray[np.uint8]) -> list[bytes]:
+    """Images as PNG files; lossless, and compressed only as far as costs little time."""
+    files = []
+    for image_HWC in images_BHWC:
+        buffer = io.BytesIO()
+        Image.fromarray(image_HWC).save(buffer, "png", compress_level=1)
+        files.append(buffer.getvalue())
+    return files
+
+
+def from_png(pngs: Sequence[bytes]) -> npt.NDArray[np.uint8]:
+    """The inverse of `to_png`: read-only uint8 of shape (B, H, W, 3)."""
+    images_BHWC = np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pngs])
+    images_BHWC.flags.writeable = False  # as arrays are that come from the object store
+    return images_BHWC
+
+
+def plain(prompts: Sequence[Prompt]) -> list[PlainPrompt]:
+    """Prompts as built-in types."""
+    return [(prompt.id, prompt.text, dict(prompt.metadata)) for prompt in prompts]

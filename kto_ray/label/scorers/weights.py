@@ -1,0 +1,114 @@
+"""What the neural scorers share: where weights come from, how they are read, and on what they run.
+
+A checkpoint is a local path when one is given and a hub name otherwise. Pickles are read with `weights_only=True`.
+Whatever is wrong with a file is a `UserError` that names it, before the first image is scored. This module is imported
+in scorers' own environments, too: it needs torch and nothing newer.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kto_ray.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" is the GPU if this process was given one, else the CPU.
+
+    Raises:
+        UserError: torch knows no such device, or it is a GPU and this process has none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} is not auto, cpu or cuda: {error}") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device {device!r}: this process has no GPU; give the scorer a share of one with resources: "
+            "{num_gpus: 0.25}, or take device auto or cpu"
+        )
+    return picked
+
+
+def pick_dtype(dtype: str) -> torch.dtype:
+    """Raises UserError for a name that is not in `DTYPES`."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def find_file(checkpoint: str | None, repository: str, filename: str) -> Path:
+    """The local file that `checkpoint` names, or else `filename` of a hub repository (cached after the first time).
+
+    Raises:
+        UserError: there is no such local file, or the hub cannot be asked.
+    """
+    if checkpoint is not None:
+        if not Path(checkpoint).is_file():
+            problem = "is a folder" if Path(checkpoint).is_dir() else "does not exist"
+            raise UserError(
+                f"checkpoint {checkpoint} {problem}; give the path of a file, or leave it out to load "
+                f"{filename} of {repository} from the hub"
+            )
+        return Path(checkpoint)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, filename))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load {filename} of {repository} from the hub ({type(error).__name__}: {error}); "
+            "give the path of a local copy as `checkpoint`"
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file or of a torch pickle, by name; a pickle's "state_dict" is unwrapped.
+
+    Raises:
+        UserError: the file is truncated, or holds anything but tensors by name.
+    """
+    read: Callable[[Path], Any] = partial(torch.load, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        read = load_file
+    try:
+        content = read(path)
+    except Exception as error:  # half a pickle raises nearly anything
+        raise UserError(
+            f"checkpoint {path} cannot be read; it is truncated or not a file of weights: {error}"
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
+        raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not tensors by name")
+    return dict(content)
+
+
+def load_weights(module: nn.Module, path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a module; those the module does not know are ignored, those it misses are not.
+
+    Raises:
+        UserError: names the first weight that is missing, or has another shape than the module's.
+    """
+    own = module.state_dict()
+    for name, value in own.items():
+        if name not in weights:
+            raise UserError(f"checkpoint {path} has no {name!r}: it is not a checkpoint of this model")
+        if weights[name].shape != value.shape:
+            raise UserError(
+                f"checkpoint {path}: {name!r} has shape {tuple(weights[name].shape)}, "
+                f"this model wants {tuple(value.shape)}"
+            )
+    module.load_state_dict({name: weights[name] for name in own})

@@ -1,0 +1,105 @@
+"""A Ray head as a user starts one, and jobs submitted to it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.end_to_end import jobs
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Head:
+    """A Ray head of this test's own, on loopback, with token authentication."""
+
+    env: dict[str, str]
+    gcs: str
+    logs: Path
+    nodes: list["subprocess.Popen[bytes]"]
+
+    def start_node(self, *arguments: str) -> None:
+        """`ray start` in the foreground of a child process."""
+        command = [RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+        # Ray's own default is one port for all agents of a machine.
+        command += [f"--dashboard-agent-listen-port={free_port()}", *arguments]
+        with (self.logs / f"node-{len(self.nodes)}.log").open("w") as log:
+            self.nodes.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT))
+
+    def submit(self, folder: Path, name: str, overrides: list[str]) -> jobs.Job:
+        """`ray job submit` of a run; the process is the client's, which follows the job to its end."""
+        log = folder / f"{name}.log"
+        with log.open("a") as output:
+            process = subprocess.Popen(
+                [
+                    *(RAY, "job", "submit", "--working-dir", ".", "--submission-id", name, "--", "python"),
+                    *("jobs/online_kto.py", f"run={name}", f"runs_folder={folder}", *jobs.SMALL, *overrides),
+                ],
+                cwd=jobs.REPOSITORY,
+                env=self.env,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        return jobs.Job(process, folder / name, log, tuple(node.pid for node in self.nodes))
+
+    def stop(self) -> None:
+        family = [child for node in self.nodes for child in psutil.Process(node.pid).children(recursive=True)]
+        for node in reversed(self.nodes):
+            node.send_signal(signal.SIGTERM)
+            node.wait(60)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        for process in alive:
+            process.kill()
+
+
+@contextlib.contextmanager
+def running_head(tmp_path: Path, cpus: int) -> Iterator[Head]:
+    """A head, until the end of the block."""
+    subprocess.run([RAY, "get-auth-token", "--generate"], check=True, env={**os.environ, "HOME": str(tmp_path)})
+    dashboard, gcs = free_port(), free_port()
+    address = f"http://127.0.0.1:{dashboard}"
+    env = jobs.environment() | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / ".ray" / "auth_token"),
+        "RAY_API_SERVER_ADDRESS": address,
+    }
+    head = Head(env, f"127.0.0.1:{gcs}", tmp_path, [])
+    with tempfile.TemporaryDirectory(prefix="kto") as short:  # Ray's sockets allow only short paths
+        head.start_node(
+            *("--head", f"--num-cpus={cpus}", f"--port={gcs}", f"--temp-dir={short}"),
+            *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+        )
+        try:
+            wait_for_jobs(head)
+            yield head
+        finally:
+            head.stop()
+
+
+def wait_for_jobs(head: Head) -> None:
+    """Until the head takes jobs: its dashboard answers before the agent that starts them does."""
+    deadline = time.monotonic() + 240
+    probe = [RAY, "job", "submit", "--no-wait", "--", "true"]
+    while subprocess.run(probe, env=head.env, capture_output=True).returncode:
+        log = (head.logs / "node-0.log").read_text()
+        assert head.nodes[0].poll() is None, log
+        assert time.monotonic() < deadline, log
+        time.sleep(1)

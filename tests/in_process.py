@@ -1,0 +1,48 @@
+"""Generators and scorers of this process, for tests of what calls them; Ray's are tested in `integration/`."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+
+from kto_ray.records import PolicyRef, Sample, SampleRequest, Score
+from tests.factories import make_sample
+
+Value = Callable[[Sample], float | None]
+
+
+class InProcess:
+    """Draws what is asked for, and scores it with functions by scorer (None fails); keeps a list of both.
+
+    Args:
+        values: by scorer.
+        batch_size: images drawn at a time.
+    """
+
+    def __init__(self, values: Mapping[str, Value], batch_size: int = 2) -> None:
+        self.values, self.batch_size = values, batch_size
+        self.drawn: list[str] = []
+        self.scored: list[tuple[str, str]] = []
+        self.busy_seconds = 0.0
+        self.shrunk = 0
+        self.answering = asyncio.Event()
+        self.answering.set()
+
+    async def stream(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> AsyncIterator[list[Sample]]:
+        for start in range(0, len(requests), self.batch_size):
+            await asyncio.sleep(0)
+            batch = requests[start : start + self.batch_size]
+            self.drawn += [request.id for request in batch]
+            yield [make_sample(request, policy) for request in batch]
+
+    async def score(self, samples: Sequence[Sample], known: Iterable[Score] = ()) -> list[Score]:
+        await self.answering.wait()
+        have = {(score.sample_id, score.scorer) for score in known}
+        lacking = [(sample, name) for name in self.values for sample in samples if (sample.id, name) not in have]
+        self.scored += [(sample.id, name) for sample, name in lacking]
+        return [self._score(sample, name) for sample, name in lacking]
+
+    def _score(self, sample: Sample, name: str) -> Score:
+        value = self.values[name](sample)
+        return Score(sample.id, name, "1", value, "RuntimeError: no" if value is None else None)
+
+    def shrink(self) -> None:
+        self.shrunk += 1
