@@ -2,9 +2,9 @@
 
     python benchmarks/rounds.py [--quick]
 
-A repeat is one job of a few small rounds, in a process and on a Ray of its own, and the same rounds in this process, without
-Ray (`plain_loop.py`): same images, same batches, same number of threads. Figures are means over the warm rounds, all
-but the first. The control plane's share is what is left of a round after the seconds in which a replica draws, the
+A repeat is one job of a few small rounds, in a process and on a Ray of its own, and the same rounds in this process,
+without Ray (`plain_loop.py`): the same images, batches and number of threads. Figures are means over the warm rounds,
+all but the first. The control plane's share is what is left of a round after the seconds in which a replica draws, the
 learner trains, and the scorers catch up with the last images: requests and samples on their way, Parquet, reading and
 sealing the round, checkpoint, policy, digests, polling.
 """
@@ -59,6 +59,7 @@ def measure(quick: bool) -> Table:
     work = [sum(parts) for parts in zip(generate, train, strict=True)]
     wall, label_tail = stage("seconds/round"), stage("seconds/label")
     drawing, training = stage("busy/generate"), stage("seconds/train")
+    hidden = [1 - tail / busy for tail, busy in zip(label_tail, stage("busy/label"), strict=True)]
     control = [whole - sum(parts) for whole, *parts in zip(wall, drawing, training, label_tail, strict=True)]
     same = [[row["desirable"] for row in rows] for rows in looped] == [
         [round_.desirable for round_ in rounds] for rounds in bare
@@ -73,6 +74,7 @@ def measure(quick: bool) -> Table:
             ("generation in the loop / bare", *median_and_range(ratios(drawing, generate))),
             ("training in the loop / bare", *median_and_range(ratios(training, train))),
             ("labeling after the last image", *median_and_range(label_tail, "{:.2f} s")),
+            ("labeling hidden behind generation", *median_and_range(hidden, "{:.0%}")),
             ("control plane", *median_and_range(control, "{:.2f} s")),
             ("control plane, share of the round", *median_and_range(ratios(control, wall), "{:.1%}")),
         ),
