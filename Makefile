@@ -23,6 +23,7 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 bench: .venv/installed-dev
+	$(BIN)/kto-ray env build --all
 	$(BIN)/python benchmarks/run.py
 
 clean:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import kto_step
 import rounds
+import scorers
 from measuring import arguments, become_like_a_worker, machine
 from rich.console import Console
 
@@ -26,7 +27,7 @@ def main() -> None:
     console.print(machine(), highlight=False)
     quick = "A quick run, too short for conclusions: " if args.quick else ""
     sections = [f"{quick}{machine()}."]
-    for benchmark in (kto_step.measure, rounds.measure):
+    for benchmark in (kto_step.measure, rounds.measure, scorers.measure):
         table = benchmark(args.quick)
         console.print(table.rich())
         sections.append(table.markdown())

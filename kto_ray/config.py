@@ -66,7 +66,7 @@ class Resources(Section):
     num_gpus: NonNegative = 0
     """Fractions share one GPU."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Torch threads of an actor; 0: all cores of its machine when it has no GPU."""
+    """Torch threads of an actor; 0: all cores of its machine when it has no GPU, of a scorer's as many as its CPUs."""
 
 
 class Generate(Section):
@@ -184,7 +184,7 @@ class Label(Section):
     """A round with fewer yes and no in all is treated like a round of one class."""
     on_one_class: Literal["stop", "skip", "train", "widen"] = "stop"
     """What to do with a round that has yes or no only, or too few of both: stop the run, skip its training, train on
-    what is there, or widen: let the round's median decide instead of the threshold (for scorers)."""
+    what is there, or widen: let the round's median decide instead of the threshold (where all score the same, skip)."""
     watch: Watch = Watch()
 
     @model_validator(mode="after")

@@ -119,10 +119,13 @@ class _Loop:
         self.labeler: Labeler = make_labeler(config.label)
         self.training = Training(config, self.run_storage)
         self.replayed = Replayed(config.replay, config) if config.replay else None
+        if self.replayed:
+            self.replayed.settle(self.run_storage)
         self.evaluation = Evaluation(config, self.run_storage, preflight.held_out_prompts)
         self.policies.publish_base(preflight.reference_digest)
 
-        self.published = asyncio.Condition()  # a policy was published
+        self.walked = 0  # rounds that are trained, logged and evaluated, also by this process
+        self.published = asyncio.Condition()  # `walked` or `stopped` changed
         self.sealed = asyncio.Condition()  # a round was sealed
         self.stopped = False
         self.watch = _Stopwatch({})
@@ -146,7 +149,11 @@ class _Loop:
                 making = asyncio.create_task(self._make_rounds())
                 training = asyncio.create_task(self._train_rounds())
                 try:
-                    await asyncio.gather(making, training)
+                    while not training.done():  # when it ends early, a round in the making is given up
+                        running = {task for task in (making, training) if not task.done()}
+                        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                        for task in done:
+                            task.result()
                 finally:
                     for task in (making, training):
                         task.cancel()
@@ -181,7 +188,7 @@ class _Loop:
     async def _until_published(self, version: int) -> bool:
         """Whether the policy came; False: the run was stopped before."""
         async with self.published:
-            await self.published.wait_for(lambda: self.stopped or version in self.policies.versions())
+            await self.published.wait_for(lambda: self.stopped or version <= self.walked)
         return not self.stopped
 
     def _memory(self) -> dict[str, Any]:
@@ -202,9 +209,11 @@ class _Loop:
         collecting = asyncio.create_task(self._collect(round_, images, bars))
         scoring: set[asyncio.Task[None]] = set()
         try:
-            if drawn_before := round_.samples():
-                # A crash interrupted this round. A threshold needs all of it; verdicts that are there already stay.
-                scoring.add(asyncio.create_task(self._score(round_, drawn_before, bars)))
+            # What a crash left; verdicts that are there already stay.
+            left = [s for s in round_.samples() if self.labeler.whole_rounds or s.id not in round_.judged_ids]
+            for start in range(0, len(left), config.generate.batch_size):
+                batch = left[start : start + config.generate.batch_size]
+                scoring.add(asyncio.create_task(self._score(round_, batch, bars)))
             async for samples in self.generators.stream(round_.missing(requests), policy):
                 round_.add_samples(samples)
                 scoring.add(asyncio.create_task(self._score(round_, samples, bars)))
@@ -215,13 +224,12 @@ class _Loop:
             drawn = time.monotonic()
             async with noisily(f"verdicts on round {index}", config.cluster):
                 await _done(scoring, deadline_s)
+                await _cancelled(scoring)  # past the deadline: they submit with the scores that they have
                 await self.labeler.finish(round_.stage)
                 # Past the deadline there is still a moment for what the labeler can say at once.
                 await _done({collecting}, deadline_s and max(1.0, drawn + deadline_s - time.monotonic()))
         finally:
-            for task in (collecting, *scoring):
-                task.cancel()
-            await asyncio.gather(collecting, *scoring, return_exceptions=True)
+            await _cancelled({collecting, *scoring})
             for bar in bars:
                 self.progress.remove_task(bar)
         self.scorers.shrink()
@@ -239,12 +247,19 @@ class _Loop:
     async def _score(self, round_: Round, samples: Sequence[Sample], bars: Sequence[TaskID]) -> None:
         """Score samples (again only what a crash left unscored), store the scores, and hand both to the labeler."""
         ids = {sample.id for sample in samples}
-        known = [score for score in round_.scores() if score.sample_id in ids] if ids & round_.scored_ids else []
-        scores = await self.scorers.score(samples, known)
-        round_.add_scores(scores)
-        self._show(round_, bars)
-        require_scored(self.config.label, round_.stage, round_.failures, self.config.generate.images_per_round)
-        await self.labeler.submit(samples, [*known, *scores])
+        stored = round_.scores() if ids & round_.scored_ids else []
+        known = [score for score in stored if score.sample_id in ids and score.value is not None]
+        found = list(known)
+        try:
+            async with contextlib.aclosing(self.scorers.score_each(samples, known)) as answers:
+                async for scores in answers:
+                    round_.add_scores(scores)
+                    found += scores
+                    self._show(round_, bars)
+                    images = self.config.generate.images_per_round
+                    require_scored(self.config.label, round_.stage, round_.failures, images)
+        finally:
+            await self.labeler.submit(samples, found)
 
     async def _collect(self, round_: Round, expected: int, bars: Sequence[TaskID]) -> None:
         """Store verdicts as they come, until every sample of the round has one."""
@@ -300,6 +315,7 @@ class _Loop:
                     self.stopped = last = True
             if not last and self._suspicious(index):
                 self.stopped = last = True
+            self.walked = version
             async with self.published:
                 self.published.notify_all()
             if last:
@@ -329,6 +345,13 @@ class _Loop:
         finally:
             showing.cancel()
             self.progress.remove_task(bar)
+        if train and not any(report.draws.values()):
+            logger.warning(
+                "round %d: nothing was trained on: all of its verdicts are on images of policies older than "
+                "max_policy_lag (%d) allows",
+                index,
+                self.config.max_policy_lag,
+            )
         policy = self.policies.resolve(report.version)
         round_.record_training(
             report.draws, {"policy_version": policy.version, "policy_digest": policy.digest, "figures": report.figures}
@@ -374,6 +397,13 @@ async def _done(tasks: set["asyncio.Task[None]"], timeout_s: float | None) -> No
             task.result()
 
 
+async def _cancelled(tasks: set["asyncio.Task[None]"]) -> None:
+    """Cancel tasks and wait until they have ended; what else may be wrong with them has been said."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def score_figures(scores: Sequence[Score]) -> dict[str, float]:
     """Mean and standard deviation of every scorer's scores, and how many it failed to give, if any."""
     figures: dict[str, float] = {}
@@ -402,9 +432,9 @@ def worth_training(config: Label, index: int, verdicts: Sequence[Verdict]) -> bo
     if choice == "stop":
         raise UserError(
             f"round {index} has {what} ({counts}): Diffusion-KTO needs both. Choose another label.threshold than "
-            f"{config.threshold} (in a new run), or let such rounds pass with label.on_one_class=skip, =train or "
-            "=widen. The round is sealed and kept."
+            f"{config.threshold} (in a new run), or let such rounds pass with label.on_one_class=skip or =train, "
+            "or later ones be judged by their median with =widen. The round is sealed and kept."
         )
-    train = choice in ("train", "widen") and yes + no > 0
+    train = choice == "train" and yes + no > 0
     logger.warning("round %d has %s (%s): %s", index, what, counts, "trained on all the same" if train else "skipped")
     return train

@@ -5,6 +5,7 @@ field, the value and what would be right. What it found is handed to the loop.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Preflight:
                 f"prompts.held_out: {len(both)} of its prompts are trained on, too, for instance {sorted(both)[0]!r}; "
                 "held-out prompts must not be in prompts.train"
             )
-        _check_label(config)
+        _check_label(config, held_out)
         folder = source.resolve(config.model)
         source.check(folder, config.model.variant)
         _check_scheduler(config, folder)
@@ -59,7 +60,7 @@ def _saved(run: Storage) -> RunConfig:
         raise UserError(f"{error}\nGive another `run` name to begin a new one.") from error
 
 
-def _check_label(config: RunConfig) -> None:
+def _check_label(config: RunConfig, held_out: Sequence[Prompt]) -> None:
     for name, settings in config.label.scorers.items():
         load_scorer(settings.scorer or name, f"label.scorers.{name}")
         try:
@@ -68,8 +69,11 @@ def _check_label(config: RunConfig) -> None:
         except UserError as error:
             raise UserError(f"label.scorers.{name}.env: {error}") from error
     load_plugin("label.labeler", config.label.labeler, LABELERS)
-    if config.replay:
-        Replayed(config.replay, config)
+    if config.replay and (both := Replayed(config.replay, config).prompt_texts() & {p.text for p in held_out}):
+        raise UserError(
+            f"replay.run: {config.replay.run} was trained on {len(both)} of the prompts.held_out, for instance "
+            f"{sorted(both)[0]!r}; held-out prompts must not be trained on"
+        )
 
 
 def _check_scheduler(config: RunConfig, folder: Path) -> None:
@@ -105,7 +109,7 @@ def describe(config: RunConfig) -> str:
     train = load_prompts("prompts.train", config.prompts.train)
     held_out = load_prompts("prompts.held_out", config.prompts.held_out)
     facts = {"prompts": f"{len(train)} for training, {len(held_out)} held out", **implied(config, len(held_out))}
-    _check_label(config)
+    _check_label(config, held_out)
     folder = source.local_folder(config.model)
     if folder is None:
         facts["disk"] = "unknown until the model is downloaded"

@@ -115,6 +115,21 @@ class Replayed:
             # The run may have gone on since.
             self.rounds = self._labels.read_json("labels.json")["rounds"]
 
+    def settle(self, run: Storage) -> None:
+        """Write down in the run that replays how many rounds there are; from then on they are so many.
+
+        The earlier run may grow, but rounds that this run has made of its own are not filled from it.
+        """
+        if run.exists("replay.json"):
+            self.rounds = run.read_json("replay.json")["rounds"]
+        else:
+            run.write_json("replay.json", {"run": str(self.run), "rounds": self.rounds})
+
+    def prompt_texts(self) -> set[str]:
+        """All texts that these rounds would train on."""
+        store = RoundStore(self.run)
+        return {text for index in range(self.rounds) for text in store.round(index).prompt_texts()}
+
     def fill(self, index: int, round_: Round) -> None:
         """Copy samples, scores and verdicts of a round into an open round of another run."""
         origin = RoundStore(self.run).round(index)

@@ -75,11 +75,12 @@ class Round:
     def __init__(self, storage: Storage, stage: str) -> None:
         self.storage, self.stage = storage, stage
         self.sample_ids = set(self._ids("samples"))
-        scores = self.scores()
+        self.sealed = storage.exists("manifest.json")
+        # A score that failed before a crash, or before the run was stopped for it, is asked for again in an open round.
+        scores = [score for score in self.scores() if self.sealed or score.value is not None]
         self.scored = {(score.sample_id, score.scorer) for score in scores}
         self.failures = [score for score in scores if score.value is None]
         self.judged_ids = {verdict.sample_id for verdict in self.verdicts()}
-        self.sealed = storage.exists("manifest.json")
 
     def _parts(self, kind: str) -> list[str]:
         return [f"{kind}/{name}" for name in self.storage.names(kind, suffix=".parquet")]
@@ -138,12 +139,16 @@ class Round:
         tables = [self.storage.read_table(part, ["sample_id", "prompt_id"]) for part in self._parts("samples")]
         return dict(sorted((row["sample_id"], row["prompt_id"]) for table in tables for row in table.to_pylist()))
 
+    def prompt_texts(self) -> set[str]:
+        parts = (self.storage.read_table(part, ["prompt"]) for part in self._parts("samples"))
+        return {text for table in parts for text in table["prompt"].to_pylist()}
+
     def scores(self) -> list[Score]:
+        """One a sample and scorer; a value that came after a failure stands in its place."""
         tables = [self.storage.read_table(part) for part in self._parts("scores")]
-        return sorted(
-            table_to_scores(pa.concat_tables([SCORE_SCHEMA.empty_table(), *tables])),
-            key=lambda score: (score.sample_id, score.scorer),
-        )
+        scores = table_to_scores(pa.concat_tables([SCORE_SCHEMA.empty_table(), *tables]))
+        scores.sort(key=lambda score: (score.sample_id, score.scorer, score.value is not None))
+        return list({(score.sample_id, score.scorer): score for score in scores}.values())
 
     def verdicts(self) -> list[Verdict]:
         """Verdicts sealed in this round; some may be on samples of earlier rounds, which people answered late."""

@@ -1,7 +1,7 @@
 """Generators and scorers of this process, for tests of what calls them; Ray's are tested in `integration/`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from kto_ray.records import PolicyRef, Sample, SampleRequest, Score
 from tests.factories import make_sample
@@ -39,6 +39,11 @@ class InProcess:
         lacking = [(sample, name) for name in self.values for sample in samples if (sample.id, name) not in have]
         self.scored += [(sample.id, name) for sample, name in lacking]
         return [self._score(sample, name) for sample, name in lacking]
+
+    async def score_each(
+        self, samples: Sequence[Sample], known: Iterable[Score] = ()
+    ) -> AsyncGenerator[list[Score], None]:
+        yield await self.score(samples, known)
 
     def _score(self, sample: Sample, name: str) -> Score:
         value = self.values[name](sample)

@@ -51,7 +51,8 @@ class Evaluation:
         if not folder.sealed:
             async for samples in generators.stream(folder.missing(self.requests), policy):
                 folder.add_samples(samples)
-            samples, known, size = folder.samples(), folder.scores(), self.config.generate.batch_size
+            samples, size = folder.samples(), self.config.generate.batch_size
+            known = [score for score in folder.scores() if score.value is not None]
 
             async def score(batch: Sequence[Sample]) -> None:
                 folder.add_scores(await scorers.score(batch, known))

@@ -247,11 +247,14 @@ def find_flaw(environment: Environment) -> str | None:
     if built is None:
         return "is built only in part" if environment.folder.exists() else "is not built"
     for field, wanted in specification(environment).items():
-        if built[field] != wanted:
+        had = built.get(field, "unknown")
+        if had != wanted:
             if isinstance(wanted, str):
-                return f"was built for {field} {built[field]}, this is {field} {wanted}"
-            changed = [item for item in wanted if item not in built[field]]
+                return f"was built for {field} {had}, this is {field} {wanted}"
+            changed = [item for item in wanted if item not in had]
             return f"was built with other {field} than {', '.join(changed)}" if changed else f"has too many {field}"
+    if not environment.python.is_file():
+        return f"has no {environment.python} any more"
     if environment is BASE:
         return None
     if flaw := find_flaw(BASE):
@@ -266,8 +269,11 @@ def _read_marker(environment: Environment) -> dict[str, Any] | None:
     marker = environment.folder / MARKER
     if not marker.is_file():
         return None
-    content: dict[str, Any] = json.loads(marker.read_text())
-    return content
+    try:
+        content = json.loads(marker.read_text())
+    except ValueError:
+        return {}  # damaged: it says nothing of what the environment was built for
+    return content if isinstance(content, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -283,7 +289,7 @@ class State:
 def states() -> list[State]:
     """The base and all environments, as they are now."""
     return [
-        State(environment, find_flaw(environment), (_read_marker(environment) or {"size": 0})["size"])
+        State(environment, find_flaw(environment), (_read_marker(environment) or {}).get("size", 0))
         for environment in (BASE, *ENVIRONMENTS.values())
     ]
 

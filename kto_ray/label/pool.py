@@ -9,7 +9,7 @@ never a number.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,9 @@ class ScorerPool:
     def __init__(self, name: str, settings: ScorerSettings, cluster: Cluster) -> None:
         self.name, self.settings, self.cluster = name, settings, cluster
         resources = settings.resources
-        runtime_env: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(resources.threads or 1)}}
+        runtime_env: dict[str, Any] = {
+            "env_vars": {"OMP_NUM_THREADS": str(resources.threads or max(1, int(resources.num_cpus)))}
+        }
         if settings.env:
             runtime_env["py_executable"] = str(interpreter(settings.env))
         self._actor_class = ray.remote(
@@ -201,14 +203,28 @@ class Scorers:
 
     async def score(self, samples: Sequence[Sample], known: Sequence[Score] = ()) -> list[Score]:
         """Score samples by all scorers at the same time; gives the scores that are not `known` yet."""
+        found = [score async for scores in self.score_each(samples, known) for score in scores]
+        order = list(self.pools)
+        return sorted(found, key=lambda score: order.index(score.scorer))
+
+    async def score_each(
+        self, samples: Sequence[Sample], known: Sequence[Score] = ()
+    ) -> AsyncGenerator[list[Score], None]:
+        """The same, scorer by scorer as they answer: a slow one keeps nobody's scores back."""
         have = {(score.sample_id, score.scorer) for score in known}
         batches: dict[tuple[str, ...], Batch] = {}  # after a crash scorers may lack different samples
         jobs = []
         for name, pool in self.pools.items():
             if lacking := [sample for sample in samples if (sample.id, name) not in have]:
                 batch = batches.setdefault(tuple(sample.id for sample in lacking), Batch(lacking))
-                jobs.append(pool.score(batch))
-        return [score for scores in await asyncio.gather(*jobs) for score in scores]
+                jobs.append(asyncio.create_task(pool.score(batch)))
+        try:
+            for job in asyncio.as_completed(jobs):
+                yield await job
+        finally:
+            for unfinished in jobs:
+                unfinished.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
 
     def shrink(self) -> None:
         """Let go of idle actors above the minimum; the loop calls it when a round is sealed."""

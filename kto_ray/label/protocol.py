@@ -60,10 +60,13 @@ class Labeler(Protocol):
 
     All methods are called from the loop's one thread. Answers may come in any order, after any time, also in a later
     run of the process: a labeler that remembers over restarts must give a verdict on every submitted sample once, and
-    one that does not is given the samples of an interrupted round again (`submit` is idempotent by sample id).
+    one that does not is given unjudged samples again (`submit` is idempotent by sample id).
     """
 
     name: str
+    whole_rounds: bool = False
+    """Whether a verdict depends on the other samples of its round. After a crash such a labeler is given all samples of
+    the open round again, and others those without a verdict."""
 
     async def start(self, memory: Mapping[str, Any]) -> None:
         """Get ready; called once, before anything else. `memory` is what the last sealed round kept, or {}."""

@@ -106,6 +106,7 @@ class ThresholdLabeler(Labeler):
     """Waits for the round's last score, since most thresholds need them all, and judges; see `Labeler`."""
 
     name = "threshold"
+    whole_rounds = True
 
     def __init__(self, config: Label) -> None:
         self.config = config

@@ -93,7 +93,11 @@ class _Versioned(Section):
     kind: str
 
     def __str__(self) -> str:
-        parameters = ", ".join(f"{name}={value:g}" for name, value in self if isinstance(value, float | int))
+        parameters = ", ".join(
+            f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
+            for name, value in self
+            if name != "kind"
+        )
         return f"{self.kind}@{self.version}" + (f"({parameters})" if parameters else "")
 
 
@@ -404,7 +408,9 @@ class VerdictRule:
 
         if SUM in fit.fits:
             what = " + ".join(self._term(voter, fit) for voter in self.voters)
-            return judged("widened@1(to=median)" if fit.widened else self.threshold, what, SUM)
+            text = judged("widened@1(to=median)" if fit.widened else self.threshold, what, SUM)
+            plain = fit.widened or (len(self.voters) == 1 and self.combine == WeightedSum())
+            return text if plain else f"{self.combine}[{text}]"
         votes = "; ".join(judged(voter.threshold or self.threshold, voter.name, voter.name) for voter in self.voters)
         return f"{self.combine}[{votes}]"
 

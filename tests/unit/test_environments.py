@@ -50,6 +50,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def pretend(environment: Environment, **changes: object) -> None:
     """What a finished build leaves, without packages; `changes` are to what it says that it was built from."""
     environment.site_packages.mkdir(parents=True)
+    environment.python.parent.mkdir()
+    environment.python.touch()
     (environment.folder / MARKER).write_text(json.dumps({**specification(environment), "size": 1, **changes}))
     if environment is not BASE:
         (environment.site_packages / "kto_ray").symlink_to(Path(kto_ray.__file__).parent)
@@ -62,6 +64,18 @@ def test_the_python_of_a_built_environment(root: Path) -> None:
     pretend(BASE)
     pretend(HPSV2)
     assert interpreter("hpsv2") == root / "hpsv2" / "bin" / "python"
+
+
+@pytest.mark.usefixtures("root")
+def test_a_python_that_is_gone_or_a_damaged_marker_is_said() -> None:
+    pretend(BASE)
+    pretend(HPSV2)
+    HPSV2.python.unlink()
+    with pytest.raises(UserError, match=r"'hpsv2' has no .*python any more; build it with: kto-ray env build hpsv2"):
+        interpreter("hpsv2")
+    (HPSV2.folder / MARKER).write_text("{")
+    with pytest.raises(UserError, match=r"was built for Python unknown, this is .*kto-ray env build hpsv2"):
+        interpreter("hpsv2")
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:

@@ -84,7 +84,8 @@ async def test_too_many_failed_scores_stop_the_run_with_the_scorer_s_error(tmp_p
         await run(evaluation(tmp_path), 0, shapes=fails_on_the_first_prompt)
     tolerant = evaluation(tmp_path, {"max_failed_fraction": 0.2})
     workers = await run(tolerant, 0, shapes=fails_on_the_first_prompt)
-    assert (workers.drawn, workers.scored) == ([], [])
+    assert workers.drawn == []
+    assert len(workers.scored) == 4  # those that failed, once more
     assert tolerant.summary(0).failed == 4
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -205,12 +205,13 @@ async def test_a_round_is_sealed_at_its_deadline_and_late_verdicts_join_the_next
     assert ledger.balances
 
 
-async def test_scorers_that_miss_the_deadline_leave_their_images_without_verdict(make_loop: Make) -> None:
+async def test_images_that_are_not_scored_by_the_deadline_have_failed(make_loop: Make) -> None:
     loop, workers = make_loop({"deadline_s": 0.2}, shapes=half)
     workers.answering.clear()
     round_ = await make_round(loop)
     assert round_.sealed
-    assert (round_.scores(), round_.verdicts(), round_.manifest["pending"]) == ([], [], IMAGES)
+    assert (round_.scores(), round_.manifest["failed"], round_.manifest["pending"]) == ([], IMAGES, 0)
+    assert {verdict.rule for verdict in round_.verdicts()} == {"no score of shapes: not scored"}
     workers.answering.set()
     assert (await make_round(loop, 1)).manifest["desirable"] == 3
 
@@ -315,7 +316,7 @@ def test_so_do_too_few_verdicts() -> None:
 
 
 @pytest.mark.parametrize("verdicts", [[YES], [NO, FAILED], [YES, NO]])
-@pytest.mark.parametrize(("choice", "trained"), [("skip", False), ("train", True), ("widen", True)])
+@pytest.mark.parametrize(("choice", "trained"), [("skip", False), ("train", True), ("widen", False)])
 def test_or_the_configuration_says_what_to_do(choice: Any, trained: bool, verdicts: list[Verdict]) -> None:
     assert worth_training(Label(on_one_class=choice, min_verdicts=3), 0, verdicts) is trained
 
@@ -323,3 +324,30 @@ def test_or_the_configuration_says_what_to_do(choice: Any, trained: bool, verdic
 @pytest.mark.parametrize("choice", ["skip", "train", "widen"])
 def test_nothing_is_never_trained_on(choice: Any) -> None:
     assert not worth_training(Label(on_one_class=choice), 0, [ABSTAINED, FAILED])
+
+
+# -- after the fact ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_run_that_a_dead_scorer_stopped_goes_on_when_it_is_back(make_loop: Make) -> None:
+    dead, _ = make_loop({}, shapes=lambda _: None)
+    with pytest.raises(UserError, match="could not be scored"):
+        await make_round(dead)
+    alive, workers = make_loop({}, shapes=half)
+    round_ = await make_round(alive)
+    assert (round_.manifest["desirable"], round_.manifest["failed"]) == (3, 0)
+    assert len({sample_id for sample_id, _ in workers.scored}) == IMAGES
+
+
+async def test_a_slow_held_out_scorer_does_not_cost_the_verdicts(make_loop: Make) -> None:
+    loop, workers = make_loop({"scorers": TWO, "deadline_s": 0.5}, shapes=half, other=coin)
+    never = asyncio.Event()
+
+    async def score_each(samples: Sequence[Sample], known: Sequence[Score] = ()) -> AsyncGenerator[list[Score], None]:
+        yield [score for score in await workers.score(samples, known) if score.scorer == "shapes"]
+        await never.wait()
+
+    workers.score_each = score_each  # type: ignore[method-assign]
+    round_ = await make_round(loop)
+    assert {score.scorer for score in round_.scores()} == {"shapes"}
+    assert (round_.manifest["desirable"], round_.manifest["undesirable"]) == (3, 3)

@@ -11,11 +11,12 @@ import pytest
 from kto_ray.config import Replay, RunConfig, load, to_yaml
 from kto_ray.errors import UserError
 from kto_ray.label.threshold_labeler import ThresholdLabeler
+from kto_ray.preflight import Preflight
 from kto_ray.records import Score, Verdict, scores_to_table, table_to_verdicts
 from kto_ray.relabel import RelabeledRound, Replayed, relabel, saved_config, sealed_rounds
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
-from tests.factories import make_samples
+from tests.factories import make_samples, write_prompts
 
 VALUES = [[0.1, 0.6, 0.7, None], [0.2, 0.3, 0.8, 0.9], [0.4, 0.9, 0.9, 1.0]]
 OTHERS = [[5.0, 4.0, 3.0, 2.0], [1.0, 2.0, 3.0, None], [0.0, 1.0, 0.0, 1.0]]
@@ -276,3 +277,23 @@ def test_a_round_that_has_changed_is_not_replayed(run: Storage, tmp_path: Path) 
     round_.storage.write_table(f"scores/{name}", scores_to_table(scores(1)[:4]))
     with pytest.raises(ValueError, match="has changed since the round was sealed"):
         replayed(run, RoundStore(Storage(str(tmp_path / "target"))))
+
+
+def test_how_many_rounds_are_replayed_is_settled_once(run: Storage, tmp_path: Path) -> None:
+    here, settings = Storage(str(tmp_path / "here")), Replay(run=str(run))
+    first = Replayed(settings, config_of(tmp_path))
+    first.settle(here)
+    RoundStore(run).round(3).seal(round=3)
+    again = Replayed(settings, config_of(tmp_path))
+    assert (first.rounds, again.rounds) == (3, 4)
+    again.settle(here)
+    assert again.rounds == 3
+
+
+def test_prompts_held_out_here_are_not_replayed(run: Storage, tmp_path: Path) -> None:
+    held_out = write_prompts(tmp_path / "held_out.jsonl", ["prompt 2", "something else"])
+    config = config_of(tmp_path, "run=here", f"replay={{run: '{run}'}}", f"prompts.held_out={held_out}")
+    with pytest.raises(
+        UserError, match=r"replay\.run: .* trained on 1 of the prompts\.held_out, for instance 'prompt 2'"
+    ):
+        Preflight.check(config)

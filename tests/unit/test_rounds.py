@@ -123,16 +123,28 @@ def test_what_one_scorer_has_said_does_not_keep_another_from_speaking(run: Stora
     assert make_score(two.id) in round_.scores()
 
 
-def test_failed_scores_are_remembered_and_are_no_verdict(run: Storage) -> None:
+def test_failed_scores_are_no_verdict_and_are_remembered_once_the_round_is_sealed(run: Storage) -> None:
     one, two = make_samples("round-00000", 2)
     round_ = RoundStore(run).round(0)
     round_.add_samples([one, two])
     round_.add_scores([make_score(one.id, None), make_score(two.id)])
-    for again in (round_, RoundStore(run).round(0)):
-        assert again.failures == [make_score(one.id, None)]
-        assert again.judged_ids == set()
+    assert round_.failures == [make_score(one.id, None)]
+    assert round_.judged_ids == set()
     round_.add_verdicts([failed(one.id)])
     assert round_.judged_ids == RoundStore(run).round(0).judged_ids == {one.id}
+    round_.seal()
+    assert RoundStore(run).round(0).failures == [make_score(one.id, None)]
+
+
+def test_a_score_that_failed_is_asked_for_again_in_an_open_round(run: Storage) -> None:
+    one, two = make_samples("round-00000", 2)
+    RoundStore(run).round(0).add_scores([make_score(one.id, None), make_score(two.id)])
+    again = RoundStore(run).round(0)
+    assert (again.scored, again.failures) == ({(two.id, "shapes")}, [])
+    again.add_scores([make_score(one.id, 0.9)])
+    assert RoundStore(run).round(0).scores() == [make_score(one.id, 0.9), make_score(two.id)]
+    again.seal()
+    again.verify()
 
 
 def test_prompts_are_read_without_their_images(run: Storage) -> None:

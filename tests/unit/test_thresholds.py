@@ -531,7 +531,9 @@ def test_each_prompt_has_its_own_cut_or_none() -> None:
 def test_a_sum_is_written_out() -> None:
     voters = [Voter("a", weight=2, mean=5, std=0.5), Voter("b")]
     rule = VerdictRule(voters, WeightedSum(), Absolute(value=1))
-    assert words(rule, table([5], [0])) == ["absolute@1(value=1, dead_band=0): 2 (a - 5) / 0.5 + b >= 1"]
+    assert words(rule, table([5], [0])) == [
+        "weighted_sum@1(calibration=fixed, decay=0.9)[absolute@1(value=1, dead_band=0): 2 (a - 5) / 0.5 + b >= 1]"
+    ]
 
 
 def test_votes_are_written_out() -> None:

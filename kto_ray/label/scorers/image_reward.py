@@ -66,7 +66,7 @@ class ImageReward:
         beside = path.with_name("med_config.json")
         if med_config is None and checkpoint is not None and beside.is_file():
             med_config = str(beside)
-        config_path = find_file(med_config, REPOSITORY, "med_config.json")
+        config_path = find_file(med_config, REPOSITORY, "med_config.json", "med_config")
         self.model, self.preprocess = build_model(config_path)
         self.tokenizer = load_tokenizer(tokenizer or TOKENIZER)
         known = self.model.blip.text_encoder.config.vocab_size

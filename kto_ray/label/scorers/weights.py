@@ -45,8 +45,11 @@ def pick_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def find_file(checkpoint: str | None, repository: str, filename: str) -> Path:
+def find_file(checkpoint: str | None, repository: str, filename: str, argument: str = "checkpoint") -> Path:
     """The local file that `checkpoint` names, or else `filename` of a hub repository (cached after the first time).
+
+    Args:
+        argument: what the scorer calls it.
 
     Raises:
         UserError: there is no such local file, or the hub cannot be asked.
@@ -55,7 +58,7 @@ def find_file(checkpoint: str | None, repository: str, filename: str) -> Path:
         if not Path(checkpoint).is_file():
             problem = "is a folder" if Path(checkpoint).is_dir() else "does not exist"
             raise UserError(
-                f"checkpoint {checkpoint} {problem}; give the path of a file, or leave it out to load "
+                f"{argument} {checkpoint} {problem}; give the path of a file, or leave it out to load "
                 f"{filename} of {repository} from the hub"
             )
         return Path(checkpoint)
@@ -66,7 +69,7 @@ def find_file(checkpoint: str | None, repository: str, filename: str) -> Path:
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load {filename} of {repository} from the hub ({type(error).__name__}: {error}); "
-            "give the path of a local copy as `checkpoint`"
+            f"give the path of a local copy as `{argument}`"
         ) from error
 
 
