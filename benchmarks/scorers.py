@@ -3,8 +3,8 @@
     kto-ray env build --all
     python benchmarks/scorers.py [--quick]
 
-Both run in one process of the scorer's environment, on the CPU in float32, with the same random checkpoint of true size
-(whose file is smaller than the true one, in favour of the packages), on pictures of 512 x 512. What is compared:
+Both run in one process of the scorer's environment, on the CPU in float32, with the same random checkpoint of true
+size, on pictures of 512 x 512. What is compared:
 
 - ImageReward, other prompts: `score(prompt, image)` of the package for each image, and our batch.
 - ImageReward, one prompt: `score(prompt, images)` of the package, and our batch.

@@ -129,5 +129,8 @@ def random_checkpoint(folder: Path, full: bool = False) -> dict[str, Any]:
         text = {"context_length": 77, "vocab_size": 49408, "layers": 2, "width": 32, "heads": 2}
         Path(architecture).write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}))
     checkpoint = folder / "HPS_v2.1_compressed.pt"
-    torch.save({"state_dict": random_weights(build_model(architecture)[0])}, checkpoint)
+    weights = random_weights(build_model(architecture)[0])
+    if full:  # a file of the true size, 4 GB: how long it takes to read matters to who reads it often
+        weights = {name: value.clone() for name, value in weights.items()}
+    torch.save({"state_dict": weights}, checkpoint)
     return {"checkpoint": str(checkpoint), "architecture": architecture}
