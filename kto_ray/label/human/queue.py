@@ -1,0 +1,477 @@
+"""The queue of images that people judge: a state machine in SQL transactions, whose clock never goes back.
+
+An item is open until it has as many answers as it needs, then judged, and sealed with a round: until the seal people
+may change their minds, after it nothing changes. `actor.py` runs one queue for a run and is who calls it; a crash at
+any point leaves the state before or after a call, and calls may be repeated.
+
+    open --answers--> judged --seal--> sealed
+      ^                  |
+      +-- undo, exclude -+
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+import sqlalchemy as sa
+from sqlalchemy import and_, exists, func, or_, select
+
+from kto_ray.label.human.clock import Clock
+from kto_ray.label.human.people import OPERATOR, Refused, bearer, doubt, exclude, known_answers, works
+from kto_ray.label.human.settings import Human
+from kto_ray.label.human.settling import COUNTS, STANDS, settle
+from kto_ray.label.human.tables import answers, badges, images, in_transaction, items, labelers, leases, meta, rounds
+from kto_ray.records import Label, derive_seed
+
+Answer = Literal["desirable", "undesirable", "unsure", "skip"]
+ANSWERS: tuple[Answer, ...] = get_args(Answer)
+Result = TypeVar("Result")
+UNDOABLE = 10
+"""So many of their latest answers people can take back."""
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """An image for people to judge, and how many of them; of gold, `expected` is the known answer."""
+
+    sample_id: str
+    prompt_id: str
+    prompt: str
+    png: bytes
+    policy_version: int = 0
+    needed: int = 1
+    expected: Answer | None = None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a labeler is shown: blind, so neither scores nor who drew it. `expires_at`: seconds since 1970."""
+
+    item: str
+    prompt: str
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the newest round stands, and one labeler's part in it."""
+
+    round: int | None
+    asked: int
+    """Images of the round that people were asked about so far."""
+    judged: int
+    target: int | None
+    """So many judged images are enough; None: not known yet, more are being drawn."""
+    waits_for: Literal["images", "people", "training", "nothing"]
+    """nothing: the run has ended."""
+    answers: int
+    """Of this labeler, skips included, in the whole run."""
+    undoable: tuple[str, ...]
+    """Items whose answers this labeler may take back, the latest first."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An item's verdict as it is sealed; `rule` says who said what."""
+
+    sample_id: str
+    label: Label
+    rule: str
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a round stands, for the loop."""
+
+    asked: int
+    judged: int
+    answers: int
+    labelers: int
+    """People who can answer: neither excluded nor without a link that works."""
+    enough: bool
+
+
+class Queue:
+    """See the module. Every method is one transaction.
+
+    Args:
+        engine: of `tables.open_database`.
+        max_policy_lag: items that could no longer be trained on are not offered.
+        clock: seconds since 1970.
+
+    Raises (from the methods that take a badge): Refused.
+    """
+
+    def __init__(
+        self, engine: sa.Engine, settings: Human, max_policy_lag: int = 0, clock: Callable[[], float] | None = None
+    ) -> None:
+        self.engine, self.settings, self.max_policy_lag = engine, settings, max_policy_lag
+        self.clock = clock or Clock(self._do(self._last_time))
+
+    def _do(self, work: Callable[[sa.Connection], Result]) -> Result:
+        return in_transaction(self.engine, work)
+
+    def _last_time(self, connection: sa.Connection) -> float:
+        granted = select(func.max(leases.c.expires_at)).scalar_subquery() - self.settings.lease_s
+        answered = select(func.max(answers.c.at)).scalar_subquery()
+        return max(value or 0.0 for value in connection.execute(select(granted, answered)).one())
+
+    # -- the loop's side ------------------------------------------------------------------------------------------
+
+    def add(self, stage: str, number: int, new: Sequence[NewItem]) -> None:
+        """Ask people about images of a round; those that are here already stay as they are."""
+
+        def work(connection: sa.Connection) -> None:
+            if not connection.scalar(select(exists().where(rounds.c.stage == stage))):
+                connection.execute(rounds.insert().values(stage=stage, number=number))
+            self._insert(connection, new, stage=stage, number=number)
+
+        self._do(work)
+
+    def add_gold(self, new: Sequence[NewItem]) -> None:
+        """Mix in images with known answers; those that are here already stay."""
+        self._do(lambda connection: self._insert(connection, new))
+
+    def _insert(self, connection: sa.Connection, new: Sequence[NewItem], **common: Any) -> None:
+        ids = [item.sample_id for item in new]
+        known = set(connection.scalars(select(items.c.sample_id).where(items.c.sample_id.in_(ids))))
+        for item in new:
+            if item.sample_id in known:
+                continue
+            values = {name: getattr(item, name) for name in ITEM_FIELDS}
+            key = secrets.token_hex(8)
+            shuffle = derive_seed("shuffle", item.sample_id) / 2**63
+            connection.execute(items.insert().values(id=key, shuffle=shuffle, **values, **common))
+            connection.execute(images.insert().values(item=key, png=item.png))
+
+    def finish(self, stage: str, number: int) -> None:
+        """No more images of this round will come."""
+
+        def work(connection: sa.Connection) -> None:
+            now = self.clock()
+            if connection.scalar(select(exists().where(rounds.c.stage == stage))):
+                ended = func.coalesce(rounds.c.finished_at, now)
+                connection.execute(rounds.update().where(rounds.c.stage == stage).values(finished_at=ended))
+            else:  # nothing of it went to people
+                connection.execute(rounds.insert().values(stage=stage, number=number, finished_at=now))
+
+        self._do(work)
+
+    def standing(self, stage: str) -> Standing:
+        def work(connection: sa.Connection) -> Standing:
+            round_ = connection.execute(select(rounds).where(rounds.c.stage == stage)).one_or_none()
+            asked, judged = self._counts(connection, stage)
+            said = select(func.count()).select_from(answers.join(items)).where(items.c.stage == stage, COUNTS)
+            working = exists().where(works(self.clock()), badges.c.labeler == labelers.c.id)
+            able = select(func.count()).where(labelers.c.role == "labeler", labelers.c.excluded_at.is_(None), working)
+            target = self._target(asked, finished=round_ is not None and round_.finished_at is not None)
+            sealed = round_ is not None and round_.sealed_at is not None
+            return Standing(
+                asked,
+                judged,
+                answers=connection.scalar(said) or 0,
+                labelers=connection.scalar(able) or 0,
+                enough=sealed or (target is not None and judged >= target),
+            )
+
+        return self._do(work)
+
+    def _counts(self, connection: sa.Connection, stage: str) -> tuple[int, int]:
+        """Images of a round that people were asked about, and those that are judged."""
+        asked, judged = connection.execute(
+            select(func.count(), func.count(items.c.label)).where(items.c.stage == stage)
+        ).one()
+        return asked, judged
+
+    def _target(self, asked: int, finished: bool) -> int | None:
+        """How many judged images are enough; None while it is not known how many there will be."""
+        if not finished:
+            return None
+        return min(asked, self.settings.min_labels or asked)
+
+    def seal(self, stage: str) -> list[Judged]:
+        """Fix everything that is judged as part of this round, late answers on earlier rounds included.
+
+        Called again, it gives the same.
+        """
+
+        def work(connection: sa.Connection) -> list[Judged]:
+            sealed_at = connection.scalar(select(rounds.c.sealed_at).where(rounds.c.stage == stage))
+            if sealed_at is None:
+                judged = and_(items.c.label.is_not(None), items.c.sealed_in.is_(None), items.c.stage.is_not(None))
+                connection.execute(items.update().where(judged).values(sealed_in=stage))
+                connection.execute(rounds.update().where(rounds.c.stage == stage).values(sealed_at=self.clock()))
+            said: dict[str, list[str]] = {}
+            rows = connection.execute(
+                select(answers.c.item, labelers.c.name, answers.c.verdict)
+                .select_from(answers.join(items).join(labelers))
+                .where(items.c.sealed_in == stage, COUNTS)
+                .order_by(labelers.c.name)
+            )
+            for item, name, verdict in rows:
+                said.setdefault(item, []).append(f"{name} {verdict}")
+            rule = self.settings.overlap.rule
+            sealed = connection.execute(select(items).where(items.c.sealed_in == stage).order_by(items.c.sample_id))
+            return [
+                Judged(
+                    row.sample_id,
+                    row.label,
+                    rule=f"{rule}@1(of {row.needed}): {', '.join(said[row.id])}",
+                    policy_version=row.policy_version,
+                )
+                for row in sealed
+            ]
+
+        return self._do(work)
+
+    def end(self, ended: bool = True) -> None:
+        """Tell people that the run has ended, or goes on."""
+
+        def work(connection: sa.Connection) -> None:
+            connection.execute(meta.delete().where(meta.c.key == "ended"))
+            if ended:
+                connection.execute(meta.insert().values(key="ended", value="yes"))
+
+        self._do(work)
+
+    # -- the labelers' side ---------------------------------------------------------------------------------------
+
+    def lease(self, badge: str, count: int = 1) -> list[Offer]:
+        """Up to `count` images for this labeler: those already leased first, in the order in which they were."""
+
+        def work(connection: sa.Connection) -> list[Offer]:
+            now, me = self.clock(), self._labeler(connection, badge)
+            held = (leases.c.labeler == me, leases.c.expires_at > now, items.c.label.is_(None))
+            offers = select(items.c.id, items.c.prompt, leases.c.expires_at).select_from(leases.join(items))
+            offers = offers.where(*held).order_by(leases.c.id).limit(count)
+            found = connection.execute(offers).all()
+            if len(found) < count:
+                for key in self._choose(connection, me, now, count - len(found)):
+                    self._grant(connection, me, key, now)
+                found = connection.execute(offers).all()
+            return [Offer(*row) for row in found]
+
+        return self._do(work)
+
+    def _choose(self, connection: sa.Connection, me: int, now: float, count: int) -> list[str]:
+        mine = or_(
+            exists().where(answers.c.item == items.c.id, answers.c.labeler == me, STANDS),
+            exists().where(leases.c.item == items.c.id, leases.c.labeler == me, leases.c.expires_at > now),
+        )
+        sealed = connection.scalar(select(func.max(rounds.c.number)).where(rounds.c.sealed_at.is_not(None)))
+        upcoming = 0 if sealed is None else sealed + 1  # the round that an answer would go into
+        wanted = (
+            select(items.c.id)
+            .where(items.c.stage.is_not(None), items.c.label.is_(None), ~mine, self._free(me, now))
+            .where(items.c.policy_version >= upcoming - self.max_policy_lag)
+            .order_by(items.c.number.desc(), self._said().desc(), items.c.shuffle)
+            .limit(count)
+        )
+        keys = list(connection.scalars(wanted))
+        if not keys or not self.settings.gold.file:
+            return keys
+        unseen = select(items.c.id).where(items.c.expected.is_not(None), ~mine).order_by(items.c.shuffle).limit(count)
+        gold = list(connection.scalars(unseen))
+        seen = sum(
+            connection.scalar(select(func.count()).where(table.c.labeler == me)) or 0 for table in (answers, leases)
+        )
+        mixed: list[str] = []
+        for place in range(len(keys)):
+            # By chance, or people would find out that it is every tenth.
+            is_gold = gold and derive_seed("gold", me, seen + place) / 2**63 < self.settings.gold.share
+            mixed.append(gold.pop(0) if is_gold else keys.pop(0))
+        return mixed
+
+    def _said(self) -> sa.ScalarSelect[int]:
+        return select(func.count()).where(answers.c.item == items.c.id, COUNTS).scalar_subquery()
+
+    def _free(self, me: int, now: float) -> sa.ColumnElement[bool]:
+        """Whether an item needs an answer that nobody else is about to give."""
+        looking = select(func.count()).where(
+            leases.c.item == items.c.id, leases.c.labeler != me, leases.c.expires_at > now
+        )
+        return self._said() + looking.scalar_subquery() < items.c.needed
+
+    def _grant(self, connection: sa.Connection, me: int, item: str, now: float) -> float:
+        expires_at = now + self.settings.lease_s
+        connection.execute(leases.delete().where(leases.c.item == item, leases.c.labeler == me))
+        connection.execute(leases.insert().values(item=item, labeler=me, expires_at=expires_at))
+        return expires_at
+
+    def answer(self, badge: str, item: str, verdict: str, seconds: float | None = None) -> None:
+        """Take an answer, once: the same one again changes nothing.
+
+        An answer to a lease that has ended still counts if nobody else has the image by now.
+
+        Args:
+            seconds: that the person took, if it is known.
+
+        Raises:
+            Refused: no such verdict, item or lease; the image is somebody else's now or the round is sealed; or it was
+                answered otherwise before.
+        """
+
+        def work(connection: sa.Connection) -> None:
+            now, me = self.clock(), self._labeler(connection, badge)
+            if verdict not in ANSWERS:
+                raise Refused("verdict", f"{verdict!r} is no verdict; say one of {', '.join(ANSWERS)}")
+            row = self._item(connection, item)
+            before = self._my_answer(connection, me, item)
+            if before is not None and before.void is None:
+                if before.verdict == verdict:
+                    return
+                raise Refused("answered", f"you said {before.verdict} before; take that back first")
+            lease = connection.execute(
+                select(leases).where(leases.c.item == item, leases.c.labeler == me)
+            ).one_or_none()
+            if lease is None:
+                raise Refused("lease", "this image was not given to you; ask for one first")
+            if row.sealed_in is not None:
+                raise Refused("sealed", "this image's round is sealed; nothing in it changes any more")
+            late = lease.expires_at <= now
+            if late and row.expected is None and not self._is_free(connection, me, item, now):
+                raise Refused("taken", "you had this image for too long; somebody else has it now")
+            connection.execute(leases.delete().where(leases.c.id == lease.id))
+            connection.execute(
+                answers.insert().values(item=item, labeler=me, verdict=verdict, seconds=seconds, at=now, late=late)
+            )
+            settle(connection, self.settings.overlap.rule, [item])
+            judged_gold = row.expected is not None and self.settings.gold.action == "exclude"
+            if judged_gold and (why := doubt(self.settings, known_answers(connection, me))):
+                exclude(connection, self.settings, me, why, now)
+
+        self._do(work)
+
+    def extend(self, badge: str, keys: Sequence[str]) -> list[str]:
+        """Look at images for longer; gives those that are (still, or again) this labeler's."""
+
+        def work(connection: sa.Connection) -> list[str]:
+            now, me = self.clock(), self._labeler(connection, badge)
+            rows = connection.execute(
+                select(leases.c.item, leases.c.expires_at, items.c.expected)
+                .select_from(leases.join(items))
+                .where(leases.c.labeler == me, leases.c.item.in_(keys), items.c.label.is_(None))
+            ).all()
+            kept = [
+                row.item
+                for row in rows
+                if row.expires_at > now or row.expected is not None or self._is_free(connection, me, row.item, now)
+            ]
+            mine = and_(leases.c.labeler == me, leases.c.item.in_(kept))
+            connection.execute(leases.update().where(mine).values(expires_at=now + self.settings.lease_s))
+            return kept
+
+        return self._do(work)
+
+    def release(self, badge: str, keys: Sequence[str]) -> None:
+        """Give images back unanswered, for somebody else to have."""
+
+        def work(connection: sa.Connection) -> None:
+            me = self._labeler(connection, badge)
+            connection.execute(leases.delete().where(leases.c.labeler == me, leases.c.item.in_(keys)))
+
+        self._do(work)
+
+    def undo(self, badge: str, item: str) -> Offer:
+        """Take back the answer on an item, one of the latest ten, and get the image again."""
+
+        def work(connection: sa.Connection) -> Offer:
+            now, me = self.clock(), self._labeler(connection, badge)
+            row = self._item(connection, item)
+            before = self._my_answer(connection, me, item)
+            latest = select(answers.c.id).where(answers.c.labeler == me).order_by(answers.c.id.desc()).limit(UNDOABLE)
+            if before is None or before.void == "excluded" or before.id not in connection.scalars(latest).all():
+                raise Refused("undo", f"only your latest {UNDOABLE} answers can be taken back")
+            if row.sealed_in is not None:
+                raise Refused("sealed", "this image's round is sealed; nothing in it changes any more")
+            connection.execute(answers.update().where(answers.c.id == before.id).values(void="undone"))
+            settle(connection, self.settings.overlap.rule, [item])
+            # Asked for again after the image went to somebody else: it is theirs now.
+            if row.expected is None and not self._is_free(connection, me, item, now):
+                raise Refused("taken", "somebody else has this image now")
+            return Offer(item, row.prompt, self._grant(connection, me, item, now))
+
+        return self._do(work)
+
+    def progress(self, badge: str) -> Progress:
+        def work(connection: sa.Connection) -> Progress:
+            me = self._labeler(connection, badge)
+            newest = connection.execute(select(rounds).order_by(rounds.c.number.desc()).limit(1)).one_or_none()
+            asked, judged = self._counts(connection, newest.stage) if newest else (0, 0)
+            finished = newest is not None and newest.finished_at is not None
+            ended = connection.scalar(select(exists().where(meta.c.key == "ended")))
+            said = select(func.count()).where(answers.c.labeler == me, STANDS)
+            return Progress(
+                round=newest.number if newest else None,
+                asked=asked,
+                judged=judged,
+                target=self._target(asked, finished),
+                waits_for="nothing"
+                if ended
+                else "training"
+                if newest and newest.sealed_at is not None
+                else "people"
+                if finished
+                else "images",
+                answers=connection.scalar(said) or 0,
+                undoable=self._undoable(connection, me),
+            )
+
+        return self._do(work)
+
+    def _undoable(self, connection: sa.Connection, me: int) -> tuple[str, ...]:
+        rows = connection.execute(
+            select(answers.c.item, answers.c.void, items.c.sealed_in)
+            .select_from(answers.join(items))
+            .where(answers.c.labeler == me)
+            .order_by(answers.c.id.desc())
+            .limit(UNDOABLE)
+        )
+        return tuple(row.item for row in rows if row.void is None and row.sealed_in is None)
+
+    def image(self, badge: str, item: str) -> bytes:
+        """The PNG of an item that this labeler was given, or has answered; of any item, for the operator."""
+
+        def work(connection: sa.Connection) -> bytes:
+            who = bearer(connection, badge, self.clock())
+            seen = or_(
+                sa.literal(who.role == OPERATOR),
+                exists().where(leases.c.item == item, leases.c.labeler == who.id),
+                exists().where(answers.c.item == item, answers.c.labeler == who.id),
+            )
+            png = connection.scalar(select(images.c.png).where(images.c.item == item, seen))
+            if png is None:
+                raise Refused("item", "there is no such image, or it was not given to you")
+            return bytes(png)
+
+        return self._do(work)
+
+    # -- helpers --------------------------------------------------------------------------------------------------
+
+    def _labeler(self, connection: sa.Connection, badge: str) -> int:
+        """Whose badge it is, who must be somebody that labels."""
+        row = bearer(connection, badge, self.clock())
+        if row.role == OPERATOR:
+            raise Refused("badge", "this is the operator's link; answers are given with a labeler's")
+        if row.excluded_at is not None:
+            raise Refused("excluded", "your answers are no longer asked for; thank you")
+        return int(row.id)
+
+    def _item(self, connection: sa.Connection, item: str) -> Any:
+        row = connection.execute(select(items).where(items.c.id == item)).one_or_none()
+        if row is None:
+            raise Refused("item", "there is no such image")
+        return row
+
+    def _my_answer(self, connection: sa.Connection, me: int, item: str) -> Any:
+        """The latest on this item, void or not; None: there is none."""
+        mine = select(answers).where(answers.c.item == item, answers.c.labeler == me)
+        return connection.execute(mine.order_by(answers.c.id.desc()).limit(1)).one_or_none()
+
+    def _is_free(self, connection: sa.Connection, me: int, item: str, now: float) -> bool:
+        return bool(connection.scalar(select(exists().where(items.c.id == item, self._free(me, now)))))
+
+
+ITEM_FIELDS = ("sample_id", "prompt_id", "prompt", "policy_version", "needed", "expected")

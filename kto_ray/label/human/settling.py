@@ -1,0 +1,37 @@
+"""How answers become a label: the rule, and keeping the items' labels as their answers have it.
+
+`queue.py` settles items when answers come or are taken back, `people.py` when somebody is excluded.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import sqlalchemy as sa
+from sqlalchemy import and_, select
+
+from kto_ray.label.human.tables import answers, items
+from kto_ray.records import Label
+
+Rule = Literal["majority", "unanimous"]
+
+STANDS = answers.c.void.is_(None)
+COUNTS = and_(STANDS, answers.c.verdict != "skip")
+"""Whether an answer is one of those that an item needs."""
+
+
+def decide(rule: Rule, said: Sequence[str]) -> Label:
+    """The label of one image, from its answers that count ("unsure" among them); there is at least one."""
+    yes, no = said.count("desirable"), said.count("undesirable")
+    if rule == "unanimous":
+        return "desirable" if yes == len(said) else "undesirable" if no == len(said) else "abstain"
+    return "desirable" if yes > no else "undesirable" if no > yes else "abstain"
+
+
+def settle(connection: sa.Connection, rule: Rule, keys: Iterable[str]) -> None:
+    """Let the labels of items follow from their answers. What is sealed, and gold, stays as it is."""
+    for key in keys:
+        item = connection.execute(select(items).where(items.c.id == key)).one()
+        said = connection.scalars(select(answers.c.verdict).where(answers.c.item == key, COUNTS)).all()
+        label = decide(rule, said) if len(said) >= item.needed else None
+        if item.expected is None and item.sealed_in is None and label != item.label:
+            connection.execute(items.update().where(items.c.id == key).values(label=label))

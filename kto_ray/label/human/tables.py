@@ -1,0 +1,193 @@
+"""Where the queue of people keeps what it knows: SQL tables, in SQLite or PostgreSQL; `queue.py` works on them.
+
+    items     one image to judge each: what it shows, how many answers it needs, its label once they are there
+    images    the PNG of each item
+    leases    who is looking at what, until when; a lease that ended stays, so that a late answer can be told from
+              one without a lease
+    answers   what people said, never deleted: an answer that was taken back, or whose labeler was excluded, is void
+    labelers  people and the operator      badges  their links: expiring, revocable
+    rounds    stages of the loop           meta    facts about the whole
+
+Times are seconds since 1970, as the queue's clock has them.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import Column, ForeignKey, Index, Table, UniqueConstraint
+
+from kto_ray.errors import UserError
+
+LAYOUT = "1"
+"""Version of these tables; a database of another one is refused."""
+
+metadata = sa.MetaData()
+
+meta = Table("meta", metadata, Column("key", sa.String, primary_key=True), Column("value", sa.String, nullable=False))
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("stage", sa.String, primary_key=True),
+    Column("number", sa.Integer, nullable=False, unique=True),
+    Column("finished_at", sa.Float),  # no more images will come
+    Column("sealed_at", sa.Float),
+)
+
+items = Table(
+    "items",
+    metadata,
+    Column("id", sa.String, primary_key=True),  # random: it tells labelers nothing
+    Column("sample_id", sa.String, nullable=False, unique=True),
+    Column("stage", sa.String, ForeignKey("rounds.stage"), index=True),  # null: gold
+    Column("number", sa.Integer),  # of the round
+    Column("policy_version", sa.Integer),
+    Column("prompt_id", sa.String, nullable=False),
+    Column("prompt", sa.String, nullable=False),
+    Column("needed", sa.Integer, nullable=False),
+    Column("expected", sa.String),  # gold: the known answer
+    Column("shuffle", sa.Float, nullable=False),  # the order in which items are offered
+    Column("label", sa.String, index=True),  # null: open
+    Column("sealed_in", sa.String, ForeignKey("rounds.stage"), index=True),
+)
+
+images = Table(
+    "images",
+    metadata,
+    Column("item", sa.String, ForeignKey("items.id"), primary_key=True),
+    Column("png", sa.LargeBinary, nullable=False),
+)
+
+labelers = Table(
+    "labelers",
+    metadata,
+    Column("id", sa.Integer, primary_key=True),
+    Column("name", sa.String, nullable=False, unique=True),
+    Column("role", sa.String, nullable=False),  # "labeler" or "operator"
+    Column("excluded_at", sa.Float),
+    Column("excluded_why", sa.String),
+)
+
+badges = Table(
+    "badges",
+    metadata,
+    Column("id", sa.String, primary_key=True),
+    Column("labeler", sa.Integer, ForeignKey("labelers.id"), nullable=False),
+    Column("expires_at", sa.Float, nullable=False),
+    Column("revoked_at", sa.Float),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("id", sa.Integer, primary_key=True),  # the order in which they were granted
+    Column("item", sa.String, ForeignKey("items.id"), nullable=False),
+    Column("labeler", sa.Integer, ForeignKey("labelers.id"), nullable=False, index=True),
+    Column("expires_at", sa.Float, nullable=False),
+    UniqueConstraint("item", "labeler"),
+)
+
+answers = Table(
+    "answers",
+    metadata,
+    Column("id", sa.Integer, primary_key=True),
+    Column("item", sa.String, ForeignKey("items.id"), nullable=False),
+    Column("labeler", sa.Integer, ForeignKey("labelers.id"), nullable=False, index=True),
+    Column("verdict", sa.String, nullable=False),  # "desirable", "undesirable", "unsure", "skip"
+    Column("seconds", sa.Float),  # that the person took
+    Column("at", sa.Float, nullable=False),
+    Column("late", sa.Boolean, nullable=False),  # after the lease had ended
+    Column("void", sa.String),  # null: counts; "undone", "excluded"
+    Index("answers_item", "item"),
+)
+Index(
+    "one_answer_each",
+    *(answers.c.item, answers.c.labeler),
+    unique=True,
+    sqlite_where=answers.c.void.is_(None),
+    postgresql_where=answers.c.void.is_(None),
+)
+
+
+def open_database(url: str, run: str) -> sa.Engine:
+    """Connect, and make the tables where they are missing.
+
+    Args:
+        url: of SQLAlchemy.
+        run: whose database it is, for instance the URI of the run's folder.
+
+    Raises:
+        UserError: a URL that cannot be read, a driver that is not installed, a server that does not answer, a file
+            that cannot be written, or the database of another run or version.
+    """
+    field = "label.human.database"
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError as error:
+        raise UserError(
+            f"{field}: {url!r} is not a database URL; write for instance postgresql+psycopg://user@host/name, "
+            "or leave it out for a SQLite file in the run's folder"
+        ) from error
+    shown = parsed.render_as_string(hide_password=True)
+    try:
+        engine = sa.create_engine(parsed, **_options(parsed))
+    except (ModuleNotFoundError, sa.exc.NoSuchModuleError) as error:
+        raise UserError(
+            f"{field}: no driver for {shown}: {error}; for PostgreSQL install kto-ray[postgres] "
+            "and write postgresql+psycopg://"
+        ) from error
+    if parsed.get_backend_name() == "sqlite":
+        _set_up_sqlite(engine)
+    try:
+        metadata.create_all(engine)
+        with engine.begin() as connection:
+            found = dict(connection.execute(sa.select(meta.c.key, meta.c.value)).tuples().all())
+            for key, value in {"layout": LAYOUT, "run": run}.items():
+                if key not in found:
+                    connection.execute(meta.insert().values(key=key, value=value))
+                elif found[key] != value:
+                    raise UserError(
+                        f"{field}: {shown} belongs to {key} {found[key]!r}, not {value!r}; give each run a database"
+                    )
+    except sa.exc.DBAPIError as error:
+        engine.dispose()
+        raise UserError(f"{field}: cannot use {shown}: {str(error.orig).strip()}") from error
+    return engine
+
+
+def _options(url: sa.URL) -> dict[str, Any]:
+    if url.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": 30}}
+    # Whoever else is connected (the command line), transactions come out as if one had followed the other.
+    return {"isolation_level": "SERIALIZABLE", "pool_pre_ping": True}
+
+
+def _set_up_sqlite(engine: sa.Engine) -> None:
+    def on_connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # SQLAlchemy begins transactions, not the driver
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    def on_begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    sa.event.listen(engine, "connect", on_connect)
+    sa.event.listen(engine, "begin", on_begin)
+
+
+Result = TypeVar("Result")
+TRIES = 10
+
+
+def in_transaction(engine: sa.Engine, work: Callable[[sa.Connection], Result]) -> Result:
+    """Do work in one transaction; where the database asks for it (a conflict with another connection), again."""
+    for _ in range(TRIES - 1):
+        try:
+            with engine.begin() as connection:
+                return work(connection)
+        except sa.exc.OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) not in ("40001", "40P01"):  # serialization failure, deadlock
+                raise
+    with engine.begin() as connection:
+        return work(connection)
