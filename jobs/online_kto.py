@@ -52,6 +52,8 @@ def main() -> int:
         found.append(f"held-out images that pass: {base['pass_rate']:.1%} -> {final['pass_rate']:.1%}")
     if "win_rate" in final:
         found.append(f"win rate vs base {final['win_rate']:.1%}")
+    if summary["people"]:
+        found.append(f"{summary['people']['answers']} answers of people")
     found.append(f"{summary['images']} images drawn in {summary['seconds']['total']:.0f} s")
     console.print("; ".join(found), highlight=False)
     console.print(f"{settings.runs_folder}/{settings.run}/report.html", highlight=False)

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import ray
@@ -65,11 +65,12 @@ def missing_resources(resources: Resources, count: int = 1) -> str:
 
 @contextlib.asynccontextmanager
 async def noisily(
-    what: str, config: Cluster, resources: Resources | None = None, count: int = 1
+    what: str | Callable[[], str], config: Cluster, resources: Resources | None = None, count: int = 1
 ) -> AsyncIterator[None]:
     """While the body waits, say for what: after `cluster.wait_s`, then every minute. Never ends the wait.
 
     Args:
+        what: is waited for; or says so, as it changes.
         resources, count: what is waited for needs so much of the cluster; the notice says what of it is missing.
     """
 
@@ -79,7 +80,8 @@ async def noisily(
         while True:
             lack = missing_resources(resources, count) if resources else ""
             reason = f": {lack}" if lack else ""
-            logger.warning("still waiting for %s after %.0f s%s", what, time.monotonic() - began, reason)
+            named = what if isinstance(what, str) else what()
+            logger.warning("still waiting for %s after %.0f s%s", named, time.monotonic() - began, reason)
             await asyncio.sleep(NOTICE_EVERY_S)
 
     task = asyncio.create_task(notices())

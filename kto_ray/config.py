@@ -19,6 +19,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from kto_ray.errors import UserError
+from kto_ray.label.human.settings import Human, RouteAll, RouteDisagreement, as_route
 from kto_ray.label.thresholds import (
     Absolute,
     Combination,
@@ -168,8 +169,10 @@ class Label(Section):
     """Who says yes or no. A scorer and a threshold by default."""
 
     labeler: str = "threshold"
-    """"threshold", or the dotted path `package.module:Name` of a `Labeler`."""
+    """"threshold", "human" (people, on a page), or the dotted path `package.module:Name` of a `Labeler`."""
     labeler_args: dict[str, Any] = {}
+    """Keyword arguments that a `Labeler` of one's own is built with."""
+    human: Human = Human()
     scorers: Annotated[dict[str, ScorerSettings], BeforeValidator(_scorers)] = {"shapes": ScorerSettings()}
     """Scorers by the name their scores are stored under. They run at the same time, each in its own pool."""
     combine: Combination = WeightedSum()
@@ -196,6 +199,25 @@ class Label(Section):
             raise ValueError(
                 f"scorers.{own[0]}.threshold would not be used: a weighted_sum has one threshold for all; "
                 "give it as label.threshold, or let the scorers vote with combine=agreement or =majority"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _people_can_be_helped(self) -> "Label":
+        if self.labeler != "human":
+            return self
+        if not self.voting and self.human.on_deadline == "scorer":
+            raise ValueError("human.on_deadline: scorer needs a scorer that is not held_out; name one in scorers")
+        if not self.voting and not isinstance(self.human.route, RouteAll):
+            raise ValueError(
+                f"human.route: {self.human.route.kind} leaves the rest to scorers and needs one that is not held_out"
+            )
+        if isinstance(self.human.route, RouteDisagreement) and (
+            isinstance(self.combine, WeightedSum) or len(self.voting) < 2
+        ):
+            raise ValueError(
+                "human.route: disagreement needs scorers that vote: two that are not held_out, and combine=agreement "
+                "or =majority"
             )
         return self
 
@@ -330,8 +352,9 @@ class RunConfig(Section):
     """Local path, or URI that pyarrow or fsspec opens (s3://..., gs://..., memory://...)."""
     seed: int = 0
     rounds: Count = 10
-    max_policy_lag: Annotated[int, Field(ge=0, le=1)] = 0
-    """0: strictly on-policy. 1: the next round is generated while this one is trained."""
+    max_policy_lag: Annotated[int, Field(ge=0)] = 0
+    """How many versions older than the policy being trained a sample's may be. 0: strictly on-policy. From 1 on, the
+    next round is generated while this one is trained; more lets verdicts that people gave late be trained on, too."""
     replay: Replay | None = None
     """Train on another run's rounds first."""
     model: Annotated[Model, BeforeValidator(_model)] = Model()
@@ -361,6 +384,11 @@ class RunConfig(Section):
         return self
 
     @property
+    def rounds_ahead(self) -> int:
+        """By how many rounds generation runs ahead of training; more than one would only make samples older."""
+        return min(1, self.max_policy_lag)
+
+    @property
     def optimizer_steps_per_round(self) -> int:
         """If every image gets a verdict; fewer verdicts, fewer steps."""
         return steps_for(self.generate.images_per_round, self.train)
@@ -372,6 +400,7 @@ SHORT_FORMS: dict[str, Callable[[Any], Any]] = {
     "label.scorers.*.threshold": as_threshold,
     "label.threshold": as_threshold,
     "label.combine": as_combination,
+    "label.human.route": as_route,
 }
 """Fields whose value may be shorter than the mapping it stands for; an override reaches into the mapping."""
 
@@ -382,6 +411,9 @@ MAY_CHANGE_ON_RESUME = (
     *("label.scorers.*.resources", "label.scorers.*.min_actors", "label.scorers.*.max_actors"),
     *("label.scorers.*.max_retries", "label.scorers.*.timeout_s", "label.scorers.*.env"),
     *("label.max_failed_fraction", "label.deadline_s", "label.on_one_class", "label.min_verdicts", "label.watch"),
+    *("label.human.labelers", "label.human.min_labels", "label.human.on_deadline", "label.human.lease_s"),
+    *("label.human.host", "label.human.port", "label.human.public_url", "label.human.link_days"),
+    *("label.human.requests_per_minute", "label.human.gold"),
     *("train.resources", "train.workers", "train.micro_batch", "train.max_failures", "train.keep_checkpoints"),
 )
 """Fields in which a continued run may differ: how long, how watched, on what machines, and what to do in trouble.

@@ -14,6 +14,11 @@ from kto_ray.config import RunConfig, implied, require_same, to_yaml
 from kto_ray.diffusion import source
 from kto_ray.errors import UserError
 from kto_ray.label.environments import interpreter
+from kto_ray.label.human.address import database_url
+from kto_ray.label.human.clock import Clock
+from kto_ray.label.human.gold import load_gold
+from kto_ray.label.human.people import People
+from kto_ray.label.human.tables import open_database
 from kto_ray.label.protocol import LABELERS, load_plugin
 from kto_ray.label.scorers import load_scorer
 from kto_ray.prompts import load_prompts
@@ -49,6 +54,8 @@ class Preflight:
         if run.exists("config.yaml"):
             require_same(config, _saved(run))
         run.require_room(disk_bytes(config, folder, len(held_out)))
+        if config.label.labeler == "human":
+            _check_people(config, run)
         run.write("config.yaml", to_yaml(config).encode())
         return cls(run, train, held_out, source.reference_digest(folder, config.model.variant))
 
@@ -73,6 +80,21 @@ def _check_label(config: RunConfig, held_out: Sequence[Prompt]) -> None:
         raise UserError(
             f"replay.run: {config.replay.run} was trained on {len(both)} of the prompts.held_out, for instance "
             f"{sorted(both)[0]!r}; held-out prompts must not be trained on"
+        )
+
+
+def _check_people(config: RunConfig, run: Storage) -> None:
+    """Raises UserError: a database or gold that cannot be used, or nobody who could label."""
+    human, field = config.label.human, "label.human.labelers"
+    if human.gold.file:
+        load_gold(human.gold.file)
+    engine = open_database(database_url(human, run), run.uri)
+    people = People(engine, human, Clock()).everybody()
+    engine.dispose()
+    if not human.labelers and not any(person.role == "labeler" and person.links for person in people):
+        raise UserError(
+            f"{field}: nobody can label: name somebody, for instance {field}=[ann], or add people with: "
+            f"kto-ray labelers add NAME --run {run}"
         )
 
 

@@ -66,6 +66,11 @@ class Ledger:
         return self.generated == settled and not self.trained_twice and self.trained <= self.labeled
 
 
+def round_number(stage: str) -> int:
+    """The inverse of `RoundStore.stage`."""
+    return int(stage.removeprefix("round-"))
+
+
 class Round:
     """One round's folder, open until it has a manifest.
 
@@ -228,7 +233,7 @@ class RoundStore:
             if verdict.label in ("desirable", "undesirable")
         }
         stages = {sample_id.rpartition("-")[0] for sample_id in desirable}
-        homes = [int(stage.removeprefix("round-")) for stage in sorted(stages)]
+        homes = [round_number(stage) for stage in sorted(stages)]
         for earlier in range(min(homes, default=index), index):
             for verdict in self.round(earlier).verdicts():
                 desirable.pop(verdict.sample_id, None)

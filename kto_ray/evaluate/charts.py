@@ -109,6 +109,21 @@ PLOTS: dict[str, tuple[Plot, ...]] = {
             at_least=1,
         ),
     ),
+    "people": (
+        Plot(
+            "Verdicts of people",
+            "Images judged in each round; late ones were drawn for an earlier one.",
+            (("people/judged", "judged", BLUE), ("people/late", "of these late", ORANGE)),
+            inches=SMALL,
+        ),
+        Plot(
+            "Agreement",
+            "Of people on the same images: share, and Krippendorff's alpha, which is 0 for what chance gives.",
+            (("people/agreement", "agree", GREEN), ("people/alpha", "alpha", PURPLE)),
+            inches=SMALL,
+        ),
+        Plot("Seconds an answer", "Median.", (("people/seconds", "seconds", BLUE),), inches=SMALL),
+    ),
     "objective": (
         Plot(
             "Implicit reward g",

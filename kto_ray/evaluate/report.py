@@ -39,6 +39,7 @@ from kto_ray.evaluate.charts import (
     percents,
 )
 from kto_ray.evaluate.hacking import with_opinions
+from kto_ray.evaluate.people import PeopleSummary
 from kto_ray.evaluate.statistics import EvaluationSummary
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
@@ -77,6 +78,7 @@ class ReportData:
     images: int
     scorers: Mapping[str, bool] = field(default_factory=dict)  # name -> held out
     suspicion: str | None = None  # why the scores may be gamed
+    people: PeopleSummary | None = None  # None: nobody was asked
 
 
 def render_report(data: ReportData) -> str:

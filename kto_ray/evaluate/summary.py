@@ -12,6 +12,7 @@ from typing import Any
 from kto_ray.config import RunConfig, to_yaml
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.hacking import suspicion_of
+from kto_ray.evaluate.people import people_summary
 from kto_ray.evaluate.report import ReportData, render_report, save_png_grid
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval
 from kto_ray.rounds import RoundStore
@@ -63,6 +64,7 @@ def write_results(
         return {name: value for name, value in row.items() if name not in ("kind", "step", "time")}
 
     suspicion = suspicion_of(config.label, round_rows)
+    people = people_summary(round_rows, evaluation_rows)
     summary = {
         "run": config.run,
         "model": config.model.name,
@@ -75,6 +77,7 @@ def write_results(
         "seconds": all_seconds,
         "ledger": asdict(ledger) | {"balances": ledger.balances},
         "suspicion": suspicion,
+        "people": asdict(people) if people else None,
     }
     run.write_json("summary.json", summary)
     pairs = evaluation.pairs(last, PICTURED_PROMPTS)
@@ -92,6 +95,7 @@ def write_results(
             images=ledger.generated,
             scorers={name: settings.held_out for name, settings in config.label.scorers.items()},
             suspicion=suspicion,
+            people=people,
         )
     )
     run.write("report.html", report.encode())

@@ -8,21 +8,19 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import ProxyLocation
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import LoggingConfig
 
 from kto_ray.cluster import noisily
 from kto_ray.config import RunConfig
 from kto_ray.generate.replica import Drawn, Generator
 from kto_ray.policies import DigestError
 from kto_ray.records import PolicyRef, Sample, SampleRequest
+from kto_ray.serving import QUIET
 from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 MAX_TRIES = 8  # of one batch, whose replica died or had no room; with back-off doubling from half a second
 
 
@@ -50,12 +48,7 @@ class Generators:
         self._handle: DeploymentHandle[Generator] | None = None
 
     async def start(self) -> None:
-        """Deploy, replacing what a crashed job of the same run may have left, and wait for the first replicas."""
-        # No HTTP proxy: the loop talks to replicas by handle, and nothing listens on the network.
-        serve.start(
-            proxy_location=ProxyLocation.Disabled,
-            logging_config=QUIET,
-        )
+        """Deploy on Serve, replacing what a crashed job of the same run may have left; wait for the first replicas."""
         async with noisily("generator replicas", self.cluster, self.config.resources, self.config.min_replicas):
             self._handle = await asyncio.to_thread(serve.run, self._application, name=self.name, route_prefix=None)
 

@@ -40,6 +40,7 @@ class LabelerTrial:
         self.labeler: Labeler
         self.verdicts: list[Verdict] = []
         self.seconds = 0.0  # that all verdicts took
+        self.at_the_seal = False  # whether some came only then
         self.remembered: Mapping[str, Any] = {}
 
     # -- first life
@@ -69,6 +70,9 @@ class LabelerTrial:
         began = asyncio.get_running_loop().time()
         self.verdicts = await self.gather(self.samples, self.wait_s)
         self.seconds = asyncio.get_running_loop().time() - began
+        sealed = await self.seal()
+        self.at_the_seal = bool(sealed)
+        self.verdicts += sealed
         if self.complete:
             self.verdicts += await self.collect(GRACE_S + self.seconds) or []  # should a verdict come twice
             return f"within {self.seconds:.1f} s"
@@ -127,6 +131,8 @@ class LabelerTrial:
     async def interrupt(self) -> str:
         if not self.complete:
             return "not tried, as not all verdicts came in time"
+        if self.at_the_seal:
+            return "not tried, as verdicts come with the seal"
         samples = trial_samples("round-00001", self.size)
         await self.call("submit", samples, self.scores(samples))
         await self.call("finish", samples[0].stage)
@@ -186,6 +192,21 @@ class LabelerTrial:
             raise Broken(f"{method}() is not async; write async def {method}")
         return answer
 
+    async def seal(self) -> list[Verdict]:
+        """What the first round would be sealed with, which is the same when it is asked again."""
+        stage = self.samples[0].stage
+        answers = []
+        for _ in range(2):
+            task = asyncio.ensure_future(self.awaitable("seal", stage))
+            await asyncio.wait({task}, timeout=self.wait_s)
+            if not task.done():
+                task.cancel()
+                return []  # it waits for people, as it may
+            answers.append(sorted(task.result(), key=lambda verdict: verdict.sample_id))
+        if answers[0] != answers[1]:
+            raise Broken("seal() does not give the same when it is asked again, as it is after a crash")
+        return answers[0]
+
     async def collect(self, seconds: float = 0, turns: int = 0) -> list[Verdict] | None:
         """What one `collect` gives within so many seconds or turns of the loop; None: it had to be cancelled."""
         task = asyncio.ensure_future(self.awaitable("collect"))
@@ -214,7 +235,7 @@ class LabelerTrial:
         return verdicts
 
 
-METHODS = ("start", "submit", "finish", "collect", "figures", "memory", "close")
+METHODS = ("start", "submit", "finish", "collect", "enough", "seal", "status", "figures", "memory", "close")
 LABELER_CHECKS: dict[str, Callable[[LabelerTrial], Coroutine[Any, Any, str]]] = {
     "is built, with a name": LabelerTrial.build,
     "starts": LabelerTrial.start,

@@ -2,9 +2,11 @@
 
 The loop scores samples as they are generated, submits them with their scores, and collects verdicts as they come, of
 whatever round: a function that answers in 10 ms and a person who answers in two days fit alike. `threshold_labeler.py`
-is the built-in labeler, `scorers/` has the built-in scorers; `kto-ray check` (`contract.py`) tries one's own class.
+and `human/labeler.py` are the built-in labelers, `scorers/` has the built-in scorers; `kto-ray check` (`contract.py`)
+tries one's own class.
 """
 
+import asyncio
 import difflib
 import importlib
 import inspect
@@ -51,7 +53,10 @@ def check_batch(images_BHWC: npt.NDArray[Any], prompts: Sequence[Prompt]) -> Non
         raise ValueError(f"{len(images_BHWC)} images with {len(prompts)} prompts: there must be one for each")
 
 
-LABELERS: dict[str, str] = {"threshold": "kto_ray.label.threshold_labeler:ThresholdLabeler"}
+LABELERS: dict[str, str] = {
+    "threshold": "kto_ray.label.threshold_labeler:ThresholdLabeler",
+    "human": "kto_ray.label.human.labeler:HumanLabeler",
+}
 """The built-in labelers by name."""
 
 
@@ -86,6 +91,22 @@ class Labeler(Protocol):
     async def collect(self) -> Sequence[Verdict]:
         """Wait for verdicts and give them, each once. Cancelling the call must lose none."""
         raise NotImplementedError
+
+    async def enough(self, stage: str) -> None:
+        """Wait until this finished round may be sealed although verdicts are missing; by default, for ever."""
+        await asyncio.Event().wait()
+
+    async def seal(self, stage: str) -> Sequence[Verdict]:
+        """Give the verdicts that this round is to be sealed with and that were not collected.
+
+        Called once there is a verdict on every sample, or enough, or the deadline has come; verdicts that come later
+        belong to a later round. A crash may come between this call and the seal: asked again, it gives the same.
+        """
+        return ()
+
+    def status(self, stage: str) -> str:
+        """What it waits for, in a few words for whoever watches the run."""
+        return "verdicts"
 
     def figures(self, stage: str) -> Mapping[str, float]:
         """What to log of a round that is about to be sealed, for instance its threshold."""

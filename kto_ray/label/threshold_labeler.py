@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kto_ray.config import Label
-from kto_ray.label.protocol import LABELERS, Labeler, load_plugin
+from kto_ray.label.protocol import Labeler
 from kto_ray.label.thresholds import EVERY, SUM, RuleFit, ScoreTable, VerdictRule, Voter
 from kto_ray.records import Label as VerdictLabel
 from kto_ray.records import Sample, Score, Verdict
@@ -31,6 +31,8 @@ class RoundVerdicts:
     """A judged round: its verdicts in the order of the samples, its fit, and what to log of it."""
 
     verdicts: list[Verdict]
+    margins: dict[str, float]
+    """How far each sample is from another verdict, by its id; see `VerdictRule.margins`."""
     fit: RuleFit
     figures: dict[str, float]
 
@@ -83,7 +85,8 @@ def judge_round(
         )
         for sample_id, label, text in zip(prompts, judged.labels, judged.rules, strict=True)
     ]
-    return RoundVerdicts(verdicts, fit, figures)
+    margins = dict(zip(prompts, rule.margins(table, fit).tolist(), strict=True))
+    return RoundVerdicts(verdicts, margins, fit, figures)
 
 
 def _failures(rule: VerdictRule, scores: Mapping[str, Score]) -> str:
@@ -126,14 +129,23 @@ class ThresholdLabeler(Labeler):
             self._rounds[stage_of[score.sample_id]].scores.setdefault(score.sample_id, {})[score.scorer] = score
 
     async def finish(self, stage: str) -> None:
+        judged = self.judge(stage)
+        if judged is not None:
+            self._verdicts.put_nowait(judged.verdicts)
+
+    def judge(self, stage: str) -> RoundVerdicts | None:
+        """Judge all samples of a round that were submitted; None: there are none.
+
+        That happens when a crash came between the round's verdicts and its seal.
+        """
         scored = self._rounds.pop(stage, None)
-        if scored is None:  # a crash came between its verdicts and its seal
-            return
+        if scored is None:
+            return None
         # The order in which samples arrive is chance.
         prompts = {sample_id: scored.prompts[sample_id] for sample_id in sorted(scored.prompts)}
         judged = judge_round(self.config, scored.scores, prompts, self._last)
         self._last, self._figures[stage] = judged.fit, judged.figures
-        self._verdicts.put_nowait(judged.verdicts)
+        return judged
 
     async def collect(self) -> Sequence[Verdict]:
         return await self._verdicts.get()
@@ -143,11 +155,3 @@ class ThresholdLabeler(Labeler):
 
     def memory(self) -> Mapping[str, Any]:
         return {"fit": self._last.to_json()} if self._last else {}
-
-
-def make_labeler(config: Label) -> Labeler:
-    """The labeler that `label.labeler` names: by thresholds, or a class of the user's with `label.labeler_args`."""
-    if config.labeler == ThresholdLabeler.name:
-        return ThresholdLabeler(config)
-    labeler: Labeler = load_plugin("label.labeler", config.labeler, LABELERS)(**config.labeler_args)
-    return labeler

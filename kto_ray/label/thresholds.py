@@ -377,6 +377,19 @@ class VerdictRule:
         texts = {prompt: self.describe(fit, prompt) for prompt in set(table.prompts_N)}
         return Judged(labels, values_N, [texts[prompt] for prompt in table.prompts_N])
 
+    def margins(self, table: ScoreTable, fit: RuleFit) -> Floats:
+        """How far each sample is from being judged otherwise: 0 on the fence; NaN for one that has failed.
+
+        Of a sum, its distance to the middle of the cut; of votes, how far the share of yes is from one half.
+        """
+        values_N = self.judge(table, fit).values_N
+        if SUM not in fit.fits:
+            return np.abs(values_N - 0.5)
+        cuts_N = [fit.fits[SUM].cut(prompt) for prompt in table.prompts_N]
+        middles_N = np.array([np.nan if cut is None else sum(cut) / 2 for cut in cuts_N])
+        distances_N: Floats = np.abs(values_N - middles_N)
+        return distances_N
+
     def widened(self, table: ScoreTable, fit: RuleFit) -> RuleFit | None:
         """A stopgap with both classes: the median of the calibrated sum replaces whatever the thresholds say.
 

@@ -361,6 +361,16 @@ class WholeRound(Patient):
         self.verdicts.put_nowait([self.verdict(sample) for sample in self.waiting.values()])
 
 
+class AtTheSeal(WholeRound):
+    """Gives nothing before the round is sealed, as people may change their minds."""
+
+    async def finish(self, stage: str) -> None:
+        return
+
+    async def seal(self, stage: str) -> Sequence[Verdict]:
+        return [self.verdict(sample) for sample in self.waiting.values() if sample.stage == stage]
+
+
 class ByScore(Labeler):
     """Needs the scores of one scorer, and says so of those that failed."""
 
@@ -398,6 +408,13 @@ def test_a_good_labeler_passes_every_check(labeler: type, arguments: dict[str, A
     assert findings["answers"].words.startswith("within ")
     assert findings["its verdicts are legal"].words == "6 desirable, 2 undesirable"
     assert findings["loses nothing when interrupted"].words == ""
+
+
+def test_a_labeler_may_give_its_verdicts_with_the_seal() -> None:
+    findings = labeler_findings(AtTheSeal, wait_s=1)
+    assert failed(findings) == []
+    assert findings["its verdicts are legal"].words == "6 desirable, 2 undesirable"
+    assert findings["loses nothing when interrupted"].words == "not tried, as verdicts come with the seal"
 
 
 class People(Patient):
@@ -542,6 +559,14 @@ class Spins(Patient):
         return [] if self.verdicts.empty() else self.verdicts.get_nowait()
 
 
+class Fickle(Patient):
+    """Changes its mind about what a round is sealed with."""
+
+    async def seal(self, stage: str) -> Sequence[Verdict]:
+        self.count += 1
+        return [Verdict("a", "abstain", self.name, f"at the {self.count}. thought")]
+
+
 class Loses(Patient):
     """Lets go of an answer before its last await."""
 
@@ -578,7 +603,11 @@ class Stubborn(Patient):
     ("labeler", "check", "words"),
     [
         (Nameless, "is built, with a name", "its name is ''"),
-        (NotALabeler, "is built, with a name", "it has no start, finish, collect, figures, memory, close;"),
+        (
+            NotALabeler,
+            "is built, with a name",
+            "it has no start, finish, collect, enough, seal, ",
+        ),
         (PlainStart, "starts", "write async def start"),
         (NoCollect, "answers", "NotImplementedError"),
         (Garbage, "answers", "collect() gives 'yes'"),
@@ -594,6 +623,7 @@ class Stubborn(Patient):
         (ClosesOnce, "closes, twice", "AttributeError"),
         (Forgetful, "is built again and given its memory", "KeyError"),
         (Spins, "waits while there is nothing", "wait for a verdict"),
+        (Fickle, "answers", "seal() does not give the same when it is asked again"),
         (Loses, "loses nothing when interrupted", "are lost when collect() is cancelled"),
         (ScoresInCollect, "loses nothing when interrupted", "are lost when collect() is cancelled"),
     ],

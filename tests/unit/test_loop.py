@@ -13,6 +13,9 @@ from rich.console import Console
 
 from kto_ray.config import Label, RunConfig
 from kto_ray.errors import UserError
+from kto_ray.label.human.address import database_url
+from kto_ray.label.human.desk import Desk
+from kto_ray.label.human.labeler import HumanLabeler
 from kto_ray.label.protocol import Labeler
 from kto_ray.loop import _Loop, score_figures, worth_training
 from kto_ray.preflight import Preflight
@@ -30,8 +33,8 @@ class Patient(Labeler):
 
     name = "patient"
 
-    def __init__(self, fails: bool = False) -> None:
-        self.fails = fails
+    def __init__(self, fails: bool = False, enough: int | None = None) -> None:
+        self.fails, self.wanted, self.said = fails, enough, asyncio.Semaphore(0)
         self.given: dict[str, Sequence[Score]] = {}
         self.finished: list[str] = []
         self.answers: asyncio.Queue[list[Verdict]] = asyncio.Queue()
@@ -45,6 +48,18 @@ class Patient(Labeler):
 
     def answer(self, sample_ids: Sequence[str]) -> None:
         self.answers.put_nowait([make_verdict(sample_id, place % 2 == 0) for place, sample_id in enumerate(sample_ids)])
+        for _ in sample_ids:
+            self.said.release()
+
+    async def enough(self, stage: str) -> None:
+        if self.wanted is None:
+            await super().enough(stage)
+        for _ in range(self.wanted or 0):
+            await self.said.acquire()
+        await asyncio.sleep(0.1)  # until the loop has collected them
+
+    async def seal(self, stage: str) -> Sequence[Verdict]:
+        return [make_verdict("of another round")] if self.wanted else []
 
     async def collect(self) -> Sequence[Verdict]:
         if self.fails:
@@ -205,6 +220,37 @@ async def test_a_round_is_sealed_at_its_deadline_and_late_verdicts_join_the_next
     assert ledger.balances
 
 
+async def test_a_labeler_may_have_enough_before_there_is_a_verdict_on_everything(make_loop: Make) -> None:
+    loop, _ = make_loop({**PATIENT, "labeler_args": {"enough": 4}}, shapes=coin)
+    labeler = cast(Patient, loop.labeler)
+    making = asyncio.create_task(make_round(loop))
+    while not labeler.finished:
+        await asyncio.sleep(0.01)
+    labeler.answer(list(labeler.given)[:3])
+    await asyncio.sleep(0.1)
+    assert not making.done()
+    labeler.answer(list(labeler.given)[3:4])
+    round_ = await making
+    assert labels(round_).keys() == {*list(labeler.given)[:4], "of another round"}
+    assert round_.manifest["pending"] == 2
+
+
+@pytest.mark.parametrize("on_deadline", ["train", "scorer"])
+async def test_the_loop_waits_for_people_no_longer_than_its_deadline(make_loop: Make, on_deadline: str) -> None:
+    label = {"labeler": "human", "deadline_s": 0.2, "human": {"on_deadline": on_deadline}}
+    loop, _ = make_loop(label, shapes=half)
+    labeler, run = cast(HumanLabeler, loop.labeler), loop.run_storage
+    labeler.desk = Desk(database_url(labeler.human, run), run.uri, labeler.human, 0)
+    round_ = await make_round(loop)
+    facts = round_.manifest
+    assert facts["people/judged"] == facts["people/answers"] == 0
+    if on_deadline == "scorer":
+        assert (facts["desirable"], facts["undesirable"], facts["pending"]) == (3, 3, 0)
+    else:
+        assert (facts["desirable"], facts["undesirable"], facts["pending"]) == (0, 0, IMAGES)
+    assert loop.rounds.ledger().balances
+
+
 async def test_images_that_are_not_scored_by_the_deadline_have_failed(make_loop: Make) -> None:
     loop, workers = make_loop({"deadline_s": 0.2}, shapes=half)
     workers.answering.clear()
@@ -297,6 +343,11 @@ def test_figures_of_scores_leave_failures_out_and_count_them() -> None:
 
 YES, NO = Verdict("a", "desirable", "x", "y"), Verdict("b", "undesirable", "x", "y")
 ABSTAINED, FAILED = Verdict("c", "abstain", "x", "y"), Verdict("d", "failed", "x", "y")
+
+
+def test_people_who_did_not_answer_are_given_more_time() -> None:
+    with pytest.raises(UserError, match=r"round 3 .* one class only .* Give people more time \(label\.deadline_s\)"):
+        worth_training(Label.model_validate({"labeler": "human"}), 3, [])
 
 
 def test_a_round_of_both_classes_is_trained_on() -> None:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from kto_ray.evaluate.charts import PLOTS, Plot, draw, duration, number, opinion_plots, percent, percents
+from kto_ray.evaluate.people import PeopleSummary, people_summary
 from kto_ray.evaluate.report import Pair, Picture, ReportData, picture_uri, render_report, save_png_grid
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval
 from kto_ray.shapes.world import Scene, draw_somewhere
@@ -43,12 +44,13 @@ def a_round(number: int) -> dict[str, Any]:
         **{"score/redness": 40.0 - 2 * number, "score_std/redness": 4.0, "flip_rate": 0.05},
         **{f"pictures/{key}": 0.3 for key in ("diversity", "brightness", "saturation")},
         **{f"pictures/{key}": 0.1 for key in ("edge_density", "color_entropy")},
+        **{"people/judged": 40, "people/late": 3, "people/agreement": 0.9, "people/alpha": 0.7, "people/seconds": 1.5},
     }
 
 
 def an_older_round(number: int) -> dict[str, Any]:
     """As it was logged before there were several scorers, and figures of pictures."""
-    new = ("score/", "score_std/", "pictures/", "flip_rate")
+    new = ("score/", "score_std/", "pictures/", "people/", "flip_rate")
     return {key: value for key, value in a_round(number).items() if not key.startswith(new)}
 
 
@@ -79,6 +81,7 @@ def full_data() -> ReportData:
         seconds={"total": 120.0, "generate": 70.0, "train": 30.0, "idle": 20.0},
         images=1536,
         scorers=SCORERS,
+        people=PeopleSummary(answers=90, judged=80, late=6, labels_per_point={"shapes": 3.1, "redness": None}),
     )
 
 
@@ -145,6 +148,33 @@ def test_the_headline_says_what_happened(html: str) -> None:
 def test_the_headline_claims_no_more_than_the_win_rate(low: float, high: float, words: str) -> None:
     evaluations = [evaluated(0, 0.51), evaluated(3, 0.52, Interval((low + high) / 2, low, high, 48))]
     assert words in Page(render_report(replace(full_data(), evaluations=evaluations, rounds=[]))).text
+
+
+def test_what_people_said_and_what_it_cost(html: str) -> None:
+    text = Page(html).text
+    assert "90 answers of people gave 80 images a verdict, 6 of them late." in text
+    assert "A rise of the mean score of shapes on held-out prompts by 0.01 cost 3.1 answers." in text
+    assert "The mean score of redness on held-out prompts did not rise." in text
+    assert "People" not in Page(render_report(replace(full_data(), people=None))).text
+
+
+def test_where_no_scorer_votes_the_headline_says_what_people_did() -> None:
+    def unjudged(evaluation: EvaluationSummary) -> EvaluationSummary:
+        unknown = Interval(math.nan, math.nan, math.nan)
+        return replace(evaluation, pass_rate=unknown, mean_score=unknown, win_rate=None)
+
+    data = replace(full_data(), evaluations=[unjudged(evaluation) for evaluation in full_data().evaluations])
+    text = Page(render_report(data)).text
+    assert "People judged 80 images in 4 rounds" in text
+    assert "the mean score of shapes went from 0.52 to 0.81, the mean score of redness went from 41.5 to 33.5." in text
+
+
+def test_labels_per_point_are_answers_by_hundredths_gained() -> None:
+    rounds = [{"people/answers": 60, "people/judged": 50, "people/late": 0}, {"step": 1}, {"people/answers": 40}]
+    evaluations = [{"score/shapes": 0.5, "score/redness": 9.0}, {"score/shapes": 0.75, "score/redness": 8.0}]
+    found = people_summary(rounds, evaluations)
+    assert found == PeopleSummary(100, 50, 0, {"shapes": pytest.approx(4.0), "redness": None})
+    assert people_summary([{"desirable": 3}], evaluations) is None
 
 
 def test_every_part_is_on_the_page(html: str) -> None:

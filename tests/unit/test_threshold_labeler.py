@@ -5,19 +5,24 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from rich.console import Console
 
-from kto_ray.config import Label, ScorerSettings
+from kto_ray.config import Label, RunConfig, ScorerSettings
 from kto_ray.errors import UserError
+from kto_ray.label.human.labeler import HumanLabeler
+from kto_ray.label.labelers import make_labeler
 from kto_ray.label.protocol import LABELERS, Labeler, load_plugin
 from kto_ray.label.scorers import SCORERS, load_scorer
-from kto_ray.label.threshold_labeler import ThresholdLabeler, judge_round, make_labeler, one_sided
+from kto_ray.label.threshold_labeler import ThresholdLabeler, judge_round, one_sided
 from kto_ray.label.thresholds import Absolute, Agreement, Majority, PromptQuantile, RoundQuantile, RunningMean
 from kto_ray.records import Prompt, Sample, Score, Verdict
+from kto_ray.storage import Storage
 from tests.factories import make_samples
 
 Figures = Mapping[str, float]
@@ -306,10 +311,14 @@ def test_a_function_is_wrapped_into_a_scorer() -> None:
     assert list(scorer.score(np.full((1, 2, 2, 3), 7, np.uint8), [Prompt("1", "a")])) == [7.0]
 
 
-def test_labelers_are_made_as_configured() -> None:
-    assert isinstance(make_labeler(Label()), ThresholdLabeler)
+def test_labelers_are_made_as_configured(tmp_path: Path) -> None:
+    def make(label: Label) -> Labeler:
+        return make_labeler(RunConfig(label=label), Storage(str(tmp_path)), Console())
+
+    assert isinstance(make(Label()), ThresholdLabeler)
+    assert isinstance(make(Label(labeler="human")), HumanLabeler)
     config = Label(labeler=f"{__name__}:MyLabeler", labeler_args={"greeting": "hello"}, scorers={})
-    assert cast(MyLabeler, make_labeler(config)).greeting == "hello"
+    assert cast(MyLabeler, make(config)).greeting == "hello"
 
 
 @pytest.mark.parametrize(

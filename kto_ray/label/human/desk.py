@@ -97,8 +97,8 @@ class Desk:
         now = self._revision
         return now, await self._do(self.queue.standing, stage)
 
-    async def seal(self, stage: str) -> list[Judged]:
-        return await self._change(self.queue.seal, stage)
+    async def seal(self, stage: str, withdraw: bool = False) -> list[Judged]:
+        return await self._change(self.queue.seal, stage, withdraw)
 
     async def answers(self, stage: str) -> pa.Table:
         """Everything that was said on the samples whose label went into this round; see `ANSWER_SCHEMA`."""

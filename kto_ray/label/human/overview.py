@@ -11,7 +11,7 @@ from sqlalchemy import and_, exists, func, select
 from kto_ray.label.human.agreement import Agreement, Said, agreement, agreement_of
 from kto_ray.label.human.people import OPERATOR, doubt, known_answers, require_operator, works
 from kto_ray.label.human.settings import Human
-from kto_ray.label.human.settling import COUNTS, STANDS
+from kto_ray.label.human.settling import COUNTS, OPEN, STANDS
 from kto_ray.label.human.tables import answers, badges, in_transaction, items, labelers, leases, rounds
 
 RATE_S = 600.0
@@ -97,7 +97,7 @@ def overview(engine: sa.Engine, settings: Human, badge: str, clock: Callable[[],
         now = clock()
         require_operator(connection, badge, now)
         said = _said(connection)
-        open_items = and_(items.c.label.is_(None), items.c.stage.is_not(None))
+        open_items = and_(OPEN, items.c.stage.is_not(None))
         looked_at = exists().where(leases.c.item == items.c.id, leases.c.expires_at > now)
         return Overview(
             labelers=_labeler_rows(connection, settings, said, now),
@@ -114,7 +114,8 @@ def overview(engine: sa.Engine, settings: Human, badge: str, clock: Callable[[],
 def _said(connection: sa.Connection) -> list[Said]:
     """Answers that count on images that are not gold."""
     rows = select(labelers.c.name, answers.c.item, answers.c.verdict).select_from(answers.join(items).join(labelers))
-    return list(connection.execute(rows.where(COUNTS, items.c.expected.is_(None))).tuples())
+    found = connection.execute(rows.where(COUNTS, items.c.expected.is_(None)))
+    return [(name, item, verdict) for name, item, verdict in found]
 
 
 def _labeler_rows(connection: sa.Connection, settings: Human, said: list[Said], now: float) -> list[LabelerRow]:

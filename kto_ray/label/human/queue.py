@@ -20,7 +20,7 @@ from sqlalchemy import and_, exists, func, or_, select
 from kto_ray.label.human.clock import Clock
 from kto_ray.label.human.people import OPERATOR, Refused, bearer, doubt, exclude, known_answers, works
 from kto_ray.label.human.settings import Human
-from kto_ray.label.human.settling import COUNTS, STANDS, settle
+from kto_ray.label.human.settling import COUNTS, OPEN, STANDS, settle
 from kto_ray.label.human.tables import answers, badges, images, in_transaction, items, labelers, leases, meta, rounds
 from kto_ray.records import Label, derive_seed
 
@@ -114,7 +114,7 @@ class Queue:
         return in_transaction(self.engine, work)
 
     def _last_time(self, connection: sa.Connection) -> float:
-        granted = select(func.max(leases.c.expires_at)).scalar_subquery() - self.settings.lease_s
+        granted = select(func.max(leases.c.at)).scalar_subquery()
         answered = select(func.max(answers.c.at)).scalar_subquery()
         return max(value or 0.0 for value in connection.execute(select(granted, answered)).one())
 
@@ -191,10 +191,13 @@ class Queue:
             return None
         return min(asked, self.settings.min_labels or asked)
 
-    def seal(self, stage: str) -> list[Judged]:
+    def seal(self, stage: str, withdraw: bool = False) -> list[Judged]:
         """Fix everything that is judged as part of this round, late answers on earlier rounds included.
 
         Called again, it gives the same.
+
+        Args:
+            withdraw: ask no more about images of this round that are not judged; else they stay open.
         """
 
         def work(connection: sa.Connection) -> list[Judged]:
@@ -202,6 +205,8 @@ class Queue:
             if sealed_at is None:
                 judged = and_(items.c.label.is_not(None), items.c.sealed_in.is_(None), items.c.stage.is_not(None))
                 connection.execute(items.update().where(judged).values(sealed_in=stage))
+                if withdraw:
+                    connection.execute(items.update().where(items.c.stage == stage, OPEN).values(sealed_in=stage))
                 connection.execute(rounds.update().where(rounds.c.stage == stage).values(sealed_at=self.clock()))
             said: dict[str, list[str]] = {}
             rows = connection.execute(
@@ -213,7 +218,7 @@ class Queue:
             for item, name, verdict in rows:
                 said.setdefault(item, []).append(f"{name} {verdict}")
             rule = self.settings.overlap.rule
-            sealed = connection.execute(select(items).where(items.c.sealed_in == stage).order_by(items.c.sample_id))
+            fixed = select(items).where(items.c.sealed_in == stage, items.c.label.is_not(None))
             return [
                 Judged(
                     row.sample_id,
@@ -221,7 +226,7 @@ class Queue:
                     rule=f"{rule}@1(of {row.needed}): {', '.join(said[row.id])}",
                     policy_version=row.policy_version,
                 )
-                for row in sealed
+                for row in connection.execute(fixed.order_by(items.c.sample_id))
             ]
 
         return self._do(work)
@@ -243,7 +248,7 @@ class Queue:
 
         def work(connection: sa.Connection) -> list[Offer]:
             now, me = self.clock(), self._labeler(connection, badge)
-            held = (leases.c.labeler == me, leases.c.expires_at > now, items.c.label.is_(None))
+            held = (leases.c.labeler == me, leases.c.expires_at > now, OPEN)
             offers = select(items.c.id, items.c.prompt, leases.c.expires_at).select_from(leases.join(items))
             offers = offers.where(*held).order_by(leases.c.id).limit(count)
             found = connection.execute(offers).all()
@@ -264,7 +269,7 @@ class Queue:
         upcoming = 0 if sealed is None else sealed + 1  # the round that an answer would go into
         wanted = (
             select(items.c.id)
-            .where(items.c.stage.is_not(None), items.c.label.is_(None), ~mine, self._free(me, now))
+            .where(items.c.stage.is_not(None), OPEN, ~mine, self._free(me, now))
             .where(items.c.policy_version >= upcoming - self.max_policy_lag)
             .order_by(items.c.number.desc(), self._said().desc(), items.c.shuffle)
             .limit(count)
@@ -297,7 +302,7 @@ class Queue:
     def _grant(self, connection: sa.Connection, me: int, item: str, now: float) -> float:
         expires_at = now + self.settings.lease_s
         connection.execute(leases.delete().where(leases.c.item == item, leases.c.labeler == me))
-        connection.execute(leases.insert().values(item=item, labeler=me, expires_at=expires_at))
+        connection.execute(leases.insert().values(item=item, labeler=me, at=now, expires_at=expires_at))
         return expires_at
 
     def answer(self, badge: str, item: str, verdict: str, seconds: float | None = None) -> None:
@@ -352,7 +357,7 @@ class Queue:
             rows = connection.execute(
                 select(leases.c.item, leases.c.expires_at, items.c.expected)
                 .select_from(leases.join(items))
-                .where(leases.c.labeler == me, leases.c.item.in_(keys), items.c.label.is_(None))
+                .where(leases.c.labeler == me, leases.c.item.in_(keys), OPEN)
             ).all()
             kept = [
                 row.item
@@ -360,7 +365,7 @@ class Queue:
                 if row.expires_at > now or row.expected is not None or self._is_free(connection, me, row.item, now)
             ]
             mine = and_(leases.c.labeler == me, leases.c.item.in_(kept))
-            connection.execute(leases.update().where(mine).values(expires_at=now + self.settings.lease_s))
+            connection.execute(leases.update().where(mine).values(at=now, expires_at=now + self.settings.lease_s))
             return kept
 
         return self._do(work)
@@ -454,7 +459,7 @@ class Queue:
         """Whose badge it is, who must be somebody that labels."""
         row = bearer(connection, badge, self.clock())
         if row.role == OPERATOR:
-            raise Refused("badge", "this is the operator's link; answers are given with a labeler's")
+            raise Refused("operator", "this is the operator's link; answers are given with a labeler's")
         if row.excluded_at is not None:
             raise Refused("excluded", "your answers are no longer asked for; thank you")
         return int(row.id)

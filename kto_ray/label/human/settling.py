@@ -17,6 +17,8 @@ Rule = Literal["majority", "unanimous"]
 STANDS = answers.c.void.is_(None)
 COUNTS = and_(STANDS, answers.c.verdict != "skip")
 """Whether an answer is one of those that an item needs."""
+OPEN = and_(items.c.label.is_(None), items.c.sealed_in.is_(None))
+"""Whether people are still asked about an item (or are as long as gold is mixed in)."""
 
 
 def decide(rule: Rule, said: Sequence[str]) -> Label:

@@ -84,6 +84,7 @@ leases = Table(
     Column("id", sa.Integer, primary_key=True),  # the order in which they were granted
     Column("item", sa.String, ForeignKey("items.id"), nullable=False),
     Column("labeler", sa.Integer, ForeignKey("labelers.id"), nullable=False, index=True),
+    Column("at", sa.Float, nullable=False),  # when it was granted or extended
     Column("expires_at", sa.Float, nullable=False),
     UniqueConstraint("item", "labeler"),
 )
@@ -142,7 +143,7 @@ def open_database(url: str, run: str) -> sa.Engine:
     try:
         metadata.create_all(engine)
         with engine.begin() as connection:
-            found = dict(connection.execute(sa.select(meta.c.key, meta.c.value)).tuples().all())
+            found = {row.key: row.value for row in connection.execute(sa.select(meta))}
             for key, value in {"layout": LAYOUT, "run": run}.items():
                 if key not in found:
                     connection.execute(meta.insert().values(key=key, value=value))

@@ -1,0 +1,42 @@
+"""Where a run's people are found: the database behind the queue, and the page's address."""
+
+import ipaddress
+
+from kto_ray.errors import UserError
+from kto_ray.label.human.settings import Human
+from kto_ray.storage import Storage
+
+
+def database_url(human: Human, run: Storage) -> str:
+    """`label.human.database`, or a SQLite file in the run's folder.
+
+    Raises:
+        UserError: the folder is not on this machine, where a SQLite file must be.
+    """
+    if human.database is not None:
+        return human.database
+    if run.local is None:
+        raise UserError(
+            f"label.human.database: {run} is not a local folder, so that people's answers need a database of their "
+            "own; give for instance postgresql+psycopg://user@host/name"
+        )
+    return f"sqlite:///{run.local}/people.sqlite"
+
+
+def route_prefix(run_name: str) -> str:
+    """Under which a run's page lies: several runs may share a cluster."""
+    return f"/{run_name}"
+
+
+def base_url(human: Human, run_name: str) -> str:
+    """What the run's links begin with, without a slash at its end."""
+    host = f"[{human.host}]" if ":" in human.host else human.host
+    return (human.public_url or f"http://{host}:{human.port}").rstrip("/") + route_prefix(run_name)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of the same machine reach a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
