@@ -1,20 +1,24 @@
 """The examples keep their promises, compute what they say, and are the ones that the documentation shows."""
 
 import ast
+import asyncio
+import csv
 import inspect
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from scipy import ndimage
 
 import kto_ray
-from examples import my_taste
+from examples import csv_people, my_taste
 from kto_ray.config import RunConfig
 from kto_ray.label.contract import ask_all, check_labeler
 from kto_ray.label.finding import Finding
@@ -112,11 +116,41 @@ def test_a_run_takes_the_scorer_as_documented() -> None:
     assert scorer.luma.tolist() == [0, 1, 0]
 
 
-def test_the_documentation_shows_the_examples_whole() -> None:
+async def test_verdicts_are_pulled_from_a_csv_that_grows(tmp_path: Path) -> None:
+    samples = make_samples("round-00000", 3)
+    labeler = csv_people.GrowingCsv(str(tmp_path), poll_s=0.01)
+    await labeler.start({})
+    await labeler.submit(samples)
+    await labeler.submit(samples)
+    asked = list(csv.reader((tmp_path / "to_judge.csv").read_text().splitlines()))
+    assert asked == [[sample.id, sample.prompt.text] for sample in samples]
+    assert np.array_equal(Image.open(tmp_path / f"{samples[1].id}.png"), samples[1].pixels_HWC)
+
+    answer = asyncio.create_task(labeler.collect())
+    await asyncio.sleep(0.05)
+    assert not answer.done()
+    verdicts = tmp_path / "verdicts.csv"
+    verdicts.write_text(f"{samples[2].id},desirable\n{samples[0].id},unde")  # half a line is still being written
+    assert [(verdict.sample_id, verdict.label) for verdict in await answer] == [(samples[2].id, "desirable")]
+    with verdicts.open("a") as file:
+        file.write("sirable\n")
+
+    again = csv_people.GrowingCsv(str(tmp_path), poll_s=0.01)  # the run goes on after a crash
+    await again.start(labeler.memory())
+    assert [(verdict.sample_id, verdict.label) for verdict in await again.collect()] == [(samples[0].id, "undesirable")]
+
+
+def test_the_csv_labeler_passes_its_checks(tmp_path: Path) -> None:
+    findings = check_labeler("examples.csv_people:GrowingCsv", {"folder": str(tmp_path)}, wait_s=1)
+    assert [finding for finding in findings if not finding.passed] == []
+
+
+@pytest.mark.parametrize("module", [my_taste, csv_people])
+def test_the_documentation_shows_the_examples_whole(module: ModuleType) -> None:
     page = (ROOT / "docs" / "plugins.md").read_text()
-    tree = ast.parse(inspect.getsource(my_taste))
+    tree = ast.parse(inspect.getsource(module))
     shown = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     assert shown
     for name in shown:
-        assert inspect.getsource(getattr(my_taste, name)).strip() in page
-        assert f"examples.my_taste:{name}" in page
+        assert inspect.getsource(getattr(module, name)).strip() in page
+        assert f"{module.__name__}:{name}" in page
