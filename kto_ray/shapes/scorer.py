@@ -4,6 +4,7 @@ A `Scorer` (see `kto_ray/label/scorers`) like any other. It finds the figure by 
 multiplies three shares: border in the named background, figure in the named colour, figure in the named shape.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from kto_ray.records import Prompt
 from kto_ray.shapes.world import BACKGROUNDS, COLORS, IMAGE_SIZE, SHAPES, Scene, covers
 
+ASPECTS = ("background", "color", "shape")
 PALETTE = {**COLORS, **BACKGROUNDS}
 FIGURE_CONTRAST = 60.0  # RGB distance to the border colour from which a pixel belongs to the figure
 COLOR_TOLERANCE = 70.0  # RGB distance up to which a pixel counts as a palette colour; palette colours lie further apart
@@ -21,10 +23,21 @@ class ShapesScorer:
     """How well a 64x64 picture shows "a <color> <shape> on <background>": 0 (not at all) to 1 (perfectly).
 
     Deterministic; 0.5 is the natural threshold: below it, one of the three words is not to be seen.
+
+    Args:
+        aspects: what of it is looked at; by default all of "background", "color", "shape".
+
+    Raises:
+        ValueError: no aspects, or another one.
     """
 
     name = "shapes"
     version = "1"
+
+    def __init__(self, aspects: Sequence[str] = ASPECTS) -> None:
+        if not aspects or set(aspects) - set(ASPECTS):
+            raise ValueError(f"aspects {list(aspects)} must be some of {', '.join(ASPECTS)}")
+        self.aspects = tuple(aspects)
 
     def score(self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[float]:
         """Score pictures.
@@ -45,13 +58,13 @@ class ShapesScorer:
                 f"not {images_BHWC.dtype} of shape {images_BHWC.shape}"
             )
         return [
-            score_picture(image_HWC, Scene.parse(prompt.text))
+            score_picture(image_HWC, Scene.parse(prompt.text), self.aspects)
             for image_HWC, prompt in zip(images_BHWC, prompts, strict=True)
         ]
 
 
-def score_picture(image_HWC: npt.NDArray[np.uint8], scene: Scene) -> float:
-    """How well one uint8 (64, 64, 3) picture shows `scene`, in [0, 1]."""
+def score_picture(image_HWC: npt.NDArray[np.uint8], scene: Scene, aspects: Sequence[str] = ASPECTS) -> float:
+    """How well one uint8 (64, 64, 3) picture shows these aspects of `scene`, in [0, 1]."""
     pixels_HWC = image_HWC.astype(np.float32)
     border = np.concatenate([pixels_HWC[:3], pixels_HWC[-3:], pixels_HWC[:, :3], pixels_HWC[:, -3:]], axis=None)
     border = border.reshape(-1, 3)
@@ -65,7 +78,8 @@ def score_picture(image_HWC: npt.NDArray[np.uint8], scene: Scene) -> float:
         for step in (-1, 1):
             inside_HW &= np.roll(figure_HW, step, axis)
     color = share_of_color(pixels_HWC[inside_HW], scene.color) if inside_HW.any() else 0.0
-    return background * color * shape_match(figure_HW, scene.shape)
+    shares = {"background": background, "color": color, "shape": shape_match(figure_HW, scene.shape)}
+    return math.prod(shares[aspect] for aspect in aspects)
 
 
 def share_of_color(pixels_N3: npt.NDArray[np.float32], name: str) -> float:
