@@ -3,15 +3,16 @@
     kto-ray env build --all
     python benchmarks/scorers.py [--quick]
 
-Both run in one process of the scorer's environment, on the CPU in float32, with the same random checkpoint of true
-size, on pictures of 512 x 512. What is compared:
+Both run in one process of the scorer's environment, on the CPU, with the same random checkpoint of true size, on
+pictures of 512 x 512: the packages in float32, which is all that they can do there, ours in float32 and in bfloat16.
+What is compared:
 
 - ImageReward, other prompts: `score(prompt, image)` of the package for each image, and our batch.
 - ImageReward, one prompt: `score(prompt, images)` of the package, and our batch.
 - HPS v2, other prompts: `hpsv2.score(image, prompt)` for each image. It reads the checkpoint at every call.
 - HPS v2, one prompt: `hpsv2.score(images, prompt)`, which reads the checkpoint once.
 
-Answers that differ by more than 1e-3 end the benchmark.
+Answers of float32 that differ by more than 1e-3 end the benchmark.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # in the environments is neither rich nor the rest that it im
 
 TITLES = {"image_reward": "ImageReward", "hpsv2": "HPS v2"}
 CASES = ("other prompts", "one prompt")
+DTYPES = ("float32", "bfloat16")
 TOLERANCE = 1e-3
 
 # -- in the main environment ------------------------------------------------------------------------------------------
@@ -85,18 +87,27 @@ def measure(quick: bool) -> "Table":
     for scorer, title in TITLES.items():
         with inside(scorer, images, full=not quick) as other:
             for case in CASES:
-                ours, theirs = f"ours, {case}", f"package, {case}"
-                seconds = interleaved({name: partial(other.ask, name) for name in (ours, theirs)}, repeats)
-                difference = np.abs(np.subtract(other.scores[ours], other.scores[theirs])).max()
-                if difference > TOLERANCE:
-                    raise RuntimeError(f"{title}, {case}: scores differ by {difference}")
-                faster = median_and_range(ratios(seconds[theirs], seconds[ours]))
-                rates = [[images / value for value in seconds[name]] for name in (ours, theirs)]
-                rows.append((f"{title}, {case}", *faster, *(median_and_range(rate, "{:.3g}")[0] for rate in rates)))
+                ours, theirs = [f"{dtype}, {case}" for dtype in DTYPES], f"package, {case}"
+                seconds = interleaved({name: partial(other.ask, name) for name in (*ours, theirs)}, repeats)
+                for dtype, name in zip(DTYPES, ours, strict=True):
+                    difference = np.abs(np.subtract(other.scores[name], other.scores[theirs])).max()
+                    if dtype == "float32" and difference > TOLERANCE:
+                        raise RuntimeError(f"{title}, {case}: scores differ by {difference}")
+                    faster = median_and_range(ratios(seconds[theirs], seconds[name]))
+                    rates = [[images / value for value in seconds[who]] for who in (name, theirs)]
+                    speeds = (median_and_range(rate, "{:.3g}")[0] for rate in rates)
+                    rows.append((f"{title}, {case}, {dtype}", *faster, *speeds, f"{difference:.1e}"))
     torch = next(package for package in BASE.packages if package.startswith("torch=="))
     return Table(
         title=f"Scorers against their packages, {images} images at a time",
-        columns=("scorer", "times faster", "lowest - highest", "ours, images/s", "package, images/s"),
+        columns=(
+            "scorer",
+            "times faster",
+            "lowest - highest",
+            "ours, images/s",
+            "package, images/s",
+            "scores differ by",
+        ),
         rows=rows,
         note=f"Median of {repeats} repeats; {torch}." + (" Models are smaller than the true ones." if quick else ""),
     )
@@ -117,14 +128,18 @@ def contenders(scorer: str, folder: Path, images: int, full: bool) -> dict[str, 
     images_BHWC = np.random.default_rng(0).integers(0, 256, (images, 512, 512, 3), np.uint8)
     pictures = [Image.fromarray(image_HWC) for image_HWC in images_BHWC]
     texts = [f"a photo of {number} cats that sit on a red sofa" for number in range(images)]
-    ours = load_scorer(scorer)(**arguments)
+    ours = {dtype: load_scorer(scorer)(**arguments, dtype=dtype) for dtype in DTYPES}
     os.chdir(folder)  # ImageReward asks for its tokenizer by name, which may be a folder
     one_each, one_prompt = (package_hpsv2 if scorer == "hpsv2" else package_image_reward)(arguments)
     prompts = [Prompt(text, text) for text in texts]
+
+    def batches(asked: Sequence[Prompt]) -> dict[str, Callable[[], list[float]]]:
+        return {dtype: lambda dtype=dtype: list(ours[dtype].score(images_BHWC, asked)) for dtype in DTYPES}
+
     return {
-        "ours, other prompts": lambda: list(ours.score(images_BHWC, prompts)),
+        **{f"{dtype}, other prompts": run for dtype, run in batches(prompts).items()},
         "package, other prompts": lambda: [one_each(text, image) for text, image in zip(texts, pictures, strict=True)],
-        "ours, one prompt": lambda: list(ours.score(images_BHWC, prompts[:1] * images)),
+        **{f"{dtype}, one prompt": run for dtype, run in batches(prompts[:1] * images).items()},
         "package, one prompt": lambda: one_prompt(texts[0], pictures),
     }
 

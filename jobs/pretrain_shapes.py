@@ -1,4 +1,4 @@
-"""Pretrain the embedded world's base model: `python jobs/pretrain_shapes.py` (58 minutes on 2 busy cores).
+"""Pretrain the embedded world's base model: `python jobs/pretrain_shapes.py` (19 to 58 minutes on 2 cores).
 
 Writes an ordinary diffusers folder (AutoencoderKL, CLIP text encoder, word-level CLIP tokenizer, v-prediction
 U-Net, DDIM scheduler) and its two prompt files to `kto_ray/shapes/`, and prints how well the model draws: the picture
