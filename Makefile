@@ -3,17 +3,20 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN ?= demo
 BIN := .venv/bin
 
-.PHONY: demo test unit lint types bench clean
+.PHONY: demo test unit lint types bench clean system
 
 demo: .venv/installed
 	$(BIN)/python jobs/online_kto.py --recipe shapes_demo run=$(RUN)
 
-test: .venv/installed-dev
+test: .venv/installed-dev system
 	$(BIN)/pytest --numprocesses 2 tests/unit
 	$(BIN)/pytest tests/integration tests/end_to_end
 
 unit: .venv/installed-dev
 	$(BIN)/pytest --numprocesses 2 tests/unit
+
+system:
+	tests/system_packages.sh
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -22,7 +25,7 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
-bench: .venv/installed-dev
+bench: .venv/installed-dev system
 	$(BIN)/kto-ray env build --all
 	$(BIN)/python benchmarks/run.py
 
