@@ -68,8 +68,11 @@ def page(request: Request, template: str, status: int = HTTPStatus.OK, **values:
 
 def shut_door(request: Request, status: int, message: str) -> HTMLResponse:
     """A page that shows nothing but why there is nothing to see."""
-    titles = {401: "This needs a link", 403: "Not for you", 404: "Nothing here", 429: "Too fast"}
-    return page(request, "message.html.j2", status, title=titles.get(status, "That did not work"), message=message)
+    titles = {401: "A link is needed", 403: "Not for you", 404: "Nothing here", 429: "Too fast"}
+    title, advice = titles.get(status, "That did not work"), ""
+    if status == HTTPStatus.UNAUTHORIZED:
+        advice = "Whoever runs this can send you one that works."
+    return page(request, "message.html.j2", status, title=title, message=message, advice=advice)
 
 
 @router.get("/enter/{token}")

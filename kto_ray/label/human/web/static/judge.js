@@ -214,6 +214,7 @@ function pause() {
 function words() {
   const unsent = outbox.steps.length ? ` ${plural(outbox.steps.length, "answer")} could not be sent and stay in this browser.` : "";
   if (shut?.why === "excluded") return ["Thank you", `${capital(shut.message)}.`, true];
+  if (shut?.why === "form") return ["Another link was opened in this browser", `Reload this page to go on with it.${unsent}`, true];
   if (shut) return ["This link no longer works", `${capital(shut.message)}.${unsent}`, true];
   if (isLost) return ["Connection lost", "This page tries again by itself.", false];
   if (!outbox.isEmpty) return ["One moment", "Your answers are being sent.", false];

@@ -17,7 +17,7 @@ async function refresh() {
     return complain("Connection lost; these figures are from before. This page tries again by itself.");
   }
   if (response.status === 401 || response.status === 403) {
-    complain("This link no longer works; kto-ray labelers gives a new one.");
+    complain("This link no longer works; the run prints a new one when it is started again.");
     return false;
   }
   if (!response.ok) return complain("The server is busy; these figures are from before.");

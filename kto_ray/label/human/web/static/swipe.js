@@ -3,6 +3,7 @@
 const FAR_SHARE = 0.28; // of the stage's width,
 const FAR_PX = 130; // or so many pixels
 const START_PX = 8;
+const isCalm = matchMedia("(prefers-reduced-motion: reduce)");
 
 // `answer(verdict)` is called when the image is let go far enough to one side.
 export function makeSwipable(stage, answer) {
@@ -14,7 +15,8 @@ export function makeSwipable(stage, answer) {
     const far = Math.min(FAR_PX, stage.clientWidth * FAR_SHARE);
     stage.dataset.lean = dx > 0 ? "desirable" : "undesirable";
     stage.style.setProperty("--pull", Math.min(1, Math.abs(dx) / far));
-    pictureOf()?.style.setProperty("transform", `translateX(${dx}px) rotate(${(dx / 40).toFixed(2)}deg)`);
+    const turn = isCalm.matches ? 0 : dx / 40;
+    pictureOf()?.style.setProperty("transform", `translateX(${dx}px) rotate(${turn.toFixed(2)}deg)`);
     return Math.abs(dx) >= far;
   }
 
@@ -47,6 +49,10 @@ export function makeSwipable(stage, answer) {
     const verdict = stage.dataset.lean;
     letGo();
     if (isFar) answer(verdict);
+  });
+  // Else browsers take the swipe for a fling, and swallow a tap that follows soon, on Undo for instance.
+  stage.addEventListener("touchmove", (event) => stage.classList.contains("dragging") && event.preventDefault(), {
+    passive: false,
   });
   stage.addEventListener("pointercancel", () => start && letGo());
 }
