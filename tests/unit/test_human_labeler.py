@@ -96,6 +96,20 @@ async def test_a_round_is_enough_when_everybody_has_judged_everything(tmp_path: 
     assert {row["sample_id"] for row in record} == verdicts.keys()
 
 
+async def test_images_that_everybody_has_skipped_hold_nobody_up(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {"scorers": {}})
+    await bench.submit(make_samples("round-00000", 3))
+    offered = await bench.offers()
+    await bench.answer(offered[:2], "desirable")
+    await bench.answer(offered[2:], "skip")
+    assert await is_enough(bench)
+    await bench.badge("ann")  # a newcomer, who has skipped nothing
+    assert not await is_enough(bench)
+    await bench.answer(await bench.offers("ann"), "skip", "ann")
+    assert await is_enough(bench)
+    assert len(await bench.seal()) == 2
+
+
 async def test_nothing_reaches_the_loop_before_the_seal(tmp_path: Path) -> None:
     bench = Bench(tmp_path, {"scorers": {}})
     await bench.submit(make_samples("round-00000", 2))

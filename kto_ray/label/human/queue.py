@@ -87,6 +87,8 @@ class Standing:
 
     asked: int
     judged: int
+    passed: int
+    """Open images on which everybody who can label has answered or skipped: nobody is left to wait for."""
     answers: int
     labelers: int
     """People who can answer: neither excluded nor without a link that works."""
@@ -140,6 +142,7 @@ class Queue:
         for item in new:
             if item.sample_id in known:
                 continue
+            known.add(item.sample_id)
             values = {name: getattr(item, name) for name in ITEM_FIELDS}
             key = secrets.token_hex(8)
             shuffle = derive_seed("shuffle", item.sample_id) / 2**63
@@ -164,16 +167,23 @@ class Queue:
             round_ = connection.execute(select(rounds).where(rounds.c.stage == stage)).one_or_none()
             asked, judged = self._counts(connection, stage)
             said = select(func.count()).select_from(answers.join(items)).where(items.c.stage == stage, COUNTS)
-            working = exists().where(works(self.clock()), badges.c.labeler == labelers.c.id)
-            able = select(func.count()).where(labelers.c.role == "labeler", labelers.c.excluded_at.is_(None), working)
+            works_now = exists().where(works(self.clock()), badges.c.labeler == labelers.c.id)
+            able = (labelers.c.role == "labeler", labelers.c.excluded_at.is_(None), works_now)
+            people = connection.scalar(select(func.count()).where(*able)) or 0
+            theirs = (answers.c.item == items.c.id, answers.c.labeler == labelers.c.id, STANDS)
+            has_said = exists().where(*theirs).correlate(items, labelers)
+            done_with = ~exists().where(*able, ~has_said)  # everybody who could answer has said or skipped
+            passed = select(func.count()).where(items.c.stage == stage, OPEN, done_with)
+            left = connection.scalar(passed) or 0 if people else 0
             target = self._target(asked, finished=round_ is not None and round_.finished_at is not None)
             sealed = round_ is not None and round_.sealed_at is not None
             return Standing(
                 asked,
                 judged,
+                passed=left,
                 answers=connection.scalar(said) or 0,
-                labelers=connection.scalar(able) or 0,
-                enough=sealed or (target is not None and judged >= target),
+                labelers=people,
+                enough=sealed or (target is not None and judged + left >= target),
             )
 
         return self._do(work)
