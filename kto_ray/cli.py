@@ -1,8 +1,10 @@
 """The command `kto-ray`: a group for each thing it works on. Commands import what they need only when they run."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
@@ -11,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kto_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from kto_ray.label.human.people import People
 
 VERDICTS = ("desirable", "undesirable", "abstain", "failed")
 
@@ -193,3 +198,96 @@ def relabel(run: str, name: str, threshold: str, overrides: tuple[str, ...]) -> 
         markup=False,
         highlight=False,
     )
+
+
+# -- kto-ray labelers -------------------------------------------------------------------------------------------------
+
+
+@main.group("labelers")
+def labelers() -> None:
+    """People who judge the images of a run: their links, and whose answers count. The run may go on meanwhile."""
+
+
+RUN = click.option("--run", required=True, help="The run's folder or URI.")
+
+
+@contextlib.contextmanager
+def _people(run: str) -> Iterator[tuple["People", str]]:
+    """Those of a run, and what their links begin with."""
+    from kto_ray.label.human.address import base_url, database_owner, database_url
+    from kto_ray.label.human.clock import Clock
+    from kto_ray.label.human.people import People
+    from kto_ray.label.human.tables import open_database
+    from kto_ray.relabel import saved_config
+    from kto_ray.storage import Storage
+
+    folder = Storage(run)
+    config = saved_config(folder)
+    human = config.label.human
+    if config.label.labeler != "human":
+        raise UserError(f"run: no people judge {folder}: its label.labeler is {config.label.labeler!r}, not 'human'")
+    engine = open_database(database_url(human, folder), database_owner(human, folder))
+    try:
+        yield People(engine, human, Clock()), base_url(human, config.run)
+    finally:
+        engine.dispose()
+
+
+def _say(text: str) -> None:
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+@labelers.command("add")
+@click.argument("name")
+@RUN
+@click.option(
+    "--days", type=click.IntRange(1, 36500), help="For so long the link works; by default label.human.link_days."
+)
+def labelers_add(name: str, run: str, days: int | None) -> None:
+    """Let NAME label, who need not be new, and print a personal link."""
+    from kto_ray.label.human.access import Signer, link, secret_of
+
+    with _people(run) as (people, base):
+        badge = people.admit(name, days=days)
+        _say(link(base, Signer(secret_of(people.engine)).token(badge)))
+
+
+@labelers.command("list")
+@RUN
+def labelers_list(run: str) -> None:
+    """Show who labels: how many links of theirs work, and how many answers they gave."""
+    table = Table("name", "role", "working links", "answers", "excluded")
+    with _people(run) as (people, _):
+        for person in people.everybody():
+            facts = (person.name, person.role, str(person.links), str(person.answers), person.excluded_why or "")
+            table.add_row(*map(Text, facts))
+    Console().print(table)
+
+
+@labelers.command("revoke")
+@click.argument("name")
+@RUN
+def labelers_revoke(name: str, run: str) -> None:
+    """Make all links of NAME useless; the answers stay."""
+    with _people(run) as (people, _):
+        _say(f"{name}: links that no longer work: {people.revoke(name)}")
+
+
+@labelers.command("exclude")
+@click.argument("name")
+@RUN
+def labelers_exclude(name: str, run: str) -> None:
+    """Ask NAME no more, and take the answers out of all rounds that are not sealed."""
+    with _people(run) as (people, _):
+        people.exclude(name, "by the operator")
+        _say(f"{name} is asked no more; the answers have left all rounds that are not sealed")
+
+
+@labelers.command("include")
+@click.argument("name")
+@RUN
+def labelers_include(name: str, run: str) -> None:
+    """Ask NAME again; answers that were taken out stay out."""
+    with _people(run) as (people, _):
+        people.include(name)
+        _say(f"{name} is asked again")

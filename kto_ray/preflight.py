@@ -14,7 +14,7 @@ from kto_ray.config import RunConfig, implied, require_same, to_yaml
 from kto_ray.diffusion import source
 from kto_ray.errors import UserError
 from kto_ray.label.environments import interpreter
-from kto_ray.label.human.address import database_url
+from kto_ray.label.human.address import database_owner, database_url
 from kto_ray.label.human.clock import Clock
 from kto_ray.label.human.gold import load_gold
 from kto_ray.label.human.people import People
@@ -88,7 +88,7 @@ def _check_people(config: RunConfig, run: Storage) -> None:
     human, field = config.label.human, "label.human.labelers"
     if human.gold.file:
         load_gold(human.gold.file)
-    engine = open_database(database_url(human, run), run.uri)
+    engine = open_database(database_url(human, run), database_owner(human, run))
     people = People(engine, human, Clock()).everybody()
     engine.dispose()
     if not human.labelers and not any(person.role == "labeler" and person.links for person in people):

@@ -23,6 +23,11 @@ def database_url(human: Human, run: Storage) -> str:
     return f"sqlite:///{run.local}/people.sqlite"
 
 
+def database_owner(human: Human, run: Storage) -> str:
+    """Whose database it says that it is: a file in the run's folder is the run's, wherever the folder is moved."""
+    return run.uri if human.database is not None else "the run in this folder"
+
+
 def route_prefix(run_name: str) -> str:
     """Under which a run's page lies: several runs may share a cluster."""
     return f"/{run_name}"

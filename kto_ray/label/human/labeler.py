@@ -26,7 +26,7 @@ from rich.console import Console
 from kto_ray.config import RunConfig
 from kto_ray.label.actor import to_png
 from kto_ray.label.human.access import Signer, link
-from kto_ray.label.human.address import base_url, database_url, is_loopback, route_prefix
+from kto_ray.label.human.address import base_url, database_owner, database_url, is_loopback, route_prefix
 from kto_ray.label.human.agreement import agreement
 from kto_ray.label.human.desk import Desk, remote_desk
 from kto_ray.label.human.gold import load_gold
@@ -85,7 +85,10 @@ class HumanLabeler(Labeler):
             num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000, scheduling_strategy=here
         )
         self._actor = actor.remote(
-            database_url(self.human, self.run), self.run.uri, self.human, self.config.max_policy_lag
+            database_url(self.human, self.run),
+            database_owner(self.human, self.run),
+            self.human,
+            self.config.max_policy_lag,
         )
         self.desk = remote_desk(self._actor)
         if self.human.gold.file:

@@ -125,7 +125,7 @@ def open_database(url: str, run: str) -> sa.Engine:
     field = "label.human.database"
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError as error:
+    except (sa.exc.ArgumentError, ValueError) as error:  # ValueError: a port that is no number
         raise UserError(
             f"{field}: {url!r} is not a database URL; write for instance postgresql+psycopg://user@host/name, "
             "or leave it out for a SQLite file in the run's folder"
@@ -133,62 +133,70 @@ def open_database(url: str, run: str) -> sa.Engine:
     shown = parsed.render_as_string(hide_password=True)
     try:
         engine = sa.create_engine(parsed, **_options(parsed))
-    except (ModuleNotFoundError, sa.exc.NoSuchModuleError) as error:
+    except (ImportError, sa.exc.NoSuchModuleError) as error:
         raise UserError(
             f"{field}: no driver for {shown}: {error}; for PostgreSQL install kto-ray[postgres] "
             "and write postgresql+psycopg://"
         ) from error
-    if parsed.get_backend_name() == "sqlite":
-        _set_up_sqlite(engine)
+    _one_after_the_other(engine)
+
+    def claim(connection: sa.Connection) -> None:
+        metadata.create_all(connection)
+        found = {row.key: row.value for row in connection.execute(sa.select(meta))}
+        for key, value in {"layout": LAYOUT, "run": run}.items():
+            if key not in found:
+                connection.execute(meta.insert().values(key=key, value=value))
+            elif found[key] != value:
+                raise UserError(
+                    f"{field}: {shown} belongs to {key} {found[key]!r}, not {value!r}; give each run a database"
+                )
+
     try:
-        metadata.create_all(engine)
-        with engine.begin() as connection:
-            found = {row.key: row.value for row in connection.execute(sa.select(meta))}
-            for key, value in {"layout": LAYOUT, "run": run}.items():
-                if key not in found:
-                    connection.execute(meta.insert().values(key=key, value=value))
-                elif found[key] != value:
-                    raise UserError(
-                        f"{field}: {shown} belongs to {key} {found[key]!r}, not {value!r}; give each run a database"
-                    )
+        in_transaction(engine, claim)
+    except UserError:
+        engine.dispose()
+        raise
     except sa.exc.DBAPIError as error:
         engine.dispose()
         raise UserError(f"{field}: cannot use {shown}: {str(error.orig).strip()}") from error
     return engine
 
 
+WAIT_S = 30
+"""So long a transaction waits for its turn."""
+
+
 def _options(url: sa.URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
-        return {"connect_args": {"timeout": 30}}
-    # Whoever else is connected (the command line), transactions come out as if one had followed the other.
-    return {"isolation_level": "SERIALIZABLE", "pool_pre_ping": True}
+        return {"connect_args": {"timeout": WAIT_S}}
+    # A stricter level would show a transaction the rows from before its turn.
+    return {"isolation_level": "READ COMMITTED", "pool_pre_ping": True}
 
 
-def _set_up_sqlite(engine: sa.Engine) -> None:
+def _one_after_the_other(engine: sa.Engine) -> None:
+    """Whoever else is connected (the command line): a transaction begins when no other one runs, even to read."""
+    if engine.name == "sqlite":
+        begin = "BEGIN IMMEDIATE"
+    else:
+        begin = f"SET LOCAL lock_timeout = '{WAIT_S}s'; SELECT pg_advisory_xact_lock(0)"
+
     def on_connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # SQLAlchemy begins transactions, not the driver
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            connection.execute(f"PRAGMA {pragma}")
+        if engine.name == "sqlite":
+            connection.isolation_level = None  # SQLAlchemy begins transactions, not the driver
+            for pragma in ("synchronous = FULL", "foreign_keys = ON"):
+                connection.execute(f"PRAGMA {pragma}")
 
     def on_begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql(begin)
 
     sa.event.listen(engine, "connect", on_connect)
     sa.event.listen(engine, "begin", on_begin)
 
 
 Result = TypeVar("Result")
-TRIES = 10
 
 
 def in_transaction(engine: sa.Engine, work: Callable[[sa.Connection], Result]) -> Result:
-    """Do work in one transaction; where the database asks for it (a conflict with another connection), again."""
-    for _ in range(TRIES - 1):
-        try:
-            with engine.begin() as connection:
-                return work(connection)
-        except sa.exc.OperationalError as error:
-            if getattr(error.orig, "sqlstate", None) not in ("40001", "40P01"):  # serialization failure, deadlock
-                raise
+    """Do work in one transaction: all of it or, where it raises, nothing."""
     with engine.begin() as connection:
         return work(connection)

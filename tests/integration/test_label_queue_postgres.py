@@ -1,0 +1,59 @@
+"""The queue of people in PostgreSQL: all that holds of SQLite, and the command line at work while the queue is."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from tests import postgres
+from tests.office import Facts, refused
+from tests.postgres import Server, server  # noqa: F401  a fixture
+from tests.queue_machine import check_promises
+from tests.unit.test_label_queue import *  # noqa: F403  the same tests, in other databases
+from tests.unit.test_label_queue import EFFORT
+from tests.unit.test_labelers_cli import Desk, write_run
+
+
+@pytest.fixture
+def fresh(server: Server) -> Callable[[], str]:  # noqa: F811
+    """URLs of empty databases."""
+    return server.fresh
+
+
+@pytest.fixture
+def effort() -> settings:
+    return settings(EFFORT, max_examples=10)
+
+
+@pytest.mark.parametrize(("command", "why"), [("revoke", "revoked"), ("exclude", "excluded")])
+def test_the_command_line_works_while_the_queue_does(
+    server: Server,  # noqa: F811
+    tmp_path: Path,
+    command: str,
+    why: str,
+) -> None:
+    run = write_run(tmp_path, "label.labeler=human", f"label.human.database={server.fresh()}")
+    desk = Desk(run, images=300)
+    ann, told = desk.people.admit("ann").id, 0
+    program = Path(sys.executable).with_name("kto-ray")
+    with subprocess.Popen([program, "labelers", command, "ann", "--run", run]) as process:
+        with refused(why):
+            while process.poll() is None:
+                for offer in desk.queue.lease(ann):
+                    desk.queue.answer(ann, offer.item, "desirable")
+                    told += 1
+            desk.queue.lease(ann)
+        assert process.wait() == 0
+    facts = Facts.read(desk.engine)
+    check_promises(facts, "majority", desk.queue.clock())
+    assert [row["void"] for row in facts.answers] == [None if command == "revoke" else "excluded"] * told
+    desk.engine.dispose()
+
+
+def test_without_a_server_the_tests_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "PROGRAMS", tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="install it with: apt-get install postgresql"):
+        postgres.programs()

@@ -1,0 +1,91 @@
+"""A PostgreSQL server for tests, from Debian's package: in a folder of its own, on a socket there, gone afterwards."""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+import psycopg
+import pytest
+
+PROGRAMS = Path("/usr/lib/postgresql")
+"""Where Debian puts them, by version."""
+START_S = 60.0
+
+
+class Server:
+    """Gives empty databases; whoever can open the folder may use them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._numbers = count()
+
+    def connect(self) -> psycopg.Connection:
+        return psycopg.connect(host=str(self.folder), user="tests", dbname="postgres", autocommit=True)
+
+    def fresh(self) -> str:
+        """The URL of an empty database."""
+        name = f"tests{next(self._numbers)}"
+        with self.connect() as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return f"postgresql+psycopg://tests@/{name}?host={self.folder}"
+
+
+def programs() -> Path:
+    """The folder of the newest server's programs; fails the test when there is none."""
+    found = list(PROGRAMS.glob("*/bin/initdb"))
+    if not found:
+        pytest.fail("these tests need a PostgreSQL server; install it with: apt-get install postgresql", pytrace=False)
+    return max(found, key=lambda path: float(path.parts[-3])).parent
+
+
+@contextmanager
+def running() -> Iterator[Server]:
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # short: a socket's path has at most 107 characters
+    root = os.geteuid() == 0  # as whom the server refuses to run
+    owner = {"user": "postgres", "group": "postgres", "extra_groups": []} if root else {}
+    if root:
+        shutil.chown(folder, "postgres", "postgres")
+    log = folder / "log"
+    data = ["-D", str(folder / "data")]
+    making = [str(programs() / "initdb"), *data, "--auth=trust", "--username=tests", "--encoding=UTF8", "--locale=C"]
+    quick = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "listen_addresses=")
+    options = [word for setting in (*quick, f"unix_socket_directories={folder}") for word in ("-c", setting)]
+    process = None
+    try:
+        with log.open("wb") as output:
+            places = {"cwd": folder, "stdout": output, "stderr": subprocess.STDOUT}
+            subprocess.run([*making, "--no-sync"], check=True, **places, **owner)
+            process = subprocess.Popen([str(programs() / "postgres"), *data, *options], **places, **owner)
+        server = Server(folder)
+        _await(process, server, log)
+        yield server
+    finally:
+        if process is not None:
+            process.send_signal(signal.SIGINT)  # closes connections that are still open
+            process.wait()
+        shutil.rmtree(folder)
+
+
+def _await(process: subprocess.Popen[bytes], server: Server, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            server.connect().close()
+            return
+        except psycopg.OperationalError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the PostgreSQL server does not start:\n{log.read_text()}", pytrace=False)
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    with running() as server:
+        yield server
