@@ -40,7 +40,8 @@ def connected(config: Cluster) -> Iterator[None]:
     # Workers of Ray Train poll at this pace; its controller reads it from the driver's environment.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(config.health_check_s))
     join = "RAY_ADDRESS" in os.environ if config.address == "auto" else config.address != "local"
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     ray.init(
         address=None if join and config.address == "auto" else config.address if join else "local",
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
