@@ -259,6 +259,8 @@ def main() -> None:
         prompts["held-out" if is_held_out(scene) else "training"].append(
             Prompt(id=scene.caption.replace(" ", "-"), text=scene.caption)
         )
+    # Rounds take prompts in the order of the file, and small ones should see all colors.
+    np.random.default_rng(0).shuffle(prompts["training"])
     for split, path in {"training": TRAIN_PROMPTS, "held-out": HELD_OUT_PROMPTS}.items():
         path.write_text("".join(json.dumps({"id": p.id, "text": p.text}) + "\n" for p in prompts[split]))
     pipeline = StableDiffusionPipeline.from_pretrained(args.out, dtype=torch.float32)
