@@ -144,9 +144,9 @@ class _Loop:
         began = time.monotonic()
         try:
             with self.watch.measure("startup"):
+                await asyncio.to_thread(start_serve, self.config.label.human if self._asks_people else None)
                 # Training starts while the generators do: both spend their first seconds on imports.
                 self.training.start()
-                await asyncio.to_thread(start_serve, self.config.label.human if self._asks_people else None)
                 await asyncio.gather(self.generators.start(), self.scorers.start(), self.labeler.start(self._memory()))
             with self.progress:
                 making = asyncio.create_task(self._make_rounds())
