@@ -24,7 +24,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._numbers = count()
+        self._numbers, self._names = count(), []
 
     def connect(self) -> psycopg.Connection:
         return psycopg.connect(host=str(self.folder), user="tests", dbname="postgres", autocommit=True)
@@ -34,7 +34,14 @@ class Server:
         name = f"tests{next(self._numbers)}"
         with self.connect() as connection:
             connection.execute(f"CREATE DATABASE {name}")
+        self._names.append(name)
         return f"postgresql+psycopg://tests@/{name}?host={self.folder}"
+
+    def clear(self) -> None:
+        """Databases take 7 MB each."""
+        with self.connect() as connection:
+            while self._names:
+                connection.execute(f"DROP DATABASE {self._names.pop()} WITH (FORCE)")
 
 
 def programs() -> Path:
@@ -55,7 +62,7 @@ def running() -> Iterator[Server]:
     log = folder / "log"
     data = ["-D", str(folder / "data")]
     making = [str(programs() / "initdb"), *data, "--auth=trust", "--username=tests", "--encoding=UTF8", "--locale=C"]
-    quick = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "listen_addresses=")
+    quick = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_wal_size=64MB", "listen_addresses=")
     options = [word for setting in (*quick, f"unix_socket_directories={folder}") for word in ("-c", setting)]
     process = None
     try:

@@ -382,7 +382,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.lease(other, 3, old=False)
         self.answer(who, pick, verdict, any_item=False, old=False)
 
-    @rule(who=who_, picks=st.lists(st.tuples(pick_, st.booleans()), max_size=3), old=rarely_)
+    @rule(who=who_, picks=st.lists(st.tuples(pick_, rarely_), max_size=3), old=rarely_)
     def extend(self, who: str, picks: list[tuple[int, bool]], old: bool) -> None:
         now, model, badge = self.now, self.model, self.badge(who, old)
         samples = {self.pick(who, pick, any_item) for pick, any_item in picks}

@@ -99,6 +99,7 @@ def render_report(data: ReportData) -> str:
         columns=list(dict.fromkeys(key for row in rounds for key in row)),
         rounds=rounds,
         ledger_parts=LEDGER_PARTS,
+        scored=any(score is not None for pair in data.pairs for score in (*pair.base_scores, *pair.final_scores)),
         judged=not any(math.isnan(evaluation.pass_rate.value) for evaluation in evaluations),
         unaccounted=_unaccounted(data.ledger),
         small_edge=SMALL_EDGE,

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,10 @@ from tests.unit.test_labelers_cli import Desk, write_run
 
 
 @pytest.fixture
-def fresh(server: Server) -> Callable[[], str]:  # noqa: F811
+def fresh(server: Server) -> Iterator[Callable[[], str]]:  # noqa: F811
     """URLs of empty databases."""
-    return server.fresh
+    yield server.fresh
+    server.clear()
 
 
 @pytest.fixture

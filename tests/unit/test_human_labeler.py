@@ -10,11 +10,12 @@ from rich.console import Console
 from sqlalchemy import select
 
 from kto_ray.config import Label, RunConfig
-from kto_ray.label.human.address import database_url
+from kto_ray.errors import UserError
+from kto_ray.label.human.address import database_owner, database_url
 from kto_ray.label.human.desk import Desk
 from kto_ray.label.human.labeler import HumanLabeler, people_figures
 from kto_ray.label.human.queue import Judged
-from kto_ray.label.human.tables import items
+from kto_ray.label.human.tables import items, open_database
 from kto_ray.records import PolicyRef, Sample, Score, Verdict
 from kto_ray.rounds import round_number
 from kto_ray.storage import Storage
@@ -261,3 +262,20 @@ def test_lags_are_those_of_the_policy_that_drew(tmp_path: Path) -> None:
     judged = [Judged("round-00003-a", "desirable", "", 2), Judged("round-00001-b", "desirable", "", 1)]
     figures = people_figures(round_number("round-00003"), judged, table)
     assert (figures["people/policy_lag"], figures["people/late"], figures["people/late_lag"]) == (1.5, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["plain", "a folder", "what? 100% #1", "ümläut"])
+def test_the_database_lies_in_the_runs_folder_whatever_that_is_called(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    run = Storage(str(tmp_path / name))
+    human = Label().human
+    open_database(database_url(human, run), database_owner(human, run)).dispose()
+    assert [file.name for file in (tmp_path / name).iterdir()] == ["people.sqlite"]
+    moved = (tmp_path / name).rename(tmp_path / "moved")
+    run = Storage(str(moved))
+    open_database(database_url(human, run), database_owner(human, run)).dispose()
+
+
+def test_answers_to_a_run_in_an_object_store_need_a_database_of_their_own() -> None:
+    with pytest.raises(UserError, match=r"label\.human\.database: memory://runs/x is not a local folder"):
+        database_url(Label().human, Storage("memory://runs/x"))

@@ -775,6 +775,18 @@ def test_time_does_not_go_back_or_jump_with_the_machines_clock(machine: Machine)
     assert Clock(last=began - 99)() == began - 50
 
 
+def test_a_crash_does_not_take_time_back_behind_what_people_did(office: Office, machine: Machine) -> None:
+    office.draw(0, 1)
+    (ann,) = office.admit("ann")
+    (item,) = ann.take()
+    for method, arguments in (("extend", [[item]]), ("answer", [item, "desirable"]), ("undo", [item])):
+        machine.wait(10)
+        getattr(ann, method)(*arguments)
+        now = office.queue.clock()
+        office.crash(back=10**6)
+        assert office.queue.clock() == now
+
+
 @pytest.mark.parametrize("lease_s", [LEASE_S, 100 * LEASE_S, LEASE_S / 100])
 def test_two_people_do_not_get_one_image_because_the_clock_went_back(
     office: Office, machine: Machine, lease_s: float

@@ -153,8 +153,8 @@ def test_the_headline_claims_no_more_than_the_win_rate(low: float, high: float, 
 def test_what_people_said_and_what_it_cost(html: str) -> None:
     text = Page(html).text
     assert "90 answers of people gave 80 images a verdict, 6 of them late." in text
-    assert "A rise of the mean score of shapes on held-out prompts by 0.01 cost 3.1 answers." in text
-    assert "The mean score of redness on held-out prompts did not rise." in text
+    assert "On held-out prompts the mean score of shapes rose, by 0.01 for every 3.1 answers." in text
+    assert "The mean score of redness did not rise." in text
     assert "People" not in Page(render_report(replace(full_data(), people=None))).text
 
 
@@ -163,7 +163,11 @@ def test_where_no_scorer_votes_the_headline_says_what_people_did() -> None:
         unknown = Interval(math.nan, math.nan, math.nan)
         return replace(evaluation, pass_rate=unknown, mean_score=unknown, win_rate=None)
 
-    data = replace(full_data(), evaluations=[unjudged(evaluation) for evaluation in full_data().evaluations])
+    unscored = {"base_scores": [None] * 2, "final_scores": [None] * 2, "base_passes": [None] * 2}
+    pair = replace(full_data().pairs[0], **unscored, final_passes=[None] * 2)
+    evaluations = [unjudged(evaluation) for evaluation in full_data().evaluations]
+    data = replace(full_data(), evaluations=evaluations, pairs=[pair])
+    assert "its score" not in Page(render_report(data)).text
     text = Page(render_report(data)).text
     assert "People judged 80 images in 4 rounds" in text
     assert "the mean score of shapes went from 0.52 to 0.81, the mean score of redness went from 41.5 to 33.5." in text

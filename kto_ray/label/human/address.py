@@ -2,6 +2,8 @@
 
 import ipaddress
 
+import sqlalchemy as sa
+
 from kto_ray.errors import UserError
 from kto_ray.label.human.settings import Human
 from kto_ray.storage import Storage
@@ -20,7 +22,8 @@ def database_url(human: Human, run: Storage) -> str:
             f"label.human.database: {run} is not a local folder, so that people's answers need a database of their "
             "own; give for instance postgresql+psycopg://user@host/name"
         )
-    return f"sqlite:///{run.local}/people.sqlite"
+    # Not pasted together: a folder's name may hold what has a meaning in a URL.
+    return sa.URL.create("sqlite", database=str(run.local / "people.sqlite")).render_as_string()
 
 
 def database_owner(human: Human, run: Storage) -> str:

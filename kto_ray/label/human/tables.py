@@ -11,6 +11,7 @@
 Times are seconds since 1970, as the queue's clock has them.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -127,8 +128,8 @@ def open_database(url: str, run: str) -> sa.Engine:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError) as error:  # ValueError: a port that is no number
         raise UserError(
-            f"{field}: {url!r} is not a database URL; write for instance postgresql+psycopg://user@host/name, "
-            "or leave it out for a SQLite file in the run's folder"
+            f"{field}: {_without_password(url)!r} is not a database URL; write for instance "
+            "postgresql+psycopg://user@host/name, or leave it out for a SQLite file in the run's folder"
         ) from error
     shown = parsed.render_as_string(hide_password=True)
     try:
@@ -160,6 +161,11 @@ def open_database(url: str, run: str) -> sa.Engine:
         engine.dispose()
         raise UserError(f"{field}: cannot use {shown}: {str(error.orig).strip()}") from error
     return engine
+
+
+def _without_password(url: str) -> str:
+    """Of a text that need not be a URL."""
+    return re.sub(r"(?<=:)[^:/@]*(?=@)", "***", url)
 
 
 WAIT_S = 30
