@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN ?= demo
 BIN := .venv/bin
+export KTO_RAY_ENVS ?= $(CURDIR)/.envs
 
 .PHONY: demo test unit lint types bench clean system
 
@@ -9,8 +10,9 @@ demo: .venv/installed
 	$(BIN)/python jobs/online_kto.py --recipe shapes_demo run=$(RUN)
 
 test: .venv/installed-dev system
+	$(BIN)/kto-ray env build --all
 	$(BIN)/pytest --numprocesses 2 tests/unit
-	$(BIN)/pytest tests/integration tests/end_to_end
+	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/integration tests/end_to_end
 
 unit: .venv/installed-dev
 	$(BIN)/pytest --numprocesses 2 tests/unit
