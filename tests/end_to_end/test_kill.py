@@ -36,7 +36,8 @@ def assert_whole(run: Path, undisturbed: Path) -> None:
 def test_a_killed_replica_scorer_and_train_worker_cost_nothing(
     tmp_path: Path, tiny_sd1_folder: Path, undisturbed: Path
 ) -> None:
-    slow = ["label.scorers.CoinScorer.args.seconds=0.5", "train.epochs=12"]
+    # So that there is something under way when it is killed, on a fast machine, too.
+    slow = ["generate.steps=25", "label.scorers.CoinScorer.args.seconds=0.5", "train.epochs=12"]
     job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", *slow])
 
     job.wait_until(lambda: list(job.run.glob("rounds/00000/samples/*.parquet")))
