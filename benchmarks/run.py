@@ -8,6 +8,7 @@ The document is rewritten between its markers; the text around them is for peopl
 from pathlib import Path
 
 import kto_step
+import labeling
 import rounds
 import scorers
 from measuring import arguments, become_like_a_worker, machine
@@ -27,7 +28,7 @@ def main() -> None:
     console.print(machine(), highlight=False)
     quick = "A quick run, too short for conclusions: " if args.quick else ""
     sections = [f"{quick}{machine()}."]
-    for benchmark in (kto_step.measure, rounds.measure, scorers.measure):
+    for benchmark in (kto_step.measure, rounds.measure, scorers.measure, labeling.measure):
         table = benchmark(args.quick)
         console.print(table.rich())
         sections.append(table.markdown())
