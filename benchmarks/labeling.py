@@ -34,10 +34,10 @@ from rich.console import Console
 
 from kto_ray.cluster import connected
 from kto_ray.config import Cluster, RunConfig, load
-from kto_ray.label.human.access import Signer
-from kto_ray.label.human.address import base_url, database_url
-from kto_ray.label.human.labeler import HumanLabeler
-from kto_ray.label.human.tables import answers
+from kto_ray.people.access import Signer
+from kto_ray.people.address import base_url, database_url
+from kto_ray.people.labeler import HumanLabeler
+from kto_ray.people.tables import answers
 from kto_ray.records import PolicyRef, Prompt, Sample
 from kto_ray.serving import start_serve
 from kto_ray.shapes.world import all_scenes, draw_somewhere

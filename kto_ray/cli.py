@@ -15,7 +15,7 @@ from rich.text import Text
 from kto_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from kto_ray.label.human.people import People
+    from kto_ray.people.people import People
 
 VERDICTS = ("desirable", "undesirable", "abstain", "failed")
 
@@ -214,10 +214,10 @@ RUN = click.option("--run", required=True, help="The run's folder or URI.")
 @contextlib.contextmanager
 def _people(run: str) -> Iterator[tuple["People", str]]:
     """Those of a run, and what their links begin with."""
-    from kto_ray.label.human.address import base_url, database_owner, database_url
-    from kto_ray.label.human.clock import Clock
-    from kto_ray.label.human.people import People
-    from kto_ray.label.human.tables import open_database
+    from kto_ray.people.address import base_url, database_owner, database_url
+    from kto_ray.people.clock import Clock
+    from kto_ray.people.people import People
+    from kto_ray.people.tables import open_database
     from kto_ray.relabel import saved_config
     from kto_ray.storage import Storage
 
@@ -245,7 +245,7 @@ def _say(text: str) -> None:
 )
 def labelers_add(name: str, run: str, days: int | None) -> None:
     """Let NAME label, who need not be new, and print a personal link."""
-    from kto_ray.label.human.access import Signer, link, secret_of
+    from kto_ray.people.access import Signer, link, secret_of
 
     with _people(run) as (people, base):
         badge = people.admit(name, days=days)

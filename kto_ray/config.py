@@ -19,7 +19,6 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from kto_ray.errors import UserError
-from kto_ray.label.human.settings import Human, RouteAll, RouteDisagreement, as_route
 from kto_ray.label.thresholds import (
     Absolute,
     Combination,
@@ -29,6 +28,7 @@ from kto_ray.label.thresholds import (
     as_combination,
     as_threshold,
 )
+from kto_ray.people.settings import Human, RouteAll, RouteDisagreement, as_route
 from kto_ray.section import Count, InnerShare, NonNegative, Positive, Section, Share
 
 Device = Literal["auto", "cpu", "cuda"]

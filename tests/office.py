@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from kto_ray.label.human.people import People, Refused
-from kto_ray.label.human.queue import NewItem, Queue
-from kto_ray.label.human.settings import Human
-from kto_ray.label.human.tables import open_database
+from kto_ray.people.people import People, Refused
+from kto_ray.people.queue import NewItem, Queue
+from kto_ray.people.settings import Human
+from kto_ray.people.tables import open_database
 
 LEASE_S = 100
 

@@ -22,7 +22,7 @@ def make_labeler(config: RunConfig, run: Storage, console: Console) -> Labeler:
         case ThresholdLabeler.name:
             return ThresholdLabeler(config.label)
         case "human":
-            from kto_ray.label.human.labeler import HumanLabeler
+            from kto_ray.people.labeler import HumanLabeler
 
             return HumanLabeler(config, run, console)
     labeler: Labeler = load_plugin("label.labeler", config.label.labeler, LABELERS)(**config.label.labeler_args)

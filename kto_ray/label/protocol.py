@@ -2,7 +2,7 @@
 
 The loop scores samples as they are generated, submits them with their scores, and collects verdicts as they come, of
 whatever round: a function that answers in 10 ms and a person who answers in two days fit alike. `threshold_labeler.py`
-and `human/labeler.py` are the built-in labelers, `scorers/` has the built-in scorers; `kto-ray check` (`contract.py`)
+and `people/labeler.py` are the built-in labelers, `scorers/` has the built-in scorers; `kto-ray check` (`contract.py`)
 tries one's own class.
 """
 
@@ -55,7 +55,7 @@ def check_batch(images_BHWC: npt.NDArray[Any], prompts: Sequence[Prompt]) -> Non
 
 LABELERS: dict[str, str] = {
     "threshold": "kto_ray.label.threshold_labeler:ThresholdLabeler",
-    "human": "kto_ray.label.human.labeler:HumanLabeler",
+    "human": "kto_ray.people.labeler:HumanLabeler",
 }
 """The built-in labelers by name."""
 

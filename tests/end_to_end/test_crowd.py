@@ -11,7 +11,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from kto_ray.label.human.tables import answers, items, labelers, rounds
+from kto_ray.people.tables import answers, items, labelers, rounds
 from kto_ray.rounds import RoundStore
 from kto_ray.shapes.gold import write_gold
 from kto_ray.storage import Storage

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from kto_ray.errors import UserError
-from kto_ray.label.human.gold import load_gold
+from kto_ray.people.gold import load_gold
 
 
 def write(folder: Path, *rows: dict[str, Any] | str) -> str:

@@ -16,13 +16,13 @@ from itsdangerous import URLSafeSerializer
 from pydantic import ValidationError
 
 from kto_ray.errors import UserError
-from kto_ray.label.human import access, clock
-from kto_ray.label.human.access import Signer, link, secret_of
-from kto_ray.label.human.agreement import Agreement, Said, agreement, agreement_of
-from kto_ray.label.human.overview import ANSWER_SCHEMA, Overview, answers_table, export, overview
-from kto_ray.label.human.people import Badge, Person, Refused
-from kto_ray.label.human.settings import Human
-from kto_ray.label.human.tables import in_transaction, meta, open_database
+from kto_ray.people import access, clock
+from kto_ray.people.access import Signer, link, secret_of
+from kto_ray.people.agreement import Agreement, Said, agreement, agreement_of
+from kto_ray.people.overview import ANSWER_SCHEMA, Overview, answers_table, export, overview
+from kto_ray.people.people import Badge, Person, Refused
+from kto_ray.people.settings import Human
+from kto_ray.people.tables import in_transaction, meta, open_database
 from tests.office import LEASE_S, Machine, Office, gold, new_item, refused, stage
 
 DAY_S = 24 * 3600

@@ -8,12 +8,12 @@ from click.testing import CliRunner, Result
 
 from kto_ray.cli import main
 from kto_ray.config import load, to_yaml
-from kto_ray.label.human.access import Signer, secret_of
-from kto_ray.label.human.address import database_owner, database_url
-from kto_ray.label.human.clock import Clock
-from kto_ray.label.human.people import People, Person, Refused
-from kto_ray.label.human.queue import NewItem, Queue
-from kto_ray.label.human.tables import open_database
+from kto_ray.people.access import Signer, secret_of
+from kto_ray.people.address import database_owner, database_url
+from kto_ray.people.clock import Clock
+from kto_ray.people.people import People, Person, Refused
+from kto_ray.people.queue import NewItem, Queue
+from kto_ray.people.tables import open_database
 from kto_ray.relabel import saved_config
 from kto_ray.storage import Storage
 

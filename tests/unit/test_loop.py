@@ -13,11 +13,11 @@ from rich.console import Console
 
 from kto_ray.config import Label, RunConfig
 from kto_ray.errors import UserError
-from kto_ray.label.human.address import database_url
-from kto_ray.label.human.desk import Desk
-from kto_ray.label.human.labeler import HumanLabeler
 from kto_ray.label.protocol import Labeler
 from kto_ray.loop import _Loop, score_figures, worth_training
+from kto_ray.people.address import database_url
+from kto_ray.people.desk import Desk
+from kto_ray.people.labeler import HumanLabeler
 from kto_ray.preflight import Preflight
 from kto_ray.records import Prompt, Sample, Score, Verdict
 from kto_ray.rounds import Round

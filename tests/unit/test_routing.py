@@ -8,9 +8,9 @@ import pytest
 from kto_ray import config
 from kto_ray.config import Label
 from kto_ray.errors import UserError
-from kto_ray.label.human.routing import goes_to_people, needed, undecided
-from kto_ray.label.human.settings import Human, Overlap, RouteDisagreement, RouteNearThreshold, RouteRandom
 from kto_ray.label.threshold_labeler import RoundVerdicts, judge_round
+from kto_ray.people.routing import goes_to_people, needed, undecided
+from kto_ray.people.settings import Human, Overlap, RouteDisagreement, RouteNearThreshold, RouteRandom
 from kto_ray.records import Score
 
 IDS = [f"round-00000-{place:03}" for place in range(400)]

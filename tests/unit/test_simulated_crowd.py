@@ -11,8 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from kto_ray.label.human.gold import load_gold
-from kto_ray.label.human.people import Refused
+from kto_ray.people.gold import load_gold
+from kto_ray.people.people import Refused
 from kto_ray.shapes import gold
 from kto_ray.shapes.world import Scene, draw
 

@@ -9,7 +9,7 @@ from typing import Literal
 import sqlalchemy as sa
 from sqlalchemy import and_, select
 
-from kto_ray.label.human.tables import answers, items
+from kto_ray.people.tables import answers, items
 from kto_ray.records import Label
 
 Rule = Literal["majority", "unanimous"]

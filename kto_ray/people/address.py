@@ -5,7 +5,7 @@ import ipaddress
 import sqlalchemy as sa
 
 from kto_ray.errors import UserError
-from kto_ray.label.human.settings import Human
+from kto_ray.people.settings import Human
 from kto_ray.storage import Storage
 
 

@@ -10,8 +10,8 @@ import time
 import sqlalchemy as sa
 from itsdangerous import BadData, URLSafeSerializer
 
-from kto_ray.label.human.people import Badge, Refused
-from kto_ray.label.human.tables import in_transaction, meta
+from kto_ray.people.people import Badge, Refused
+from kto_ray.people.tables import in_transaction, meta
 
 
 def secret_of(engine: sa.Engine) -> str:

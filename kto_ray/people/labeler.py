@@ -25,17 +25,17 @@ from rich.console import Console
 
 from kto_ray.config import RunConfig
 from kto_ray.label.actor import to_png
-from kto_ray.label.human.access import Signer, link
-from kto_ray.label.human.address import base_url, database_owner, database_url, is_loopback, route_prefix
-from kto_ray.label.human.agreement import agreement
-from kto_ray.label.human.desk import Desk, remote_desk
-from kto_ray.label.human.gold import load_gold
-from kto_ray.label.human.people import OPERATOR
-from kto_ray.label.human.queue import Judged, NewItem, Standing
-from kto_ray.label.human.routing import goes_to_people, needed, undecided
-from kto_ray.label.human.web.deployment import page_application
 from kto_ray.label.protocol import Labeler
 from kto_ray.label.threshold_labeler import ThresholdLabeler
+from kto_ray.people.access import Signer, link
+from kto_ray.people.address import base_url, database_owner, database_url, is_loopback, route_prefix
+from kto_ray.people.agreement import agreement
+from kto_ray.people.desk import Desk, remote_desk
+from kto_ray.people.gold import load_gold
+from kto_ray.people.people import OPERATOR
+from kto_ray.people.queue import Judged, NewItem, Standing
+from kto_ray.people.routing import goes_to_people, needed, undecided
+from kto_ray.people.web.deployment import page_application
 from kto_ray.records import Sample, Score, Verdict
 from kto_ray.rounds import round_number
 from kto_ray.storage import Storage

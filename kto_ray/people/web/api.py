@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import pyarrow.parquet as pq
 from fastapi import APIRouter, Depends, Path, Request, Response
 
-from kto_ray.label.human import desk as at_desk
-from kto_ray.label.human.overview import Overview
-from kto_ray.label.human.queue import Offer
-from kto_ray.label.human.web import wire
-from kto_ray.label.human.web.entrance import Anybody, Labeler, Operator, TheDesk, same_site
+from kto_ray.people import desk as at_desk
+from kto_ray.people.overview import Overview
+from kto_ray.people.queue import Offer
+from kto_ray.people.web import wire
+from kto_ray.people.web.entrance import Anybody, Labeler, Operator, TheDesk, same_site
 
 PNG = "image/png"
 IMMUTABLE = {"Cache-Control": "private, max-age=86400, immutable"}

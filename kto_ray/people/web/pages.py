@@ -13,11 +13,11 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi import Path as PathField
 from fastapi.responses import HTMLResponse, RedirectResponse
 
-from kto_ray.label.human.desk import Desk
-from kto_ray.label.human.people import Refused, Role
-from kto_ray.label.human.web import wire
-from kto_ray.label.human.web.api import IMMUTABLE, PNG
-from kto_ray.label.human.web.entrance import Entrance, Operator, TheDesk, TheEntrance
+from kto_ray.people.desk import Desk
+from kto_ray.people.people import Refused, Role
+from kto_ray.people.web import wire
+from kto_ray.people.web.api import IMMUTABLE, PNG
+from kto_ray.people.web.entrance import Entrance, Operator, TheDesk, TheEntrance
 
 HERE = Path(__file__).parent
 TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

@@ -14,9 +14,9 @@ import sqlalchemy as sa
 from sqlalchemy import and_, func, select
 
 from kto_ray.errors import UserError
-from kto_ray.label.human.settings import Human
-from kto_ray.label.human.settling import COUNTS, STANDS, settle
-from kto_ray.label.human.tables import answers, badges, in_transaction, items, labelers, leases
+from kto_ray.people.settings import Human
+from kto_ray.people.settling import COUNTS, STANDS, settle
+from kto_ray.people.tables import answers, badges, in_transaction, items, labelers, leases
 
 Role = Literal["labeler", "operator"]
 OPERATOR = "operator"

@@ -8,11 +8,11 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy import and_, exists, func, select
 
-from kto_ray.label.human.agreement import Agreement, Said, agreement, agreement_of
-from kto_ray.label.human.people import OPERATOR, doubt, known_answers, require_operator, works
-from kto_ray.label.human.settings import Human
-from kto_ray.label.human.settling import COUNTS, OPEN, STANDS
-from kto_ray.label.human.tables import answers, badges, in_transaction, items, labelers, leases, rounds
+from kto_ray.people.agreement import Agreement, Said, agreement, agreement_of
+from kto_ray.people.people import OPERATOR, doubt, known_answers, require_operator, works
+from kto_ray.people.settings import Human
+from kto_ray.people.settling import COUNTS, OPEN, STANDS
+from kto_ray.people.tables import answers, badges, in_transaction, items, labelers, leases, rounds
 
 RATE_S = 600.0
 """Over so many seconds rates are taken."""

@@ -12,13 +12,13 @@ from starlette.exceptions import HTTPException
 
 import kto_ray
 from kto_ray.errors import UserError
-from kto_ray.label.human.access import Signer
-from kto_ray.label.human.desk import Desk
-from kto_ray.label.human.people import Refused
-from kto_ray.label.human.settings import Human
-from kto_ray.label.human.web import api, pages
-from kto_ray.label.human.web.entrance import Entrance
-from kto_ray.label.human.web.guard import Guard
+from kto_ray.people.access import Signer
+from kto_ray.people.desk import Desk
+from kto_ray.people.people import Refused
+from kto_ray.people.settings import Human
+from kto_ray.people.web import api, pages
+from kto_ray.people.web.entrance import Entrance
+from kto_ray.people.web.guard import Guard
 
 STATUS = {
     **dict.fromkeys(("badge", "expired", "revoked"), HTTPStatus.UNAUTHORIZED),
