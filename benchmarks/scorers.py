@@ -45,7 +45,7 @@ class Inside:
     def __init__(self, scorer: str, folder: str, images: int, full: bool) -> None:
         from measuring import threads
 
-        from kto_ray.label.environments import interpreter
+        from kto_ray.score.environments import interpreter
 
         command = [str(interpreter(scorer)), "-I", __file__, scorer, folder, str(images), str(int(full))]
         surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads())}
@@ -80,7 +80,7 @@ def measure(quick: bool) -> "Table":
     """Time both contenders of each row in turn."""
     from measuring import Table, interleaved, median_and_range, ratios
 
-    from kto_ray.label.environments import BASE
+    from kto_ray.score.environments import BASE
 
     images, repeats = (2, 1) if quick else (4, 3)
     rows = []
@@ -120,8 +120,8 @@ def contenders(scorer: str, folder: Path, images: int, full: bool) -> dict[str, 
     """What is measured, by name; each scores all images."""
     from PIL import Image
 
-    from kto_ray.label.scorers import hpsv2, image_reward, load_scorer
     from kto_ray.records import Prompt
+    from kto_ray.score.scorers import hpsv2, image_reward, load_scorer
 
     module: Any = {"hpsv2": hpsv2, "image_reward": image_reward}[scorer]
     arguments = module.random_checkpoint(folder, full)

@@ -33,7 +33,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from kto_ray.errors import UserError
-from kto_ray.label.scorers.redness import Redness
 from kto_ray.people.access import Signer, secret_of
 from kto_ray.people.address import base_url, database_owner, database_url
 from kto_ray.people.clock import Clock
@@ -42,6 +41,7 @@ from kto_ray.people.tables import open_database
 from kto_ray.people.web.entrance import COOKIES
 from kto_ray.records import Prompt
 from kto_ray.relabel import saved_config
+from kto_ray.score.scorers.redness import Redness
 from kto_ray.shapes import gold
 from kto_ray.shapes.scorer import ShapesScorer
 from kto_ray.storage import Storage

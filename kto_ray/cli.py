@@ -50,7 +50,7 @@ def env() -> None:
 @click.option("--all", "everything", is_flag=True, help="Build all of them.")
 def env_build(names: tuple[str, ...], everything: bool) -> None:
     """Build environments NAMES, and the base that they share; what is built already stays."""
-    from kto_ray.label import environments
+    from kto_ray.score import environments
 
     if bool(names) == everything:
         raise click.UsageError(f"name environments ({', '.join(environments.ENVIRONMENTS)}), or give --all")
@@ -69,7 +69,7 @@ def env_check(names: tuple[str, ...]) -> None:
 
     Weights are random: what is checked is the environment.
     """
-    from kto_ray.label import environments
+    from kto_ray.score import environments
 
     built = [state.environment.name for state in environments.states() if state.flaw is None]
     names = names or tuple(name for name in built if name in environments.ENVIRONMENTS)
@@ -87,7 +87,7 @@ def env_check(names: tuple[str, ...]) -> None:
 @env.command("list")
 def env_list() -> None:
     """Show all environments: whether they can be used, where they are, and what is in them."""
-    from kto_ray.label import environments
+    from kto_ray.score import environments
 
     table = Table("name", "state", "path", "size", "versions")
     for state in environments.states():

@@ -56,7 +56,6 @@ from kto_ray.evaluate.statistics import EvaluationSummary
 from kto_ray.evaluate.summary import evaluation_row, write_results
 from kto_ray.generate.client import Generators
 from kto_ray.label.labelers import make_labeler
-from kto_ray.label.pool import Scorers, require_scored
 from kto_ray.label.protocol import Labeler
 from kto_ray.label.threshold_labeler import one_sided
 from kto_ray.policies import PolicyStore
@@ -65,6 +64,7 @@ from kto_ray.prompts import round_requests
 from kto_ray.records import Sample, Score, Verdict
 from kto_ray.relabel import Replayed
 from kto_ray.rounds import Round, RoundStore
+from kto_ray.score.pool import Scorers, require_scored
 from kto_ray.serving import start_serve
 from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask

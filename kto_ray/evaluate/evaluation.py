@@ -17,11 +17,11 @@ from kto_ray.config import RunConfig
 from kto_ray.evaluate.report import Pair
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval, mean_interval, median_win_rate, pass_rate
 from kto_ray.generate.client import Generators
-from kto_ray.label.pool import Scorers, require_scored
 from kto_ray.label.threshold_labeler import rule_of, table_of
 from kto_ray.label.thresholds import Judged, RuleFit
 from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest, Score
 from kto_ray.rounds import Round, by_sample
+from kto_ray.score.pool import Scorers, require_scored
 from kto_ray.storage import Storage
 
 STAGE = "evaluation"

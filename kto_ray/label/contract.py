@@ -22,7 +22,7 @@ from kto_ray.label.finding import Broken, Finding, Size, find, shorten
 from kto_ray.label.labeler_trial import CANCEL_S, LABELER_CHECKS, LABELER_ESSENTIAL, LabelerTrial
 from kto_ray.label.protocol import LABELERS, load_plugin
 from kto_ray.label.scorer_trial import SCORER_CHECKS, ScorerTrial
-from kto_ray.label.scorers import load_scorer
+from kto_ray.score.scorers import load_scorer
 
 
 def check_scorer(
@@ -58,7 +58,7 @@ def check_scorer(
 
     from kto_ray.cluster import connected
     from kto_ray.config import Cluster
-    from kto_ray.label.environments import interpreter
+    from kto_ray.score.environments import interpreter
 
     runtime_env: dict[str, Any] = {"py_executable": str(interpreter(env))} if env else {}
     with contextlib.nullcontext() if ray.is_initialized() else connected(Cluster()):

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from kto_ray.errors import UserError
 from kto_ray.label.finding import PICTURES, Broken, Images, Size, find, number, picture, shorten, words_of
 from kto_ray.label.protocol import Scorer
-from kto_ray.label.scorers import load_scorer
 from kto_ray.records import Prompt
+from kto_ray.score.scorers import load_scorer
 
 SIZES: tuple[Size, ...] = ((64, 64), (512, 512), (64, 96), (96, 64))
 TEXTS = {

@@ -1,6 +1,6 @@
 """The embedded world's scorer: looks at the pixels of a picture and says how well it shows what the prompt names.
 
-A `Scorer` (see `kto_ray/label/scorers`) like any other. It finds the figure by its contrast to the border, then
+A `Scorer` (see `kto_ray/score/scorers`) like any other. It finds the figure by its contrast to the border, then
 multiplies three shares: border in the named background, figure in the named colour, figure in the named shape.
 """
 

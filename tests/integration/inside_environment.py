@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from kto_ray.errors import UserError
-from kto_ray.label.scorers.blank import Unfilled
-from kto_ray.label.scorers.hpsv2 import HPSv2, build_model
-from kto_ray.label.scorers.hpsv2 import random_checkpoint as random_hpsv2
-from kto_ray.label.scorers.image_reward import ImageReward
-from kto_ray.label.scorers.image_reward import random_checkpoint as random_image_reward
 from kto_ray.records import Prompt
+from kto_ray.score.scorers.blank import Unfilled
+from kto_ray.score.scorers.hpsv2 import HPSv2, build_model
+from kto_ray.score.scorers.hpsv2 import random_checkpoint as random_hpsv2
+from kto_ray.score.scorers.image_reward import ImageReward
+from kto_ray.score.scorers.image_reward import random_checkpoint as random_image_reward
 
 LONG = "a very long prompt of a red circle on black " * 20
 Images = npt.NDArray[np.uint8]

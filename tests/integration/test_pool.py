@@ -16,8 +16,8 @@ import ray
 
 from kto_ray.config import Cluster, Label
 from kto_ray.errors import UserError
-from kto_ray.label.pool import Scorers, require_scored
 from kto_ray.records import Sample, Score
+from kto_ray.score.pool import Scorers, require_scored
 from tests.factories import make_samples, make_score
 from tests.plugins import CoinScorer
 

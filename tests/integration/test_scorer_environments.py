@@ -17,8 +17,8 @@ from rich.console import Console
 
 from kto_ray.cli import main
 from kto_ray.config import Cluster
-from kto_ray.label import environments
-from kto_ray.label.actor import ScorerActor, to_png
+from kto_ray.score import environments
+from kto_ray.score.actor import ScorerActor, to_png
 
 ROOT = Path(__file__).parents[2]
 

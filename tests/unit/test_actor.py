@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 
 from kto_ray.errors import UserError
-from kto_ray.label.actor import ScorerActor, from_png, plain, to_png
 from kto_ray.label.protocol import BatchFailed
 from kto_ray.records import Prompt
+from kto_ray.score.actor import ScorerActor, from_png, plain, to_png
 from tests.plugins import CoinScorer
 
 Images = npt.NDArray[np.uint8]
@@ -193,6 +193,6 @@ def test_prompts_arrive_with_their_metadata() -> None:
 
 def test_the_actor_needs_little_of_an_environment() -> None:
     heavy = ["torch", "ray", "pydantic", "yaml", "scipy", "diffusers", "transformers"]
-    code = f"import kto_ray.label.actor, sys; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import kto_ray.score.actor, sys; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kto_ray.label.scorers.blank import Unfilled, random_weights
+from kto_ray.score.scorers.blank import Unfilled, random_weights
 
 
 class Model(nn.Module):

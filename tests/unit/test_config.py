@@ -19,7 +19,6 @@ from kto_ray.config import (
     to_yaml,
 )
 from kto_ray.errors import UserError
-from kto_ray.label.scorers import SCORERS
 from kto_ray.label.thresholds import (
     Absolute,
     Agreement,
@@ -29,6 +28,7 @@ from kto_ray.label.thresholds import (
     TopBottom,
     WeightedSum,
 )
+from kto_ray.score.scorers import SCORERS
 
 
 def message(*overrides: str, recipe: str | None = None) -> str:

@@ -20,8 +20,8 @@ from rich.console import Console
 import kto_ray
 from kto_ray.cli import main
 from kto_ray.errors import UserError
-from kto_ray.label import environments
-from kto_ray.label.environments import (
+from kto_ray.score import environments
+from kto_ray.score.environments import (
     BASE,
     ENVIRONMENTS,
     MARKER,
@@ -34,7 +34,7 @@ from kto_ray.label.environments import (
     requirements,
     specification,
 )
-from kto_ray.label.scorers import SCORERS, load_scorer
+from kto_ray.score.scorers import SCORERS, load_scorer
 
 HPSV2 = ENVIRONMENTS["hpsv2"]
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "environments.md"

@@ -23,8 +23,8 @@ from kto_ray.config import RunConfig
 from kto_ray.label.contract import ask_all, check_labeler
 from kto_ray.label.finding import Finding
 from kto_ray.label.scorer_trial import ScorerTrial
-from kto_ray.label.scorers import load_scorer
 from kto_ray.records import Prompt
+from kto_ray.score.scorers import load_scorer
 from tests.factories import make_samples
 
 ROOT = Path(kto_ray.__file__).parents[1]

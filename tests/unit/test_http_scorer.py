@@ -24,11 +24,11 @@ import yaml
 from PIL import Image
 
 from kto_ray.errors import UserError
-from kto_ray.label.actor import ScorerActor
 from kto_ray.label.protocol import BatchFailed
-from kto_ray.label.scorers import http, load_scorer
-from kto_ray.label.scorers.http import BadReply, Http
 from kto_ray.records import Prompt
+from kto_ray.score.actor import ScorerActor
+from kto_ray.score.scorers import http, load_scorer
+from kto_ray.score.scorers.http import BadReply, Http
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "http_scorer.md").read_text()
 

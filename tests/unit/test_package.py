@@ -74,7 +74,7 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
 
 
 def test_built_in_plug_ins_exist() -> None:
-    from kto_ray.label.scorers import SCORERS
+    from kto_ray.score.scorers import SCORERS
 
     for path in SCORERS.values():
         module, _, name = path.partition(":")

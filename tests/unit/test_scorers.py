@@ -20,15 +20,15 @@ from transformers import CLIPModel
 from kto_ray.config import Label, ScorerSettings
 from kto_ray.errors import UserError
 from kto_ray.label.protocol import Scorer
-from kto_ray.label.scorers import SCORERS, load_scorer
-from kto_ray.label.scorers.aesthetic import Aesthetic
-from kto_ray.label.scorers.clip import Clip
-from kto_ray.label.scorers.clip_score import ClipScore
-from kto_ray.label.scorers.function import Function
-from kto_ray.label.scorers.jpeg_size import JpegSize
-from kto_ray.label.scorers.pickscore import PickScore
-from kto_ray.label.scorers.redness import Redness
 from kto_ray.records import Prompt
+from kto_ray.score.scorers import SCORERS, load_scorer
+from kto_ray.score.scorers.aesthetic import Aesthetic
+from kto_ray.score.scorers.clip import Clip
+from kto_ray.score.scorers.clip_score import ClipScore
+from kto_ray.score.scorers.function import Function
+from kto_ray.score.scorers.jpeg_size import JpegSize
+from kto_ray.score.scorers.pickscore import PickScore
+from kto_ray.score.scorers.redness import Redness
 from kto_ray.shapes.world import Scene, draw
 from tests.checkpoints import (
     CLIP_MEAN,
@@ -262,7 +262,7 @@ def test_any_text_can_be_scored(scorer: Scorer) -> None:
 def test_the_table_knows_it_and_its_docstring_says_what_to_expect(name: str) -> None:
     built: Any = load_scorer(name)
     words = (built.__doc__ or "").lower()
-    assert SCORERS[name].startswith(f"kto_ray.label.scorers.{name}:")
+    assert SCORERS[name].startswith(f"kto_ray.score.scorers.{name}:")
     assert "threshold" in words
     assert name in ("redness", "jpeg_size", "function") or "licence" in words
 
@@ -471,7 +471,7 @@ def test_a_function_that_cannot_be_called_is_refused(path: str, arguments: dict[
 def test_to_look_at_the_class_does_not_load_transformers(name: str) -> None:
     code = f"""
 import sys
-from kto_ray.label.scorers import load_scorer
+from kto_ray.score.scorers import load_scorer
 load_scorer({name!r})
 print([module for module in ("transformers", "torchvision", "ray") if module in sys.modules])
 """

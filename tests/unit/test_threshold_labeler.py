@@ -17,11 +17,11 @@ from kto_ray.config import Label, RunConfig, ScorerSettings
 from kto_ray.errors import UserError
 from kto_ray.label.labelers import make_labeler
 from kto_ray.label.protocol import LABELERS, Labeler, load_plugin
-from kto_ray.label.scorers import SCORERS, load_scorer
 from kto_ray.label.threshold_labeler import ThresholdLabeler, judge_round, one_sided
 from kto_ray.label.thresholds import Absolute, Agreement, Majority, PromptQuantile, RoundQuantile, RunningMean
 from kto_ray.people.labeler import HumanLabeler
 from kto_ray.records import Prompt, Sample, Score, Verdict
+from kto_ray.score.scorers import SCORERS, load_scorer
 from kto_ray.storage import Storage
 from tests.factories import make_samples
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from kto_ray.errors import UserError
-from kto_ray.label.actor import ScorerActor
 from kto_ray.label.protocol import BatchFailed
-from kto_ray.label.scorers import http
-from kto_ray.label.scorers.http import BadReply
-from kto_ray.label.scorers.vlm_judge import VlmJudge, read_number
 from kto_ray.records import Prompt
+from kto_ray.score.actor import ScorerActor
+from kto_ray.score.scorers import http
+from kto_ray.score.scorers.http import BadReply
+from kto_ray.score.scorers.vlm_judge import VlmJudge, read_number
 from tests.unit.test_http_scorer import Reply, decode, free_port, make_batch, serving
 
 

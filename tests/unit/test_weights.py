@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kto_ray.errors import UserError
-from kto_ray.label.scorers.weights import find_file, load_weights, pick_device, pick_dtype, read_weights
+from kto_ray.score.scorers.weights import find_file, load_weights, pick_device, pick_dtype, read_weights
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([0.5, -0.5])}
 Save = Callable[[Any, Path], None]

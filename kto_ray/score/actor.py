@@ -14,8 +14,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from kto_ray.label.protocol import BatchFailed, Scorer, check_batch
-from kto_ray.label.scorers import load_scorer
 from kto_ray.records import Prompt
+from kto_ray.score.scorers import load_scorer
 
 Answers = list[tuple[float | None, str | None]]
 """(value, None) or (None, error) for each image."""

@@ -19,9 +19,9 @@ from ray.exceptions import RayError
 from kto_ray.cluster import noisily
 from kto_ray.config import Cluster, Label, ScorerSettings
 from kto_ray.errors import UserError
-from kto_ray.label.actor import Answers, ScorerActor, plain, to_png
-from kto_ray.label.environments import interpreter
 from kto_ray.records import Sample, Score
+from kto_ray.score.actor import Answers, ScorerActor, plain, to_png
+from kto_ray.score.environments import interpreter
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kto_ray.label.scorers.clip import Clip
 from kto_ray.records import Prompt
+from kto_ray.score.scorers.clip import Clip
 
 CHECKPOINT = "openai/clip-vit-large-patch14"
 

@@ -9,16 +9,16 @@ from kto_ray.label.protocol import Scorer, load_plugin
 
 SCORERS: dict[str, str] = {
     "shapes": "kto_ray.shapes.scorer:ShapesScorer",
-    "redness": "kto_ray.label.scorers.redness:Redness",
-    "jpeg_size": "kto_ray.label.scorers.jpeg_size:JpegSize",
-    "clip_score": "kto_ray.label.scorers.clip_score:ClipScore",
-    "pickscore": "kto_ray.label.scorers.pickscore:PickScore",
-    "aesthetic": "kto_ray.label.scorers.aesthetic:Aesthetic",
-    "image_reward": "kto_ray.label.scorers.image_reward:ImageReward",
-    "hpsv2": "kto_ray.label.scorers.hpsv2:HPSv2",
-    "http": "kto_ray.label.scorers.http:Http",
-    "vlm_judge": "kto_ray.label.scorers.vlm_judge:VlmJudge",
-    "function": "kto_ray.label.scorers.function:Function",
+    "redness": "kto_ray.score.scorers.redness:Redness",
+    "jpeg_size": "kto_ray.score.scorers.jpeg_size:JpegSize",
+    "clip_score": "kto_ray.score.scorers.clip_score:ClipScore",
+    "pickscore": "kto_ray.score.scorers.pickscore:PickScore",
+    "aesthetic": "kto_ray.score.scorers.aesthetic:Aesthetic",
+    "image_reward": "kto_ray.score.scorers.image_reward:ImageReward",
+    "hpsv2": "kto_ray.score.scorers.hpsv2:HPSv2",
+    "http": "kto_ray.score.scorers.http:Http",
+    "vlm_judge": "kto_ray.score.scorers.vlm_judge:VlmJudge",
+    "function": "kto_ray.score.scorers.function:Function",
 }
 
 
@@ -31,6 +31,6 @@ def load_scorer(path: str, field: str = "label.scorers") -> Callable[..., Scorer
     plugin = load_plugin(field, path, SCORERS, functions=True)
     if inspect.isclass(plugin):
         return cast(Callable[..., Scorer], plugin)
-    from kto_ray.label.scorers.function import Function
+    from kto_ray.score.scorers.function import Function
 
     return partial(Function, path)

@@ -10,9 +10,9 @@ from torch import nn
 
 from kto_ray.errors import UserError
 from kto_ray.label.protocol import check_batch
-from kto_ray.label.scorers.clip import Clip
-from kto_ray.label.scorers.weights import find_file, load_weights, read_weights
 from kto_ray.records import Prompt
+from kto_ray.score.scorers.clip import Clip
+from kto_ray.score.scorers.weights import find_file, load_weights, read_weights
 
 CLIP = "openai/clip-vit-large-patch14"
 REPOSITORY, FILENAME = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kto_ray.label.scorers.clip import Clip
 from kto_ray.records import Prompt
+from kto_ray.score.scorers.clip import Clip
 
 CHECKPOINT = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

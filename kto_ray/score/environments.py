@@ -388,7 +388,7 @@ def check(name: str) -> dict[str, Any]:
     Raises:
         UserError: see `interpreter`; or the scorer does not work, with its last words.
     """
-    program = f"from kto_ray.label.environments import try_scorer; try_scorer({name!r})"
+    program = f"from kto_ray.score.environments import try_scorer; try_scorer({name!r})"
     done = subprocess.run(
         [interpreter(named(name).name), "-I", "-c", program],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -420,8 +420,8 @@ def try_scorer(name: str) -> None:
     """Runs inside the environment: print score, seconds and versions as JSON. Raises whatever goes wrong."""
     import numpy as np
 
-    from kto_ray.label.actor import ScorerActor, to_png
-    from kto_ray.label.scorers import SCORERS
+    from kto_ray.score.actor import ScorerActor, to_png
+    from kto_ray.score.scorers import SCORERS
 
     began = time.monotonic()
     module = importlib.import_module(SCORERS[name].partition(":")[0])

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kto_ray.errors import UserError
-from kto_ray.label.scorers.http import BadReply, Endpoint, RemoteScorer, base64_png, excerpt, is_number, require
 from kto_ray.records import Prompt
+from kto_ray.score.scorers.http import BadReply, Endpoint, RemoteScorer, base64_png, excerpt, is_number, require
 
 TEMPLATE = """This image was made for the following text:
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kto_ray.errors import UserError
 from kto_ray.label.protocol import check_batch
-from kto_ray.label.scorers.weights import pick_device, pick_dtype
 from kto_ray.records import Prompt
+from kto_ray.score.scorers.weights import pick_device, pick_dtype
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import nn
 
 from kto_ray.errors import UserError
-from kto_ray.label.environments import require
 from kto_ray.label.protocol import check_batch
-from kto_ray.label.scorers.blank import Unfilled, random_weights
-from kto_ray.label.scorers.weights import find_file, load_weights, pick_device, pick_dtype, read_weights
 from kto_ray.records import Prompt
+from kto_ray.score.environments import require
+from kto_ray.score.scorers.blank import Unfilled, random_weights
+from kto_ray.score.scorers.weights import find_file, load_weights, pick_device, pick_dtype, read_weights
 
 ENVIRONMENT = "image_reward"
 REPOSITORY = "THUDM/ImageReward"
