@@ -22,13 +22,13 @@ from kto_ray.diffusion.sampling import draw, use_scheduler
 from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import STAGE
 from kto_ray.evaluate.statistics import Interval, mean_interval, pass_rate
-from kto_ray.label.protocol import Scorer
-from kto_ray.label.thresholds import Absolute
 from kto_ray.prompts import load_prompts, round_requests
 from kto_ray.records import SampleRequest
+from kto_ray.score.protocol import Scorer
 from kto_ray.score.scorers import load_scorer
 from kto_ray.train.learner import RoundData
 from kto_ray.train.worker import build_learner
+from kto_ray.verdicts.thresholds import Absolute
 
 
 @dataclass(frozen=True)

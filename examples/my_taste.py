@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kto_ray.label.protocol import Labeler, check_batch
+from kto_ray.label.protocol import Labeler
 from kto_ray.records import Prompt, Sample, Score, Verdict
+from kto_ray.score.protocol import check_batch
 
 
 class Sharpness:

@@ -145,7 +145,7 @@ def check_scorer(
     environment: str | None,
 ) -> None:
     """Try the scorer PATH: a built-in name, or package.module:Name of a class or function."""
-    from kto_ray.label import contract
+    from kto_ray.check import contract
 
     console = Console(soft_wrap=True)
     with console.status(f"trying {path} in an actor"):
@@ -165,7 +165,7 @@ def check_labeler(
     path: str, arguments: dict[str, Any], size: tuple[int, int], wait_s: float, scorers: tuple[str, ...]
 ) -> None:
     """Try the labeler PATH: package.module:Name."""
-    from kto_ray.label import contract
+    from kto_ray.check import contract
 
     console = Console(soft_wrap=True)
     with console.status(f"trying {path}"):

@@ -47,21 +47,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from kto_ray.cluster import connected, noisily
-from kto_ray.config import Label, RunConfig
-from kto_ray.errors import UserError
+from kto_ray.config import RunConfig
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.hacking import suspicion_of
 from kto_ray.evaluate.pictures import picture_figures
 from kto_ray.evaluate.statistics import EvaluationSummary
 from kto_ray.evaluate.summary import evaluation_row, write_results
 from kto_ray.generate.client import Generators
+from kto_ray.label.judging import worth_training
 from kto_ray.label.labelers import make_labeler
 from kto_ray.label.protocol import Labeler
-from kto_ray.label.threshold_labeler import one_sided
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight
 from kto_ray.prompts import round_requests
-from kto_ray.records import Sample, Score, Verdict
+from kto_ray.records import Sample, Score
 from kto_ray.relabel import Replayed
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.score.pool import Scorers, require_scored
@@ -436,32 +435,3 @@ def score_figures(scores: Sequence[Score]) -> dict[str, float]:
         if failed := sum(score.scorer == name and score.value is None for score in scores):
             figures[f"score_failed/{name}"] = failed
     return figures
-
-
-def worth_training(config: Label, index: int, verdicts: Sequence[Verdict]) -> bool:
-    """Whether there are enough verdicts of both classes; else what `label.on_one_class` says, said aloud.
-
-    Raises:
-        UserError: `label.on_one_class` is "stop".
-    """
-    labels = Counter(verdict.label for verdict in verdicts)
-    if not one_sided(config, labels):
-        return True
-    yes, no = labels["desirable"], labels["undesirable"]
-    what = "verdicts of one class only" if not yes or not no else f"fewer verdicts than {config.min_verdicts}"
-    counts = f"{yes} desirable, {no} undesirable, {labels['abstain']} abstained, {labels['failed']} failed"
-    choice = config.on_one_class
-    if choice == "stop":
-        remedy = (
-            "Give people more time (label.deadline_s)"
-            if config.labeler == "human"
-            else f"Choose another label.threshold than {config.threshold} (in a new run)"
-        )
-        raise UserError(
-            f"round {index} has {what} ({counts}): Diffusion-KTO needs both. {remedy}, or let such rounds pass with "
-            "label.on_one_class=skip or =train, or later ones be judged by their median with =widen. The round is "
-            "sealed and kept."
-        )
-    train = choice == "train" and yes + no > 0
-    logger.warning("round %d has %s (%s): %s", index, what, counts, "trained on all the same" if train else "skipped")
-    return train

@@ -13,12 +13,13 @@ from typing import Any
 from kto_ray.config import RunConfig, implied, require_same, to_yaml
 from kto_ray.diffusion import source
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import LABELERS, load_plugin
+from kto_ray.label.protocol import LABELERS
 from kto_ray.people.address import database_owner, database_url
 from kto_ray.people.clock import Clock
 from kto_ray.people.gold import load_gold
 from kto_ray.people.people import People
 from kto_ray.people.tables import open_database
+from kto_ray.plugins import load_plugin
 from kto_ray.prompts import load_prompts
 from kto_ray.records import Prompt
 from kto_ray.relabel import Replayed, saved_config

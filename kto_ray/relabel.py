@@ -17,11 +17,11 @@ import yaml
 
 from kto_ray.config import Replay, RunConfig, from_tree, override
 from kto_ray.errors import UserError
-from kto_ray.label.threshold_labeler import judge_round
-from kto_ray.label.thresholds import RuleFit
+from kto_ray.label.judging import judge_round
 from kto_ray.records import VERDICT_SCHEMA, Verdict, table_to_verdicts, verdicts_to_table
 from kto_ray.rounds import Round, RoundStore, by_sample
 from kto_ray.storage import Storage
+from kto_ray.verdicts.rule import RuleFit
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every part of the configuration tree is made of; see `config.py`."""
+"""What every part of the configuration tree is made of; see `config/`."""
 
 from typing import Annotated
 

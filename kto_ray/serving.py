@@ -11,8 +11,8 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 
+from kto_ray.config.people import Human
 from kto_ray.errors import UserError
-from kto_ray.people.settings import Human
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from kto_ray.config.people import Human
 from kto_ray.people.people import People, Refused
 from kto_ray.people.queue import NewItem, Queue
-from kto_ray.people.settings import Human
 from kto_ray.people.tables import open_database
 
 LEASE_S = 100

@@ -10,9 +10,9 @@ from hypothesis import event
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kto_ray.config.people import Human
 from kto_ray.people import clock
 from kto_ray.people.queue import ANSWERS, Offer, Standing
-from kto_ray.people.settings import Human
 from tests.office import LEASE_S, Facts, Machine, Office, gold, new_item, refused, stage
 
 NAMES = ("ann", "bob", "cai")

@@ -17,12 +17,12 @@ from kto_ray.config import RunConfig
 from kto_ray.evaluate.report import Pair
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval, mean_interval, median_win_rate, pass_rate
 from kto_ray.generate.client import Generators
-from kto_ray.label.threshold_labeler import rule_of, table_of
-from kto_ray.label.thresholds import Judged, RuleFit
+from kto_ray.label.judging import rule_of, table_of
 from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest, Score
 from kto_ray.rounds import Round, by_sample
 from kto_ray.score.pool import Scorers, require_scored
 from kto_ray.storage import Storage
+from kto_ray.verdicts.rule import Judgement, RuleFit
 
 STAGE = "evaluation"
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
@@ -82,7 +82,7 @@ class Evaluation:
             },
         )
 
-    def _win_rate(self, judged: Judged) -> Interval | None:
+    def _win_rate(self, judged: Judgement) -> Interval | None:
         """Against the base; None when no prompt can be compared."""
         policy_PK, base_PK = (j.values_N.reshape(len(self.prompts), -1) for j in (judged, self._judged(0)))
         comparable_P = ~(np.isnan(policy_PK).all(axis=1) | np.isnan(base_PK).all(axis=1))
@@ -110,13 +110,13 @@ class Evaluation:
     def _bar(self) -> RuleFit:
         return self.rule.fit(table_of(self.rule, by_sample(self._round(0).scores()), self._prompts))
 
-    def _judge(self, scores: Sequence[Score], prompts: Mapping[str, str]) -> Judged:
+    def _judge(self, scores: Sequence[Score], prompts: Mapping[str, str]) -> Judgement:
         """By the bar; where no scorer votes, every value is NaN."""
         if not self.rule.voters:
-            return Judged(["abstain"] * len(prompts), np.full(len(prompts), np.nan), [""] * len(prompts))
+            return Judgement(["abstain"] * len(prompts), np.full(len(prompts), np.nan), [""] * len(prompts))
         return self.rule.judge(table_of(self.rule, by_sample(scores), prompts), self._bar)
 
-    def _passes(self, judged: Judged, prompts_N: Iterable[str]) -> npt.NDArray[np.float64]:
+    def _passes(self, judged: Judgement, prompts_N: Iterable[str]) -> npt.NDArray[np.float64]:
         """1 for an image that passes, 0 for one that does not (as in the dead band), NaN for one that is not judged."""
         return np.array(
             [
@@ -125,7 +125,7 @@ class Evaluation:
             ]
         )
 
-    def _judged(self, version: int) -> Judged:
+    def _judged(self, version: int) -> Judgement:
         return self._judge(self._round(version).scores(), self._prompts)
 
     def _marks(self, version: int) -> dict[str, tuple[float | None, bool | None]]:

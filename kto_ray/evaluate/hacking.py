@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kto_ray.config import Label
+from kto_ray.config import Labeling
 
 FEWEST = 3  # figures that make a trend: two always have one
 
@@ -36,7 +36,7 @@ def with_opinions(rows: Sequence[Mapping[str, Any]], scorers: Mapping[str, bool]
     return [{**row, **opinions(row)} for row in rows]
 
 
-def suspicion_of(label: Label, rows: Sequence[Mapping[str, Any]]) -> str | None:
+def suspicion_of(label: Labeling, rows: Sequence[Mapping[str, Any]]) -> str | None:
     """`suspicion` of a run by the rows of its rounds, in order; None when nothing votes, is held out, or is watched.
 
     The proxy is the mean opinion of the scorers that vote, by weight; a round that one of them did not score has none.

@@ -3,8 +3,9 @@
 from rich.console import Console
 
 from kto_ray.config import RunConfig
-from kto_ray.label.protocol import LABELERS, Labeler, load_plugin
+from kto_ray.label.protocol import LABELERS, Labeler
 from kto_ray.label.threshold_labeler import ThresholdLabeler
+from kto_ray.plugins import load_plugin
 from kto_ray.storage import Storage
 
 

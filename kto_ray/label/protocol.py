@@ -1,57 +1,15 @@
-"""The `Labeler` and `Scorer` protocols, and how a plug-in is found by its dotted path.
+"""The `Labeler` protocol.
 
 The loop scores samples as they are generated, submits them with their scores, and collects verdicts as they come, of
 whatever round: a function that answers in 10 ms and a person who answers in two days fit alike. `threshold_labeler.py`
-and `people/labeler.py` are the built-in labelers, `scorers/` has the built-in scorers; `kto-ray check` (`contract.py`)
-tries one's own class.
+and `people/labeler.py` are the built-in labelers, `labelers.py` finds them; `check/` tries one's own class.
 """
 
 import asyncio
-import difflib
-import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from kto_ray.errors import UserError
-from kto_ray.records import Prompt, Sample, Score, Verdict
-
-
-class Scorer(Protocol):
-    """Says how good images are. Built inside the actor that runs it, from keyword arguments of the configuration."""
-
-    name: str
-    version: str
-
-    def score(self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> Sequence[float]:
-        """One finite float an image, in order; higher is better. May raise: a failure is stored as such.
-
-        Args:
-            images_BHWC: uint8 RGB of shape (B, H, W, 3), as they were drawn; read-only. B may be 0.
-            prompts: B prompts.
-        """
-
-
-class BatchFailed(Exception):  # noqa: N818  it says what happened to the batch
-    """Raised by a scorer when nothing about single images is wrong, for instance a server that does not answer.
-
-    The whole batch fails at once; other exceptions have its images tried one by one, so that one bad image costs one
-    score.
-    """
-
-
-def check_batch(images_BHWC: npt.NDArray[Any], prompts: Sequence[Prompt]) -> None:
-    """Raises ValueError when images are not uint8 RGB of shape (B, H, W, 3), or prompts are not as many."""
-    if images_BHWC.dtype != np.uint8 or images_BHWC.ndim != 4 or images_BHWC.shape[3] != 3:
-        raise ValueError(
-            f"images must be uint8 of shape (B, height, width, 3), not {images_BHWC.dtype} of shape {images_BHWC.shape}"
-        )
-    if len(images_BHWC) != len(prompts):
-        raise ValueError(f"{len(images_BHWC)} images with {len(prompts)} prompts: there must be one for each")
-
+from kto_ray.records import Sample, Score, Verdict
 
 LABELERS: dict[str, str] = {
     "threshold": "kto_ray.label.threshold_labeler:ThresholdLabeler",
@@ -119,30 +77,3 @@ class Labeler(Protocol):
     async def close(self) -> None:
         """Give back what `start` took."""
         return  # a body, for those who inherit it
-
-
-def load_plugin(kind: str, path: str, built_in: Mapping[str, str], functions: bool = False) -> Any:
-    """The class (with `functions`, or function) that a name of `built_in` or `package.module:Name` stands for.
-
-    Raises:
-        UserError: unknown name (suggests the nearest), module that cannot be imported, or attribute that is not there.
-    """
-    dotted = built_in.get(path, path)
-    module_name, separator, attribute = dotted.partition(":")
-    if not separator:
-        close = difflib.get_close_matches(path, built_in, n=1)
-        suggestion = f", did you mean {close[0]!r}?" if close else ""
-        raise UserError(
-            f"{kind}: unknown name {path!r}{suggestion}; built in: {', '.join(sorted(built_in))}; "
-            "or give your own class as 'package.module:Name'"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError, TypeError) as error:
-        raise UserError(f"{kind}: cannot import {module_name!r} of {path!r}: {error}") from error
-    plugin = getattr(module, attribute, None)
-    if not inspect.isclass(plugin) and not (functions and callable(plugin)):
-        raise UserError(
-            f"{kind}: module {module_name!r} has no class {'or function ' if functions else ''}{attribute!r}"
-        )
-    return plugin

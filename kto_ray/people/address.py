@@ -4,8 +4,8 @@ import ipaddress
 
 import sqlalchemy as sa
 
+from kto_ray.config.people import Human
 from kto_ray.errors import UserError
-from kto_ray.people.settings import Human
 from kto_ray.storage import Storage
 
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
+from kto_ray.config.people import Human
 from kto_ray.people.access import secret_of
 from kto_ray.people.overview import Overview, answers_table, export, overview
 from kto_ray.people.people import Badge, People, Role
 from kto_ray.people.queue import Judged, NewItem, Offer, Progress, Queue, Standing
-from kto_ray.people.settings import Human
 from kto_ray.people.tables import open_database
 
 Result = TypeVar("Result")

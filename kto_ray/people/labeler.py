@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from kto_ray.config import RunConfig
+from kto_ray.images import to_png
 from kto_ray.label.protocol import Labeler
 from kto_ray.label.threshold_labeler import ThresholdLabeler
 from kto_ray.people.access import Signer, link
@@ -37,7 +38,6 @@ from kto_ray.people.routing import goes_to_people, needed, undecided
 from kto_ray.people.web.deployment import page_application
 from kto_ray.records import Sample, Score, Verdict
 from kto_ray.rounds import round_number
-from kto_ray.score.actor import to_png
 from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)

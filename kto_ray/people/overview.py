@@ -8,9 +8,9 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy import and_, exists, func, select
 
+from kto_ray.config.people import Human
 from kto_ray.people.agreement import Agreement, Said, agreement, agreement_of
 from kto_ray.people.people import OPERATOR, doubt, known_answers, require_operator, works
-from kto_ray.people.settings import Human
 from kto_ray.people.settling import COUNTS, OPEN, STANDS
 from kto_ray.people.tables import answers, badges, in_transaction, items, labelers, leases, rounds
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy import and_, func, select
 
+from kto_ray.config.people import Human
 from kto_ray.errors import UserError
-from kto_ray.people.settings import Human
 from kto_ray.people.settling import COUNTS, STANDS, settle
 from kto_ray.people.tables import answers, badges, in_transaction, items, labelers, leases
 

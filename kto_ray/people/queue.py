@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeVar, get_args
 import sqlalchemy as sa
 from sqlalchemy import and_, exists, func, or_, select
 
+from kto_ray.config.people import Human
 from kto_ray.people.clock import Clock
 from kto_ray.people.people import OPERATOR, Refused, bearer, doubt, exclude, known_answers, works
-from kto_ray.people.settings import Human
 from kto_ray.people.settling import COUNTS, OPEN, STANDS, settle
 from kto_ray.people.tables import answers, badges, images, in_transaction, items, labelers, leases, meta, rounds
 from kto_ray.records import Label, derive_seed

@@ -5,8 +5,8 @@
 
 import math
 
-from kto_ray.label.threshold_labeler import RoundVerdicts
-from kto_ray.people.settings import Human, RouteAll, RouteDisagreement, RouteNearThreshold, RouteRandom
+from kto_ray.config.people import Human, RouteAll, RouteDisagreement, RouteNearThreshold, RouteRandom
+from kto_ray.label.judging import RoundVerdicts
 from kto_ray.records import derive_seed
 
 

@@ -4,17 +4,16 @@ It may live in another Python environment than the loop: this module imports not
 and answers that reach it across that border are PNG bytes, strings and floats.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from kto_ray.label.protocol import BatchFailed, Scorer, check_batch
+from kto_ray.images import from_png
 from kto_ray.records import Prompt
+from kto_ray.score.protocol import BatchFailed, Scorer, check_batch
 from kto_ray.score.scorers import load_scorer
 
 Answers = list[tuple[float | None, str | None]]
@@ -54,23 +53,6 @@ class ScorerActor:
         if len(values) != len(prompts):
             raise ValueError(f"{self.scorer.name} gave {len(values)} scores for {len(prompts)} images")
         return [(value, None) if math.isfinite(value) else (None, f"the score is {value}") for value in values]
-
-
-def to_png(images_BHWC: npt.NDArray[np.uint8]) -> list[bytes]:
-    """Images as PNG files; lossless, and compressed only as far as costs little time."""
-    files = []
-    for image_HWC in images_BHWC:
-        buffer = io.BytesIO()
-        Image.fromarray(image_HWC).save(buffer, "png", compress_level=1)
-        files.append(buffer.getvalue())
-    return files
-
-
-def from_png(pngs: Sequence[bytes]) -> npt.NDArray[np.uint8]:
-    """The inverse of `to_png`: read-only uint8 of shape (B, H, W, 3)."""
-    images_BHWC = np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pngs])
-    images_BHWC.flags.writeable = False  # as arrays are that come from the object store
-    return images_BHWC
 
 
 def plain(prompts: Sequence[Prompt]) -> list[PlainPrompt]:

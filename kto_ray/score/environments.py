@@ -420,7 +420,8 @@ def try_scorer(name: str) -> None:
     """Runs inside the environment: print score, seconds and versions as JSON. Raises whatever goes wrong."""
     import numpy as np
 
-    from kto_ray.score.actor import ScorerActor, to_png
+    from kto_ray.images import to_png
+    from kto_ray.score.actor import ScorerActor
     from kto_ray.score.scorers import SCORERS
 
     began = time.monotonic()

@@ -17,10 +17,11 @@ import ray
 from ray.exceptions import RayError
 
 from kto_ray.cluster import noisily
-from kto_ray.config import Cluster, Label, ScorerSettings
+from kto_ray.config import Cluster, Labeling, ScorerSettings
 from kto_ray.errors import UserError
+from kto_ray.images import to_png
 from kto_ray.records import Sample, Score
-from kto_ray.score.actor import Answers, ScorerActor, plain, to_png
+from kto_ray.score.actor import Answers, ScorerActor, plain
 from kto_ray.score.environments import interpreter
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def _last_words(error: RayError) -> str:
     return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
 
 
-def require_scored(label: Label, what: str, failures: Sequence[Score], images: int) -> None:
+def require_scored(label: Labeling, what: str, failures: Sequence[Score], images: int) -> None:
     """Raises UserError when voting scorers failed on more of so many images than `label.max_failed_fraction`."""
     of_voters = [score for score in failures if score.scorer in label.voting]
     failed = len({score.sample_id for score in of_voters})
@@ -191,7 +192,7 @@ def require_scored(label: Label, what: str, failures: Sequence[Score], images: i
 class Scorers:
     """All scorers of a run, by the names their scores are stored under; see `ScorerPool`."""
 
-    def __init__(self, label: Label, cluster: Cluster) -> None:
+    def __init__(self, label: Labeling, cluster: Cluster) -> None:
         self.pools = {name: ScorerPool(name, settings, cluster) for name, settings in label.scorers.items()}
 
     @property

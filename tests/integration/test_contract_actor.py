@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from kto_ray.check.contract import check_scorer
+from kto_ray.check.scorer_trial import SCORER_CHECKS
 from kto_ray.config import Cluster
-from kto_ray.label.contract import check_scorer
-from kto_ray.label.scorer_trial import SCORER_CHECKS
 from kto_ray.records import Prompt
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 
-from kto_ray.config import Cluster, Label
+from kto_ray.config import Cluster, Labeling
 from kto_ray.errors import UserError
 from kto_ray.records import Sample, Score
 from kto_ray.score.pool import Scorers, require_scored
@@ -35,7 +35,7 @@ def local_ray() -> Iterator[None]:
 async def running(**scorers: dict[str, Any]) -> AsyncIterator[Scorers]:
     """Scorers with these settings, on one actor each unless they say otherwise."""
     label = {name: {"max_actors": 1, "timeout_s": PATIENCE_S, **settings} for name, settings in scorers.items()}
-    running = Scorers(Label.model_validate({"scorers": label}), Cluster())
+    running = Scorers(Labeling.model_validate({"scorers": label}), Cluster())
     try:
         await running.start()
         yield running
@@ -125,7 +125,7 @@ async def test_a_version_stands_alone_under_the_scorer_s_own_name(tmp_path: Path
 
 
 async def test_no_scorers_have_no_scores() -> None:
-    scorers = Scorers(Label(labeler="people:Queue", scorers={}), Cluster())
+    scorers = Scorers(Labeling(labeler="people:Queue", scorers={}), Cluster())
     await scorers.start()
     assert await scorers.score(make_samples("round-00000", 2)) == []
     scorers.close()
@@ -242,7 +242,7 @@ async def test_nobody_waits_for_an_actor_that_is_not_built(tmp_path: Path) -> No
 
 
 def test_voters_may_fail_on_as_many_images_as_the_configuration_says() -> None:
-    label = Label.model_validate(
+    label = Labeling.model_validate(
         {"scorers": {"shapes": {}, "other": {}, "watched": {"held_out": True}}, "max_failed_fraction": 0.25}
     )
     failures = [make_score("a", None), Score("a", "other", "1", None, "RuntimeError: no")]

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from kto_ray.cli import main
 from kto_ray.config import Cluster
+from kto_ray.images import to_png
 from kto_ray.score import environments
-from kto_ray.score.actor import ScorerActor, to_png
+from kto_ray.score.actor import ScorerActor
 
 ROOT = Path(__file__).parents[2]
 

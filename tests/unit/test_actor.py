@@ -12,9 +12,10 @@ import numpy.typing as npt
 import pytest
 
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import BatchFailed
+from kto_ray.images import from_png, to_png
 from kto_ray.records import Prompt
-from kto_ray.score.actor import ScorerActor, from_png, plain, to_png
+from kto_ray.score.actor import ScorerActor, plain
+from kto_ray.score.protocol import BatchFailed
 from tests.plugins import CoinScorer
 
 Images = npt.NDArray[np.uint8]

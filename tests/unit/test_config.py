@@ -19,7 +19,8 @@ from kto_ray.config import (
     to_yaml,
 )
 from kto_ray.errors import UserError
-from kto_ray.label.thresholds import (
+from kto_ray.score.scorers import SCORERS
+from kto_ray.verdicts.thresholds import (
     Absolute,
     Agreement,
     PromptQuantile,
@@ -28,7 +29,6 @@ from kto_ray.label.thresholds import (
     TopBottom,
     WeightedSum,
 )
-from kto_ray.score.scorers import SCORERS
 
 
 def message(*overrides: str, recipe: str | None = None) -> str:

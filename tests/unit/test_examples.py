@@ -19,10 +19,10 @@ from scipy import ndimage
 
 import kto_ray
 from examples import csv_people, my_taste
+from kto_ray.check.contract import ask_all, check_labeler
+from kto_ray.check.finding import Finding
+from kto_ray.check.scorer_trial import ScorerTrial
 from kto_ray.config import RunConfig
-from kto_ray.label.contract import ask_all, check_labeler
-from kto_ray.label.finding import Finding
-from kto_ray.label.scorer_trial import ScorerTrial
 from kto_ray.records import Prompt
 from kto_ray.score.scorers import load_scorer
 from tests.factories import make_samples

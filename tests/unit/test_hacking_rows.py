@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kto_ray.config import Label
+from kto_ray.config import Labeling
 from kto_ray.evaluate.hacking import suspicion_of, with_opinions
 
 UP, DOWN = [0.1, 0.2, 0.4], [9.0, 8.0, 5.0]
 SCORERS: dict[str, dict[str, Any]] = {"proxy": {}, "held": {"held_out": True}}
 
 
-def label(scorers: dict[str, Any] = SCORERS, **watch: Any) -> Label:
-    return Label.model_validate({"scorers": scorers, "watch": {"rounds": 3, **watch}})
+def label(scorers: dict[str, Any] = SCORERS, **watch: Any) -> Labeling:
+    return Labeling.model_validate({"scorers": scorers, "watch": {"rounds": 3, **watch}})
 
 
 def rows(std: float = 1.0, **series: Sequence[float | None]) -> list[dict[str, Any]]:
@@ -80,13 +80,13 @@ def test_scores_that_do_not_part_are_not(proxy: list[float], held: list[float]) 
         label(action="off"),
         label({"proxy": {}, "held": {}}),
         label(rounds=4),
-        Label.model_validate(
+        Labeling.model_validate(
             {"labeler": "people:Queue", "scorers": {"held": {"held_out": True}}, "watch": {"rounds": 3}}
         ),
     ],
     ids=["off", "nothing held out", "too few rounds", "nobody votes"],
 )
-def test_what_is_not_watched_raises_no_suspicion(unwatched: Label) -> None:
+def test_what_is_not_watched_raises_no_suspicion(unwatched: Labeling) -> None:
     assert suspicion_of(unwatched, rows(proxy=UP, held=DOWN)) is None
 
 

@@ -24,9 +24,9 @@ import yaml
 from PIL import Image
 
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import BatchFailed
 from kto_ray.records import Prompt
 from kto_ray.score.actor import ScorerActor
+from kto_ray.score.protocol import BatchFailed
 from kto_ray.score.scorers import http, load_scorer
 from kto_ray.score.scorers.http import BadReply, Http
 
@@ -481,12 +481,12 @@ def test_the_documented_server_works() -> None:
 
 
 def test_the_documented_configuration_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kto_ray.config import Label
+    from kto_ray.config import Labeling
 
     monkeypatch.setenv("REWARD_TOKEN", "1")
     monkeypatch.setenv("JUDGE_KEY", "2")
     sections = [yaml.safe_load(text)["label"] for text in re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)]
-    label = Label.model_validate({"scorers": sections[0]["scorers"] | sections[1]["scorers"]})
+    label = Labeling.model_validate({"scorers": sections[0]["scorers"] | sections[1]["scorers"]})
     assert label.held_out == ["judge"]
     for settings in label.scorers.values():
         load_scorer(str(settings.scorer))(**settings.args)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from sqlalchemy import select
 
-from kto_ray.config import Label, RunConfig
+from kto_ray.config import Labeling, RunConfig
 from kto_ray.errors import UserError
 from kto_ray.people.address import database_owner, database_url
 from kto_ray.people.desk import Desk
@@ -28,7 +28,7 @@ class Bench:
     """A labeler on a run folder, with somebody who answers; made anew, it is the labeler of a continued run."""
 
     def __init__(self, folder: Path, label: Mapping[str, Any], lag: int = 0) -> None:
-        config = RunConfig(label=Label.model_validate({"labeler": "human", **label}), max_policy_lag=lag)
+        config = RunConfig(label=Labeling.model_validate({"labeler": "human", **label}), max_policy_lag=lag)
         self.storage = Storage(str(folder))
         self.labeler = HumanLabeler(config, self.storage, Console())
         self.human = config.label.human
@@ -246,7 +246,7 @@ async def test_it_says_what_it_waits_for(tmp_path: Path) -> None:
 
 
 def test_figures_of_a_round_that_nobody_answered(tmp_path: Path) -> None:
-    desk = Desk(f"sqlite:///{tmp_path}/people.sqlite", "run", Label().human, 0)
+    desk = Desk(f"sqlite:///{tmp_path}/people.sqlite", "run", Labeling().human, 0)
     table = asyncio.run(desk.answers("round-00000"))
     assert people_figures(3, [], table) == {
         "people/judged": 0,
@@ -257,7 +257,7 @@ def test_figures_of_a_round_that_nobody_answered(tmp_path: Path) -> None:
 
 
 def test_lags_are_those_of_the_policy_that_drew(tmp_path: Path) -> None:
-    desk = Desk(f"sqlite:///{tmp_path}/people.sqlite", "run", Label().human, 0)
+    desk = Desk(f"sqlite:///{tmp_path}/people.sqlite", "run", Labeling().human, 0)
     table = asyncio.run(desk.answers("round-00003"))
     judged = [Judged("round-00003-a", "desirable", "", 2), Judged("round-00001-b", "desirable", "", 1)]
     figures = people_figures(round_number("round-00003"), judged, table)
@@ -268,7 +268,7 @@ def test_lags_are_those_of_the_policy_that_drew(tmp_path: Path) -> None:
 def test_the_database_lies_in_the_runs_folder_whatever_that_is_called(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     run = Storage(str(tmp_path / name))
-    human = Label().human
+    human = Labeling().human
     open_database(database_url(human, run), database_owner(human, run)).dispose()
     assert [file.name for file in (tmp_path / name).iterdir()] == ["people.sqlite"]
     moved = (tmp_path / name).rename(tmp_path / "moved")
@@ -278,4 +278,4 @@ def test_the_database_lies_in_the_runs_folder_whatever_that_is_called(tmp_path: 
 
 def test_answers_to_a_run_in_an_object_store_need_a_database_of_their_own() -> None:
     with pytest.raises(UserError, match=r"label\.human\.database: memory://runs/x is not a local folder"):
-        database_url(Label().human, Storage("memory://runs/x"))
+        database_url(Labeling().human, Storage("memory://runs/x"))

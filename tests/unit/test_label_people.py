@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from itsdangerous import URLSafeSerializer
 from pydantic import ValidationError
 
+from kto_ray.config.people import Human
 from kto_ray.errors import UserError
 from kto_ray.people import access, clock
 from kto_ray.people.access import Signer, link, secret_of
 from kto_ray.people.agreement import Agreement, Said, agreement, agreement_of
 from kto_ray.people.overview import ANSWER_SCHEMA, Overview, answers_table, export, overview
 from kto_ray.people.people import Badge, Person, Refused
-from kto_ray.people.settings import Human
 from kto_ray.people.tables import in_transaction, meta, open_database
 from tests.office import LEASE_S, Machine, Office, gold, new_item, refused, stage
 

@@ -15,10 +15,10 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from kto_ray.config.people import Human
 from kto_ray.people import clock
 from kto_ray.people.access import secret_of
 from kto_ray.people.clock import Clock
-from kto_ray.people.settings import Human
 from kto_ray.people.tables import open_database
 from tests.office import LEASE_S, Caller, Machine, Office, at_once, gold, new_item, refused, stage
 from tests.queue_machine import QueueMachine, check_promises
@@ -821,7 +821,7 @@ def test_leases_and_links_outlive_a_crash(office: Office, machine: Machine) -> N
 ANSWER_ON = """
 import sys
 from kto_ray.people.queue import Queue
-from kto_ray.people.settings import Human
+from kto_ray.config.people import Human
 from kto_ray.people.tables import open_database
 
 queue = Queue(open_database(sys.argv[1], "run"), Human())

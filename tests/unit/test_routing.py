@@ -6,17 +6,17 @@ from collections import Counter
 import pytest
 
 from kto_ray import config
-from kto_ray.config import Label
+from kto_ray.config import Labeling
+from kto_ray.config.people import Human, Overlap, RouteDisagreement, RouteNearThreshold, RouteRandom
 from kto_ray.errors import UserError
-from kto_ray.label.threshold_labeler import RoundVerdicts, judge_round
+from kto_ray.label.judging import RoundVerdicts, judge_round
 from kto_ray.people.routing import goes_to_people, needed, undecided
-from kto_ray.people.settings import Human, Overlap, RouteDisagreement, RouteNearThreshold, RouteRandom
 from kto_ray.records import Score
 
 IDS = [f"round-00000-{place:03}" for place in range(400)]
 
 
-def judged(label: Label, **values: list[float | None]) -> RoundVerdicts:
+def judged(label: Labeling, **values: list[float | None]) -> RoundVerdicts:
     scores = {
         sample_id: {
             name: Score(sample_id, name, "1", v[place], None if v[place] is not None else "no")
@@ -42,7 +42,7 @@ def test_a_random_share_goes_to_people_and_a_restart_changes_nothing() -> None:
 def test_those_nearest_to_the_threshold_go_to_people() -> None:
     human = Human(route=RouteNearThreshold(share=0.25))
     assert goes_to_people(human, IDS[0]) is None
-    label = Label(labeler="human", human=human, threshold=0.5)
+    label = Labeling(labeler="human", human=human, threshold=0.5)
     round_ = judged(label, shapes=[0.0, 0.45, 0.9, 0.56, None, 1.0, 0.2, 0.52])
     assert undecided(human, round_) == {IDS[1], IDS[7]}
     assert math.isnan(round_.margins[IDS[4]])
@@ -50,14 +50,14 @@ def test_those_nearest_to_the_threshold_go_to_people() -> None:
 
 
 def test_the_fence_of_a_dead_band_is_its_middle() -> None:
-    label = Label.model_validate({"threshold": {"kind": "absolute", "value": 0.5, "dead_band": 0.2}})
+    label = Labeling.model_validate({"threshold": {"kind": "absolute", "value": 0.5, "dead_band": 0.2}})
     margins = judged(label, shapes=[0.5, 0.6, 0.9]).margins
     assert [margins[sample_id] for sample_id in IDS[:3]] == pytest.approx([0, 0.1, 0.4])
 
 
 def test_what_scorers_dispute_goes_to_people_up_to_a_share() -> None:
     scorers = {"shapes": {"threshold": 0.5}, "redness": {"threshold": 10}}
-    label = Label.model_validate({"scorers": scorers, "combine": "agreement"})
+    label = Labeling.model_validate({"scorers": scorers, "combine": "agreement"})
     round_ = judged(label, shapes=[1, 1, 0, 0, None], redness=[20, 0, 20, 0, 20])
     assert undecided(Human(route=RouteDisagreement()), round_) == {IDS[1], IDS[2]}
     assert len(undecided(Human(route=RouteDisagreement(share=0.2)), round_)) == 1

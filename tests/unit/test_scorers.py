@@ -17,10 +17,10 @@ import yaml
 from PIL import Image
 from transformers import CLIPModel
 
-from kto_ray.config import Label, ScorerSettings
+from kto_ray.config import Labeling, ScorerSettings
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import Scorer
 from kto_ray.records import Prompt
+from kto_ray.score.protocol import Scorer
 from kto_ray.score.scorers import SCORERS, load_scorer
 from kto_ray.score.scorers.aesthetic import Aesthetic
 from kto_ray.score.scorers.clip import Clip
@@ -272,7 +272,7 @@ def test_the_docs_have_every_scorer_and_examples_that_hold() -> None:
     table = re.split("\n\n", page)[2]
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(SCORERS)
     for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
-        label = Label(**yaml.safe_load(block)["label"])
+        label = Labeling(**yaml.safe_load(block)["label"])
         assert all((settings.scorer or name) in SCORERS for name, settings in label.scorers.items())
     assert set(re.findall(r"`(\w+)`", page.partition("| field |")[2].partition("\n\n")[0])) - {
         "num_cpus",

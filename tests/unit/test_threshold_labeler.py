@@ -13,20 +13,22 @@ import numpy.typing as npt
 import pytest
 from rich.console import Console
 
-from kto_ray.config import Label, RunConfig, ScorerSettings
+from kto_ray.config import Labeling, RunConfig, ScorerSettings
 from kto_ray.errors import UserError
+from kto_ray.label.judging import judge_round, one_sided
 from kto_ray.label.labelers import make_labeler
-from kto_ray.label.protocol import LABELERS, Labeler, load_plugin
-from kto_ray.label.threshold_labeler import ThresholdLabeler, judge_round, one_sided
-from kto_ray.label.thresholds import Absolute, Agreement, Majority, PromptQuantile, RoundQuantile, RunningMean
+from kto_ray.label.protocol import LABELERS, Labeler
+from kto_ray.label.threshold_labeler import ThresholdLabeler
 from kto_ray.people.labeler import HumanLabeler
+from kto_ray.plugins import load_plugin
 from kto_ray.records import Prompt, Sample, Score, Verdict
 from kto_ray.score.scorers import SCORERS, load_scorer
 from kto_ray.storage import Storage
+from kto_ray.verdicts.thresholds import Absolute, Agreement, Majority, PromptQuantile, RoundQuantile, RunningMean
 from tests.factories import make_samples
 
 Figures = Mapping[str, float]
-ABSOLUTE = Label(threshold=0.5)
+ABSOLUTE = Labeling(threshold=0.5)
 
 
 def score(sample: Sample, value: float | None, scorer: str = "shapes") -> Score:
@@ -56,7 +58,7 @@ def labels(verdicts: Sequence[Verdict]) -> list[str]:
     return [verdict.label for verdict in verdicts]
 
 
-async def started(config: Label, memory: Mapping[str, Any] | None = None) -> ThresholdLabeler:
+async def started(config: Labeling, memory: Mapping[str, Any] | None = None) -> ThresholdLabeler:
     labeler = ThresholdLabeler(config)
     await labeler.start(memory or {})
     return labeler
@@ -98,7 +100,7 @@ async def test_cancelling_collect_loses_no_verdict() -> None:
 
 
 async def test_rounds_do_not_mix() -> None:
-    labeler = await started(Label(threshold=RoundQuantile()))
+    labeler = await started(Labeling(threshold=RoundQuantile()))
     early, late = make_samples("round-00000", 2), make_samples("round-00001", 2)
     await labeler.submit(late, scores_of(late, [100, 200]))
     await labeler.submit(early, scores_of(early, [1, 2]))
@@ -107,15 +109,15 @@ async def test_rounds_do_not_mix() -> None:
 
 
 async def test_a_round_that_was_judged_before_a_crash_has_nothing_to_say() -> None:
-    first = await started(Label(threshold=RunningMean()))
+    first = await started(Labeling(threshold=RunningMean()))
     await judged(first, "round-00000", [1, 3])
-    second = await started(Label(threshold=RunningMean()), first.memory())
+    second = await started(Labeling(threshold=RunningMean()), first.memory())
     await second.finish("round-00001")
     assert second.memory() == first.memory()
     assert second.figures("round-00001") == {}
 
 
-ENSEMBLE = Label(
+ENSEMBLE = Labeling(
     scorers={name: ScorerSettings() for name in ("shapes", "redness")},
     combine=Majority(),
     threshold=RunningMean(),
@@ -164,7 +166,7 @@ async def test_a_sample_that_was_not_scored_has_failed() -> None:
 
 
 async def test_all_may_have_failed() -> None:
-    labeler = await started(Label(threshold=RunningMean()))
+    labeler = await started(Labeling(threshold=RunningMean()))
     verdicts, figures = await judged(labeler, "round-00000", [None, None])
     assert labels(verdicts) == ["failed", "failed"]
     assert figures == {}
@@ -173,8 +175,8 @@ async def test_all_may_have_failed() -> None:
 @pytest.mark.parametrize("held_out", [[0, 0, 0, 0], [9, 1, 5, 7], [None, None, None, None]])
 async def test_held_out_scores_do_not_matter(held_out: list[float | None]) -> None:
     scorers = {"shapes": ScorerSettings(), "redness": ScorerSettings(held_out=True)}
-    with_it = Label(scorers=scorers, threshold=RoundQuantile(), on_one_class="widen")
-    without = Label(threshold=RoundQuantile(), on_one_class="widen")
+    with_it = Labeling(scorers=scorers, threshold=RoundQuantile(), on_one_class="widen")
+    without = Labeling(threshold=RoundQuantile(), on_one_class="widen")
     values = [0.1, 0.4, None, 0.9]
     found = await judged(await started(with_it), "round-00000", values, redness=held_out)
     assert found == await judged(await started(without), "round-00000", values)
@@ -188,16 +190,16 @@ ROUNDS = [[1.0, 3.0, 8.0], [5.0, 7.0, 6.0], [2.0, 9.0, 4.0]]
 @pytest.mark.parametrize(
     "config",
     [
-        Label(threshold=RunningMean(decay=0.5)),
-        Label(threshold=RoundQuantile()),
-        Label(threshold=PromptQuantile()),
+        Labeling(threshold=RunningMean(decay=0.5)),
+        Labeling(threshold=RoundQuantile()),
+        Labeling(threshold=PromptQuantile()),
         ENSEMBLE,
-        Label(scorers=ENSEMBLE.scorers, combine={"calibration": "running"}, threshold=0),  # type: ignore[arg-type]
-        Label(scorers=ENSEMBLE.scorers, combine=Agreement(), threshold=4, on_one_class="widen"),  # type: ignore[arg-type]
+        Labeling(scorers=ENSEMBLE.scorers, combine={"calibration": "running"}, threshold=0),  # type: ignore[arg-type]
+        Labeling(scorers=ENSEMBLE.scorers, combine=Agreement(), threshold=4, on_one_class="widen"),  # type: ignore[arg-type]
     ],
     ids=lambda config: f"{config.combine} {config.threshold}",
 )
-async def test_a_restarted_labeler_goes_on_where_it_was(config: Label) -> None:
+async def test_a_restarted_labeler_goes_on_where_it_was(config: Labeling) -> None:
     steady, restarted = await started(config), await started(config)
     for index, values in enumerate(ROUNDS):
         others = [-value for value in values]
@@ -208,9 +210,9 @@ async def test_a_restarted_labeler_goes_on_where_it_was(config: Label) -> None:
 
 
 async def test_what_was_before_matters_to_the_running_mean() -> None:
-    first = await started(Label(threshold=RunningMean()))
+    first = await started(Labeling(threshold=RunningMean()))
     await judged(first, "round-00000", [100, 200])
-    fresh, later = await started(Label(threshold=RunningMean())), await started(first.config, first.memory())
+    fresh, later = await started(Labeling(threshold=RunningMean())), await started(first.config, first.memory())
     assert labels((await judged(fresh, "round-00001", [1, 2]))[0]) == ["undesirable", "desirable"]
     assert labels((await judged(later, "round-00001", [1, 2]))[0]) == ["undesirable", "undesirable"]
 
@@ -219,7 +221,7 @@ async def test_what_was_before_matters_to_the_running_mean() -> None:
 
 
 async def test_cut_mean_and_flips_are_logged() -> None:
-    labeler = await started(Label(threshold=RoundQuantile()))
+    labeler = await started(Labeling(threshold=RoundQuantile()))
     _, first = await judged(labeler, "round-00000", [0, 1, 2, 3])
     assert first == {"threshold/sum": 2, "score_mean": 1.5}
     _, second = await judged(labeler, "round-00001", [1, 2, 3, 4, None])
@@ -247,12 +249,12 @@ async def test_every_voter_logs_its_own_cut() -> None:
     ],
 )
 def test_one_sided_is_yes_or_no_only_or_too_few(labels: dict[str, int], min_verdicts: int, verdict: bool) -> None:
-    assert one_sided(Label(min_verdicts=min_verdicts), labels) == verdict
+    assert one_sided(Labeling(min_verdicts=min_verdicts), labels) == verdict
 
 
 @pytest.mark.parametrize("choice", ["stop", "skip", "train", "widen"])
 async def test_only_widening_changes_the_verdicts_of_one_class(choice: Any) -> None:
-    labeler = await started(Label(threshold=Absolute(value=9), on_one_class=choice))
+    labeler = await started(Labeling(threshold=Absolute(value=9), on_one_class=choice))
     verdicts, figures = await judged(labeler, "round-00000", [1, 2, None, 3, 4])
     widened = choice == "widen"
     low, high = ("undesirable", "desirable") if widened else ("undesirable", "undesirable")
@@ -263,20 +265,20 @@ async def test_only_widening_changes_the_verdicts_of_one_class(choice: Any) -> N
 
 
 async def test_too_few_verdicts_are_widened_too() -> None:
-    config = Label(threshold=Absolute(value=5, dead_band=4), on_one_class="widen", min_verdicts=3)
+    config = Labeling(threshold=Absolute(value=5, dead_band=4), on_one_class="widen", min_verdicts=3)
     verdicts, _ = await judged(await started(config), "round-00000", [1, 4, 6, 9])
     assert Counter(labels(verdicts)) == {"desirable": 2, "undesirable": 2}
 
 
 async def test_a_round_that_is_all_the_same_cannot_be_widened() -> None:
-    labeler = await started(Label(threshold=Absolute(value=9), on_one_class="widen"))
+    labeler = await started(Labeling(threshold=Absolute(value=9), on_one_class="widen"))
     verdicts, figures = await judged(labeler, "round-00000", [1, 1, 1])
     assert labels(verdicts) == ["undesirable"] * 3
     assert "threshold/widened" not in figures
 
 
 async def test_the_round_after_a_widened_one_does_not_start_from_it() -> None:
-    config = Label(threshold=Absolute(value=9), on_one_class="widen")
+    config = Labeling(threshold=Absolute(value=9), on_one_class="widen")
     labeler = await started(config)
     await judged(labeler, "round-00000", [1, 2, 3, 4])
     _, figures = await judged(labeler, "round-00001", [1, 2, 3, 10])
@@ -312,12 +314,12 @@ def test_a_function_is_wrapped_into_a_scorer() -> None:
 
 
 def test_labelers_are_made_as_configured(tmp_path: Path) -> None:
-    def make(label: Label) -> Labeler:
+    def make(label: Labeling) -> Labeler:
         return make_labeler(RunConfig(label=label), Storage(str(tmp_path)), Console())
 
-    assert isinstance(make(Label()), ThresholdLabeler)
-    assert isinstance(make(Label(labeler="human")), HumanLabeler)
-    config = Label(labeler=f"{__name__}:MyLabeler", labeler_args={"greeting": "hello"}, scorers={})
+    assert isinstance(make(Labeling()), ThresholdLabeler)
+    assert isinstance(make(Labeling(labeler="human")), HumanLabeler)
+    config = Labeling(labeler=f"{__name__}:MyLabeler", labeler_args={"greeting": "hello"}, scorers={})
     assert cast(MyLabeler, make(config)).greeting == "hello"
 
 

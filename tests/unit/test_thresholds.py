@@ -15,22 +15,18 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from kto_ray.label.thresholds import (
+from kto_ray.verdicts.rule import SUM, RuleFit, ScoreTable, VerdictRule, Voter
+from kto_ray.verdicts.thresholds import (
     EVERY,
-    SUM,
     Absolute,
     Agreement,
     Combination,
     Majority,
     PromptQuantile,
     RoundQuantile,
-    RuleFit,
     RunningMean,
-    ScoreTable,
     Threshold,
     TopBottom,
-    VerdictRule,
-    Voter,
     WeightedSum,
     as_combination,
     as_threshold,

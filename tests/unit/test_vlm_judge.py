@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import BatchFailed
 from kto_ray.records import Prompt
 from kto_ray.score.actor import ScorerActor
+from kto_ray.score.protocol import BatchFailed
 from kto_ray.score.scorers import http
 from kto_ray.score.scorers.http import BadReply
 from kto_ray.score.scorers.vlm_judge import VlmJudge, read_number

@@ -11,11 +11,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import kto_ray
+from kto_ray.config.people import Human
 from kto_ray.errors import UserError
 from kto_ray.people.access import Signer
 from kto_ray.people.desk import Desk
 from kto_ray.people.people import Refused
-from kto_ray.people.settings import Human
 from kto_ray.people.web import api, pages
 from kto_ray.people.web.entrance import Entrance
 from kto_ray.people.web.guard import Guard

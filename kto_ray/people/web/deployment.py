@@ -9,9 +9,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from kto_ray.config.people import Human
 from kto_ray.people.access import Signer
 from kto_ray.people.desk import remote_desk
-from kto_ray.people.settings import Human
 from kto_ray.people.web.app import create_app
 from kto_ray.serving import QUIET
 

@@ -15,11 +15,11 @@ from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
+from kto_ray.config.people import Human
 from kto_ray.people.access import Signer
 from kto_ray.people.address import is_loopback
 from kto_ray.people.desk import Desk
 from kto_ray.people.people import Badge, Refused, Role
-from kto_ray.people.settings import Human
 
 COOKIES: dict[Role, str] = {"labeler": "kto_ray_labeler", "operator": "kto_ray_operator"}
 """One for each role: whoever runs it all may label, too, in the same browser."""

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
-from kto_ray.label.protocol import Scorer, load_plugin
+from kto_ray.plugins import load_plugin
+from kto_ray.score.protocol import Scorer
 
 SCORERS: dict[str, str] = {
     "shapes": "kto_ray.shapes.scorer:ShapesScorer",

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import check_batch
 from kto_ray.records import Prompt
+from kto_ray.score.protocol import check_batch
 from kto_ray.score.scorers.clip import Clip
 from kto_ray.score.scorers.weights import find_file, load_weights, read_weights
 

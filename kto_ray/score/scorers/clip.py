@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import check_batch
 from kto_ray.records import Prompt
+from kto_ray.score.protocol import check_batch
 from kto_ray.score.scorers.weights import pick_device, pick_dtype
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import check_batch, load_plugin
+from kto_ray.plugins import load_plugin
 from kto_ray.records import Prompt
+from kto_ray.score.protocol import check_batch
 
 
 class Function:

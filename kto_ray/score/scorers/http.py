@@ -25,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import BatchFailed
+from kto_ray.images import to_png
 from kto_ray.records import Prompt
-from kto_ray.score.actor import to_png
+from kto_ray.score.protocol import BatchFailed
 
 FIRST_WAIT_S = 0.5  # before the first retry; doubles with every further one
 LONGEST_WAIT_S = 30.0  # whatever a server's Retry-After asks for: the actor that waits has a time-out itself

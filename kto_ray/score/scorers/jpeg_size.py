@@ -9,8 +9,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import check_batch
 from kto_ray.records import Prompt
+from kto_ray.score.protocol import check_batch
 
 Goal = Literal["compressible", "incompressible"]
 QUALITY = 95  # of DDPO's experiments

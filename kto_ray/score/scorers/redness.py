@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kto_ray.label.protocol import check_batch
 from kto_ray.records import Prompt
+from kto_ray.score.protocol import check_batch
 
 
 class Redness:

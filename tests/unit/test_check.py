@@ -12,12 +12,13 @@ import numpy.typing as npt
 import pytest
 from rich.console import Console
 
-from kto_ray.label.contract import ask_all, check_labeler, check_scorer, show
-from kto_ray.label.finding import Finding
-from kto_ray.label.labeler_trial import LABELER_CHECKS
-from kto_ray.label.protocol import BatchFailed, Labeler, check_batch
-from kto_ray.label.scorer_trial import SCORER_CHECKS, ScorerTrial
+from kto_ray.check.contract import ask_all, check_labeler, check_scorer, show
+from kto_ray.check.finding import Finding
+from kto_ray.check.labeler_trial import LABELER_CHECKS
+from kto_ray.check.scorer_trial import SCORER_CHECKS, ScorerTrial
+from kto_ray.label.protocol import Labeler
 from kto_ray.records import Label, Prompt, Sample, Score, Verdict
+from kto_ray.score.protocol import BatchFailed, check_batch
 
 Images = npt.NDArray[np.uint8]
 
@@ -268,7 +269,7 @@ def test_one_broken_promise_does_not_hide_the_others() -> None:
 
 def test_words_say_where_it_was_raised_and_stay_short() -> None:
     words = scorer_findings(NeedsOne)["takes an empty batch"].words
-    assert "(test_contract.py line " in words
+    assert "(test_check.py line " in words
     assert max(len(finding.words) for finding in scorer_findings("shapes").values()) < 2000
 
 

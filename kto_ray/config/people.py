@@ -1,4 +1,4 @@
-"""What the configuration says of people: `label.human`. `labeler.py` and `web/` go by it."""
+"""What the configuration says of people: `label.human`. `people/` goes by it."""
 
 from typing import Annotated, Any, Literal
 

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kto_ray.label.finding import Broken, Finding, Size, find, shorten
-from kto_ray.label.labeler_trial import CANCEL_S, LABELER_CHECKS, LABELER_ESSENTIAL, LabelerTrial
-from kto_ray.label.protocol import LABELERS, load_plugin
-from kto_ray.label.scorer_trial import SCORER_CHECKS, ScorerTrial
+from kto_ray.check.finding import Broken, Finding, Size, find, shorten
+from kto_ray.check.labeler_trial import CANCEL_S, LABELER_CHECKS, LABELER_ESSENTIAL, LabelerTrial
+from kto_ray.check.scorer_trial import SCORER_CHECKS, ScorerTrial
+from kto_ray.label.protocol import LABELERS
+from kto_ray.plugins import load_plugin
 from kto_ray.score.scorers import load_scorer
 
 

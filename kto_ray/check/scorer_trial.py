@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kto_ray.check.finding import PICTURES, Broken, Images, Size, find, number, picture, shorten, words_of
 from kto_ray.errors import UserError
-from kto_ray.label.finding import PICTURES, Broken, Images, Size, find, number, picture, shorten, words_of
-from kto_ray.label.protocol import Scorer
 from kto_ray.records import Prompt
+from kto_ray.score.protocol import Scorer
 from kto_ray.score.scorers import load_scorer
 
 SIZES: tuple[Size, ...] = ((64, 64), (512, 512), (64, 96), (96, 64))

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from kto_ray.label.finding import PICTURES, Broken, Size, number, picture
-from kto_ray.label.protocol import LABELERS, Labeler, load_plugin
+from kto_ray.check.finding import PICTURES, Broken, Size, number, picture
+from kto_ray.label.protocol import LABELERS, Labeler
+from kto_ray.plugins import load_plugin
 from kto_ray.records import LABELS, PolicyRef, Prompt, Sample, SampleRequest, Score, Verdict
 
 INTERRUPTIONS = 20

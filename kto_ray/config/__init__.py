@@ -1,0 +1,47 @@
+"""The run's one configuration tree: a YAML recipe, dotted overrides, and what both resolve to.
+
+    load("shapes_demo", ["train.learning_rate=1e-4", "rounds=3"]) -> RunConfig
+
+`run.py` is the tree, with the sections of the parts beside it; `reading.py` makes one, `explaining.py` says what is
+wrong with it or what it implies, `resuming.py` guards a run folder against being continued with another one. Extra
+keys are refused, with the nearest known key.
+"""
+
+from kto_ray.config.explaining import implied
+from kto_ray.config.generate import Generate
+from kto_ray.config.label import Labeling, ScorerSettings, Watch
+from kto_ray.config.machines import Cluster, Device, Dtype, Resources
+from kto_ray.config.people import Human
+from kto_ray.config.reading import from_tree, load, override, recipe_names, to_yaml
+from kto_ray.config.resuming import MAY_CHANGE_ON_RESUME, require_same
+from kto_ray.config.run import Evaluate, Model, Prompts, Replay, RunConfig, Tracking
+from kto_ray.config.train import Adapter, Train, steps_for
+
+__all__ = [
+    "MAY_CHANGE_ON_RESUME",
+    "Adapter",
+    "Cluster",
+    "Device",
+    "Dtype",
+    "Evaluate",
+    "Generate",
+    "Human",
+    "Labeling",
+    "Model",
+    "Prompts",
+    "Replay",
+    "Resources",
+    "RunConfig",
+    "ScorerSettings",
+    "Tracking",
+    "Train",
+    "Watch",
+    "from_tree",
+    "implied",
+    "load",
+    "override",
+    "recipe_names",
+    "require_same",
+    "steps_for",
+    "to_yaml",
+]

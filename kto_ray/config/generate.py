@@ -1,0 +1,44 @@
+"""What the configuration says of sampling: `generate`. `generate/` and `diffusion/sampling.py` go by it."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from kto_ray.config.machines import Device, Dtype, Resources
+from kto_ray.section import Count, Section
+
+
+class Generate(Section):
+    """How images are sampled, and by how many Serve replicas."""
+
+    images_per_round: Count = 512
+    images_per_prompt: Count = 1
+    """Images of one prompt in a round."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 7.5
+    """Classifier-free guidance; 1 is none."""
+    steps: Count = 50
+    scheduler: str = "DDIMScheduler"
+    """Any diffusers scheduler that is compatible with the pipeline, by class name."""
+    batch_size: Count = 8
+    """Images of one request."""
+    height: Count | None = None
+    width: Count | None = None
+    """Pixels; None: what the model was trained on."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    compile: bool = False
+    """torch.compile the denoiser of every replica."""
+    min_replicas: Count = 1
+    max_replicas: Count = 1
+    """Serve autoscales between the two."""
+    max_ongoing_requests: Count = 2
+    """Requests a replica holds at a time (one is computed, the others wait)."""
+    max_queued_requests: int = 64
+    """Requests that wait beyond those before the caller is told to back off; -1: no limit."""
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _replicas_are_a_range(self) -> "Generate":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) must be at least min_replicas ({self.min_replicas})")
+        return self

@@ -1,0 +1,135 @@
+"""What the configuration says of scorers and labelers: `label`. `score/` and `label/` go by it."""
+# ruff: noqa: RUF012  pydantic copies mutable defaults
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from kto_ray.config.machines import Resources
+from kto_ray.config.people import Human, RouteAll, RouteDisagreement
+from kto_ray.section import Count, NonNegative, Positive, Section, Share
+from kto_ray.verdicts.thresholds import Absolute, Combination, Threshold, WeightedSum
+
+
+class ScorerSettings(Section):
+    """One scorer and the pool of actors that run it."""
+
+    scorer: str | None = None
+    """A built-in scorer, or the dotted path `package.module:Name` of a `Scorer` or a function; None: the key under
+    which these settings stand, which is also the name that the scores are stored under."""
+    args: dict[str, Any] = {}
+    """Keyword arguments it is built with: checkpoint, device, dtype, ..."""
+    env: str | None = None
+    """Environment it runs in: a name of `kto-ray env list`, or the path of a Python; None: the job's own."""
+    held_out: bool = False
+    """Never used for verdicts, always reported: a second opinion on whether images get better."""
+    weight: Positive = 1
+    """In a weighted sum."""
+    mean: float = 0
+    std: Positive = 1
+    """A weighted sum with calibration "fixed" takes (score - mean) / std."""
+    threshold: Threshold | None = None
+    """Of this scorer's vote, when scorers vote; None: `label.threshold`."""
+    min_actors: Count = 1
+    max_actors: Count = 2
+    """The pool grows while samples wait and shrinks when it idles."""
+    resources: Resources = Resources(num_cpus=0.25, threads=1)
+    max_retries: Annotated[int, Field(ge=0)] = 2
+    """How often a batch is handed to another actor when its own died or did not answer in time."""
+    timeout_s: Positive = 600
+    """An actor that holds a batch for so long is killed and replaced."""
+
+    @model_validator(mode="after")
+    def _actors_are_a_range(self) -> "ScorerSettings":
+        if self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors ({self.max_actors}) must be at least min_actors ({self.min_actors})")
+        return self
+
+
+class Watch(Section):
+    """The watch for reward hacking: scores that verdicts come from rise while those of held-out scorers fall."""
+
+    rounds: Annotated[int, Field(ge=3)] = 5
+    """Trends are taken over so many rounds."""
+    least_slope: NonNegative = 0.05
+    """Slopes up to this are chance: in standard deviations of the first round's scores, a round."""
+    action: Literal["warn", "stop", "off"] = "warn"
+
+
+def as_scorers(value: Any) -> Any:
+    """A name, or a list of names, stands for scorers without settings; the last part of a dotted path is its key."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        scorers = {name.rpartition(":")[2]: {"scorer": name} if ":" in name else {} for name in value}
+        if len(scorers) < len(value):
+            raise ValueError("two scorers of one name; write a mapping of names of your choice to {scorer: ...}")
+        return scorers
+    if isinstance(value, dict):
+        return {name: {} if settings is None else settings for name, settings in value.items()}
+    return value
+
+
+class Labeling(Section):
+    """Who says yes or no. A scorer and a threshold by default."""
+
+    labeler: str = "threshold"
+    """"threshold", "human" (people, on a page), or the dotted path `package.module:Name` of a `Labeler`."""
+    labeler_args: dict[str, Any] = {}
+    """Keyword arguments that a `Labeler` of one's own is built with."""
+    human: Human = Human()
+    scorers: Annotated[dict[str, ScorerSettings], BeforeValidator(as_scorers)] = {"shapes": ScorerSettings()}
+    """Scorers by the name their scores are stored under. They run at the same time, each in its own pool."""
+    combine: Combination = WeightedSum()
+    """How several scorers come to one verdict."""
+    threshold: Threshold = Absolute(value=0.5)
+    """From scores to verdicts; a number is an absolute threshold."""
+    max_failed_fraction: Share = 0.1
+    """A round in which more samples fail stops the run, with the scorer's own error."""
+    deadline_s: Positive | None = None
+    """How long after its last image a round waits for verdicts before it is sealed without them; None: for ever."""
+    min_verdicts: Count = 2
+    """A round with fewer yes and no in all is treated like a round of one class."""
+    on_one_class: Literal["stop", "skip", "train", "widen"] = "stop"
+    """What to do with a round that has yes or no only, or too few of both: stop the run, skip its training, train on
+    what is there, or widen: let the round's median decide instead of the threshold (where all score the same, skip)."""
+    watch: Watch = Watch()
+
+    @model_validator(mode="after")
+    def _scorers_have_a_say(self) -> "Labeling":
+        if self.labeler == "threshold" and not self.voting:
+            raise ValueError("scorers must have at least one that is not held_out: verdicts come from it")
+        own = [name for name, settings in self.voting.items() if settings.threshold]
+        if own and isinstance(self.combine, WeightedSum):
+            raise ValueError(
+                f"scorers.{own[0]}.threshold would not be used: a weighted_sum has one threshold for all; "
+                "give it as label.threshold, or let the scorers vote with combine=agreement or =majority"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _people_can_be_helped(self) -> "Labeling":
+        if self.labeler != "human":
+            return self
+        if not self.voting and self.human.on_deadline == "scorer":
+            raise ValueError("human.on_deadline: scorer needs a scorer that is not held_out; name one in scorers")
+        if not self.voting and not isinstance(self.human.route, RouteAll):
+            raise ValueError(
+                f"human.route: {self.human.route.kind} leaves the rest to scorers and needs one that is not held_out"
+            )
+        if isinstance(self.human.route, RouteDisagreement) and (
+            isinstance(self.combine, WeightedSum) or len(self.voting) < 2
+        ):
+            raise ValueError(
+                "human.route: disagreement needs scorers that vote: two that are not held_out, and combine=agreement "
+                "or =majority"
+            )
+        return self
+
+    @property
+    def voting(self) -> dict[str, ScorerSettings]:
+        return {name: settings for name, settings in self.scorers.items() if not settings.held_out}
+
+    @property
+    def held_out(self) -> list[str]:
+        return [name for name, settings in self.scorers.items() if settings.held_out]

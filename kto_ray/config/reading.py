@@ -1,0 +1,94 @@
+"""How a configuration is read: a YAML recipe, dotted overrides laid over it, everything checked; and written again."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from kto_ray.config.explaining import explain, leads_to, nearest
+from kto_ray.config.run import SHORT_FORMS, RunConfig
+from kto_ray.errors import UserError
+
+
+def recipe_names() -> list[str]:
+    return sorted(
+        path.name.removesuffix(".yaml")
+        for path in resources.files("kto_ray.recipes").iterdir()
+        if path.name.endswith(".yaml")
+    )
+
+
+def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, lay the overrides over it, check everything.
+
+    Args:
+        recipe: a built-in name (`recipe_names`), a path to a YAML file, or None for the defaults.
+        overrides: "dotted.field=value" each; values are read as YAML.
+
+    Raises:
+        UserError: names the field, the value and what would be right.
+    """
+    return from_tree(_overlay(_read_recipe(recipe) if recipe else {}, overrides))
+
+
+def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with overrides laid over it; raises as `load`."""
+    return from_tree(_overlay(config.model_dump(mode="json"), overrides))
+
+
+def from_tree(tree: dict[str, Any]) -> RunConfig:
+    """Raises UserError, as `load`."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(detail) for detail in error.errors())) from error
+
+
+def _overlay(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"override {override!r} is not of the form field=value, for instance rounds=3")
+        keys = path.split(".")
+        branch = tree
+        for depth, key in enumerate(keys[:-1], start=1):
+            value = branch.get(key)
+            for field, written_out in SHORT_FORMS.items():
+                if leads_to(keys[:depth], field):
+                    value = written_out(value)
+            branch[key] = value if isinstance(value, dict) else {}
+            branch = branch[key]
+        try:
+            branch[keys[-1]] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {path}: {text!r} is not a YAML value: {error}") from error
+    return tree
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        if recipe not in recipe_names():
+            raise UserError(
+                f"unknown recipe {recipe!r}{nearest(recipe, recipe_names())}; known: {', '.join(recipe_names())}"
+            )
+        text = (resources.files("kto_ray.recipes") / f"{recipe}.yaml").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise UserError(f"recipe file {recipe} does not exist; built-in recipes: {', '.join(recipe_names())}")
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {recipe} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {recipe} must be a mapping of fields, not a {type(tree).__name__}")
+    return tree
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved tree; `load` of this text gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,138 @@
+"""The tree: a run as a whole, and the sections that belong to no single part of it.
+
+The other sections have a file each beside this one. The text under a field is its documentation.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from kto_ray.config.generate import Generate
+from kto_ray.config.label import Labeling, as_scorers
+from kto_ray.config.machines import Cluster
+from kto_ray.config.people import as_route
+from kto_ray.config.train import Train, steps_for
+from kto_ray.section import Count, Section, Share
+from kto_ray.verdicts.thresholds import PromptQuantile, as_combination, as_threshold
+
+
+class Model(Section):
+    """The base model; `model: NAME` is short for `model: {name: NAME}`."""
+
+    name: str = "shapes"
+    """"shapes" (the embedded world), a diffusers pipeline folder, or a name on the model hub."""
+    revision: str | None = None
+    """Hub revision; a commit hash makes a run reproducible."""
+    variant: str | None = None
+    """Weight file variant, for instance "fp16"."""
+
+
+def as_model(value: Any) -> Any:
+    """A name stands for the model of that name."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Prompts(Section):
+    """Where prompts come from: JSONL files of {"id", "text", ...metadata}, or plain text with one prompt a line."""
+
+    train: str = "shapes:train"
+    """A file, or "shapes:train"."""
+    held_out: str = "shapes:held_out"
+    """A file whose prompts are never trained on, or "shapes:held_out"."""
+
+
+class Evaluate(Section):
+    """Held-out prompts, fixed seeds, policy against base."""
+
+    every: Count = 5
+    """Rounds between evaluations; the base and the last policy are always evaluated."""
+    images_per_prompt: Count = 5
+    """The paper compares the median of 5."""
+    max_prompts: Count | None = None
+    """Take only so many of the held-out prompts."""
+    stop_at_pass_rate: Share | None = None
+    """End the run when so large a share of the held-out images passes the threshold."""
+
+    def prompts_of(self, held_out: int) -> int:
+        """How many of so many held-out prompts are evaluated."""
+        return min(held_out, self.max_prompts or held_out)
+
+
+class Tracking(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    mlflow_uri: str | None = None
+
+
+class Replay(Section):
+    """Rounds of an earlier run, trained on anew before the run goes on with rounds of its own."""
+
+    run: str
+    """The folder of the earlier run: a local path or a URI."""
+    labels: str | None = None
+    """A label set that `kto-ray relabel` has made of it; None: its own verdicts."""
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    run: str = "run"
+    """Name of the run: its folder under `runs_folder`. The same name continues the run."""
+    runs_folder: str = "runs"
+    """Local path, or URI that pyarrow or fsspec opens (s3://..., gs://..., memory://...)."""
+    seed: int = 0
+    rounds: Count = 10
+    max_policy_lag: Annotated[int, Field(ge=0)] = 0
+    """How many versions older than the policy being trained a sample's may be. 0: strictly on-policy. From 1 on, the
+    next round is generated while this one is trained; more lets verdicts that people gave late be trained on, too."""
+    replay: Replay | None = None
+    """Train on another run's rounds first."""
+    model: Annotated[Model, BeforeValidator(as_model)] = Model()
+    prompts: Prompts = Prompts()
+    generate: Generate = Generate()
+    label: Labeling = Labeling()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    tracking: Tracking = Tracking()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _prompt_quantiles_have_something_to_compare(self) -> "RunConfig":
+        thresholds = [self.label.threshold, *(settings.threshold for settings in self.label.scorers.values())]
+        if any(isinstance(threshold, PromptQuantile) for threshold in thresholds):
+            for field, images in (
+                ("generate.images_per_prompt", self.generate.images_per_prompt),
+                ("evaluate.images_per_prompt", self.evaluate.images_per_prompt),
+            ):
+                if images < 2:
+                    raise ValueError(f"{field} ({images}) must be at least 2 for a threshold of kind prompt_quantile")
+        if self.generate.images_per_round % self.generate.images_per_prompt:
+            raise ValueError(
+                f"generate.images_per_round ({self.generate.images_per_round}) must be a multiple of "
+                f"generate.images_per_prompt ({self.generate.images_per_prompt})"
+            )
+        return self
+
+    @property
+    def rounds_ahead(self) -> int:
+        """By how many rounds generation runs ahead of training; more than one would only make samples older."""
+        return min(1, self.max_policy_lag)
+
+    @property
+    def optimizer_steps_per_round(self) -> int:
+        """If every image gets a verdict; fewer verdicts, fewer steps."""
+        return steps_for(self.generate.images_per_round, self.train)
+
+
+SHORT_FORMS: dict[str, Callable[[Any], Any]] = {
+    "model": as_model,
+    "label.scorers": as_scorers,
+    "label.scorers.*.threshold": as_threshold,
+    "label.threshold": as_threshold,
+    "label.combine": as_combination,
+    "label.human.route": as_route,
+}
+"""Fields whose value may be shorter than the mapping it stands for; an override reaches into the mapping."""

@@ -1,0 +1,81 @@
+"""What the configuration says of training: `train`. `train/`, `objective.py` and `diffusion/policy.py` go by it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from kto_ray.config.machines import Device, Resources
+from kto_ray.section import Count, InnerShare, NonNegative, Positive, Section, Share
+
+
+class Adapter(Section):
+    """What is trained: low-rank adapters of the denoiser's attention, or all of it."""
+
+    kind: Literal["lora", "full"] = "lora"
+    rank: Count = 16
+    alpha: Positive | None = None
+    """None: equal to the rank, which scales the adapter by 1."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Train(Section):
+    """Diffusion-KTO: objective, batches, optimizer, workers. Defaults are the paper's where it names one."""
+
+    beta: Positive = 5000
+    utility: Literal["kahneman_tversky", "loss_averse", "risk_seeking"] = "kahneman_tversky"
+    reference_point: Literal["batch_kl", "mismatched_kl", "class_mean", "zero"] = "batch_kl"
+    gamma: InnerShare = 0.8
+    """Probability that a drawn training sample is desirable."""
+    desirable_weight: Positive = 1
+    undesirable_weight: Positive = 1
+    prompt_dropout: Share = 0.2
+    """Share of prompts replaced by the empty prompt, for policy and reference alike."""
+    noise_range: tuple[Share, Share] = (0, 1)
+    """Part of the noise range that timesteps are drawn from; 0 is clean, 1 is pure noise."""
+    global_batch: Count = 64
+    """Samples of an optimizer step, over all workers and accumulated micro-batches."""
+    micro_batch: Count = 64
+    """Samples a worker takes through the model at once."""
+    epochs: Positive = 2
+    """Draws of a round as a multiple of its verdicts."""
+    learning_rate: Positive = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up; "cosine" falls to 0 over `rounds` (and is stretched
+    when a run is continued with more of them)."""
+    weight_decay: NonNegative = 0
+    max_grad_norm: Positive = 1
+    adapter: Adapter = Adapter()
+    device: Device = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward passes (autocast); weights, errors and optimizer stay float32. Not float16: its small
+    gradients underflow without loss scaling."""
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    workers: Count = 1
+    resources: Resources = Resources()
+    max_failures: int = 3
+    """How often Ray Train restarts the workers after a crash; -1: always."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+
+    @model_validator(mode="after")
+    def _batch_adds_up(self) -> "Train":
+        per_worker, rest = divmod(self.global_batch, self.workers)
+        if rest or per_worker % min(self.micro_batch, per_worker):
+            raise ValueError(
+                f"global_batch ({self.global_batch}) must be a multiple of workers ({self.workers}) "
+                f"x micro_batch ({self.micro_batch})"
+            )
+        if self.global_batch == 1 and self.reference_point != "zero":
+            raise ValueError(
+                f"global_batch 1 with reference_point {self.reference_point}: the mean over one sample says nothing; "
+                "use global_batch >= 2, or reference_point: zero"
+            )
+        if self.noise_range[0] >= self.noise_range[1]:
+            raise ValueError(f"noise_range {list(self.noise_range)} must rise, for instance [0, 1]")
+        return self
+
+
+def steps_for(verdicts: int, train: Train) -> int:
+    """Optimizer steps of a round with so many verdicts: epochs x verdicts / global batch, at least one if any."""
+    return max(1, round(train.epochs * verdicts / train.global_batch)) if verdicts else 0

@@ -1,0 +1,130 @@
+"""From a round's scores to its verdicts, and whether those are worth training on.
+
+`threshold_labeler.py` judges each round with it, `relabel.py` old rounds anew, `evaluate/` held-out images.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kto_ray.config import Labeling
+from kto_ray.errors import UserError
+from kto_ray.records import Label, Score, Verdict
+from kto_ray.verdicts.rule import SUM, RuleFit, ScoreTable, VerdictRule, Voter
+from kto_ray.verdicts.thresholds import EVERY
+
+logger = logging.getLogger(__name__)
+
+BY_THRESHOLD = "threshold"
+"""Whose verdicts these are, in the record."""
+
+
+@dataclass(frozen=True)
+class RoundVerdicts:
+    """A judged round: its verdicts in the order of the samples, its fit, and what to log of it."""
+
+    verdicts: list[Verdict]
+    margins: dict[str, float]
+    """How far each sample is from another verdict, by its id; see `VerdictRule.margins`."""
+    fit: RuleFit
+    figures: dict[str, float]
+
+
+def rule_of(config: Labeling) -> VerdictRule:
+    """The rule of `label.scorers` (those not held out), `label.combine` and `label.threshold`."""
+    voters = [Voter(name, s.weight, s.mean, s.std, s.threshold) for name, s in config.voting.items()]
+    return VerdictRule(voters, config.combine, config.threshold)
+
+
+def table_of(rule: VerdictRule, scores: Mapping[str, Mapping[str, Score]], prompts: Mapping[str, str]) -> ScoreTable:
+    """The table of the samples in `prompts` (sample id -> prompt id), in that order."""
+
+    def value(sample_id: str, scorer: str) -> float:
+        score = scores.get(sample_id, {}).get(scorer)
+        return np.nan if score is None or score.value is None else score.value
+
+    values_SN = np.array([[value(sample_id, voter.name) for sample_id in prompts] for voter in rule.voters], np.float64)
+    return ScoreTable(values_SN.reshape(len(rule.voters), len(prompts)), list(prompts.values()))
+
+
+def judge_round(
+    config: Labeling, scores: Mapping[str, Mapping[str, Score]], prompts: Mapping[str, str], last: RuleFit | None
+) -> RoundVerdicts:
+    """Fit the rule to a round's scores and judge each sample; widens where the configuration says so.
+
+    Args:
+        scores: by sample id and scorer; a missing or failed score makes its sample "failed".
+        prompts: prompt id by sample id.
+        last: the fit of the round before.
+    """
+    rule = rule_of(config)
+    table = table_of(rule, scores, prompts)
+    fit = rule.fit(table, last)
+    judged = rule.judge(table, fit)
+    figures = {f"threshold/{name or 'sum'}": f.cuts[EVERY][1] for name, f in fit.fits.items() if EVERY in f.cuts}
+    if config.on_one_class == "widen" and one_sided(config, Counter(judged.labels)):
+        widened = rule.widened(table, fit)
+        if widened is not None:
+            judged = rule.judge(table, widened)
+            figures["threshold/widened"] = widened.fits[SUM].cuts[EVERY][1]
+    if not np.isnan(judged.values_N).all():
+        figures["score_mean"] = float(np.nanmean(judged.values_N))
+    if last is not None and (flipped := rule.flip_rate(table, fit, last)) is not None:
+        figures["flip_rate"] = flipped
+    verdicts = [
+        Verdict(
+            *(sample_id, label, BY_THRESHOLD),
+            rule=_failures(rule, scores.get(sample_id, {})) if label == "failed" else text,
+        )
+        for sample_id, label, text in zip(prompts, judged.labels, judged.rules, strict=True)
+    ]
+    margins = dict(zip(prompts, rule.margins(table, fit).tolist(), strict=True))
+    return RoundVerdicts(verdicts, margins, fit, figures)
+
+
+def _failures(rule: VerdictRule, scores: Mapping[str, Score]) -> str:
+    """Whose scores are missing, and why."""
+    missing = {voter.name: scores.get(voter.name) for voter in rule.voters}
+    return "; ".join(
+        f"no score of {name}: {score.error if score else 'not scored'}"
+        for name, score in missing.items()
+        if score is None or score.value is None
+    )
+
+
+def one_sided(config: Labeling, labels: Mapping[Label, int]) -> bool:
+    """Whether there are yes or no only, or fewer of both together than `label.min_verdicts`."""
+    yes, no = labels.get("desirable", 0), labels.get("undesirable", 0)
+    return not yes or not no or yes + no < config.min_verdicts
+
+
+def worth_training(config: Labeling, index: int, verdicts: Sequence[Verdict]) -> bool:
+    """Whether there are enough verdicts of both classes; else what `label.on_one_class` says, said aloud.
+
+    Raises:
+        UserError: `label.on_one_class` is "stop".
+    """
+    labels = Counter(verdict.label for verdict in verdicts)
+    if not one_sided(config, labels):
+        return True
+    yes, no = labels["desirable"], labels["undesirable"]
+    what = "verdicts of one class only" if not yes or not no else f"fewer verdicts than {config.min_verdicts}"
+    counts = f"{yes} desirable, {no} undesirable, {labels['abstain']} abstained, {labels['failed']} failed"
+    choice = config.on_one_class
+    if choice == "stop":
+        remedy = (
+            "Give people more time (label.deadline_s)"
+            if config.labeler == "human"
+            else f"Choose another label.threshold than {config.threshold} (in a new run)"
+        )
+        raise UserError(
+            f"round {index} has {what} ({counts}): Diffusion-KTO needs both. {remedy}, or let such rounds pass with "
+            "label.on_one_class=skip or =train, or later ones be judged by their median with =widen. The round is "
+            "sealed and kept."
+        )
+    train = choice == "train" and yes + no > 0
+    logger.warning("round %d has %s (%s): %s", index, what, counts, "trained on all the same" if train else "skipped")
+    return train
