@@ -15,7 +15,8 @@ from kto_ray.config import Labeling, RunConfig
 from kto_ray.errors import UserError
 from kto_ray.label.judging import worth_training
 from kto_ray.label.protocol import Labeler
-from kto_ray.loop import _Loop, score_figures
+from kto_ray.loop import _Loop
+from kto_ray.making import Making, score_figures
 from kto_ray.people.address import database_url
 from kto_ray.people.desk import Desk
 from kto_ray.people.labeler import HumanLabeler
@@ -105,7 +106,7 @@ def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 async def make_round(loop: _Loop, index: int = 0) -> Round:
-    await asyncio.wait_for(loop._make_round(index, loop.rounds.round(index), 0), 60)
+    await asyncio.wait_for(loop.making.make(index, loop.rounds.round(index), loop.policies.resolve(0)), 60)
     return loop.rounds.round(index)
 
 
@@ -136,7 +137,7 @@ async def test_a_round_is_drawn_scored_judged_and_sealed(make_loop: Make) -> Non
     assert facts["score/other"] == pytest.approx(np.mean([coin(sample) for sample in round_.samples()]))
     assert 0 < facts["pictures/diversity"] < 1
     assert facts["threshold/sum"] == 0.5
-    assert loop._memory() == facts["labeler"] != {}
+    assert loop.making.memory() == facts["labeler"] != {}
 
 
 async def test_the_labeler_is_given_all_scores_also_failed_and_held_out_ones(make_loop: Make) -> None:
@@ -156,7 +157,7 @@ async def test_the_labeler_is_given_all_scores_also_failed_and_held_out_ones(mak
         scores = {score.scorer: score.value for score in labeler.given[sample.id]}
         assert scores == {"shapes": fails_once(sample), "other": coin(sample)}
     assert round_.manifest["asked"] == IMAGES
-    assert loop._memory() == {"finished": [round_.stage]}
+    assert loop.making.memory() == {"finished": [round_.stage]}
 
 
 async def test_people_need_no_scorers(make_loop: Make) -> None:
@@ -300,9 +301,9 @@ async def test_a_crash_between_verdicts_and_seal_costs_nothing(
 
     loop, _ = make_loop({"threshold": {"kind": "round_quantile"}}, shapes=coin)
     with monkeypatch.context() as patch:
-        patch.setattr(_Loop, "_seal", die)
+        patch.setattr(Making, "seal", die)
         with pytest.raises(KeyboardInterrupt):
-            await loop._make_round(0, loop.rounds.round(0), 0)
+            await loop.making.make(0, loop.rounds.round(0), loop.policies.resolve(0))
     before = labels(loop.rounds.round(0))
     assert len(before) == IMAGES
     loop, again = make_loop({"threshold": {"kind": "round_quantile"}}, shapes=coin)

@@ -1,0 +1,184 @@
+"""Making one round: draw -> score -> label -> seal, as a stream, from wherever a crash left it.
+
+`loop.py` says when, and with which policy; samples go to the scorers and the labeler as they are drawn, and everything
+is stored before it counts.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress, TaskID
+
+from kto_ray.cluster import noisily
+from kto_ray.config import RunConfig
+from kto_ray.evaluate.pictures import picture_figures
+from kto_ray.generate.client import Generators
+from kto_ray.label.protocol import Labeler
+from kto_ray.prompts import round_requests
+from kto_ray.records import PolicyRef, Prompt, Sample, Score
+from kto_ray.rounds import Round, RoundStore
+from kto_ray.score.pool import Scorers, require_scored
+
+
+class Making:
+    """Makes rounds out of prompts, with the run's generators, scorers and labeler."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: Sequence[Prompt],
+        rounds: RoundStore,
+        generators: Generators,
+        scorers: Scorers,
+        labeler: Labeler,
+        progress: Progress,
+    ) -> None:
+        self.config, self.prompts, self.rounds = config, prompts, rounds
+        self.generators, self.scorers, self.labeler, self.progress = generators, scorers, labeler, progress
+
+    def memory(self) -> dict[str, Any]:
+        """What the labeler kept with the last sealed round."""
+        sealed = [round_ for round_ in self.rounds.rounds() if round_.sealed]
+        memory: dict[str, Any] = sealed[-1].manifest["labeler"] if sealed else {}
+        return memory
+
+    async def make(self, index: int, round_: Round, policy: PolicyRef) -> None:
+        """Draw, score, label and seal a round, from wherever a crash left it."""
+        config = self.config
+        images, deadline_s = config.generate.images_per_round, config.label.deadline_s
+        requests = round_requests(
+            self.prompts, config.seed, round_.stage, index, images, config.generate.images_per_prompt
+        )
+        began, before = time.monotonic(), (self.generators.busy_seconds, self.scorers.busy_seconds)
+        stations = ("images", "scores", "verdicts")
+        bars = [self.progress.add_task(f"round {index}: {what}", total=images) for what in stations]
+        collecting = asyncio.create_task(self._collect(round_, images, bars))
+        scoring: set[asyncio.Task[None]] = set()
+        try:
+            # What a crash left; verdicts that are there already stay.
+            left = [s for s in round_.samples() if self.labeler.whole_rounds or s.id not in round_.judged_ids]
+            for start in range(0, len(left), config.generate.batch_size):
+                batch = left[start : start + config.generate.batch_size]
+                scoring.add(asyncio.create_task(self._score(round_, batch, bars)))
+            async for samples in self.generators.stream(round_.missing(requests), policy):
+                round_.add_samples(samples)
+                scoring.add(asyncio.create_task(self._score(round_, samples, bars)))
+                self._show(round_, bars)
+                for task in {collecting, *scoring}:
+                    if task.done():
+                        task.result()
+            drawn = time.monotonic()
+            async with noisily(lambda: f"{self.labeler.status(round_.stage)} on round {index}", config.cluster):
+                await _done(scoring, deadline_s)
+                await _cancelled(scoring)  # past the deadline: they submit with the scores that they have
+                await self.labeler.finish(round_.stage)
+                enough = asyncio.create_task(self.labeler.enough(round_.stage))
+                showing = asyncio.create_task(self._show_status(index, round_.stage, bars[-1]))
+                # Past the deadline there is still a moment for what the labeler can say at once.
+                left_s = deadline_s and max(1.0, drawn + deadline_s - time.monotonic())
+                await _done({collecting, enough}, left_s, asyncio.FIRST_COMPLETED)
+                await _cancelled({collecting, enough})
+                round_.add_verdicts(await self.labeler.seal(round_.stage))
+                await _cancelled({showing})
+        finally:
+            await _cancelled({collecting, *scoring})
+            for bar in bars:
+                self.progress.remove_task(bar)
+        self.scorers.shrink()
+        await self.seal(
+            index,
+            round_,
+            {
+                "seconds/generate": drawn - began,
+                "seconds/label": time.monotonic() - drawn,  # what labeling took beyond the last image
+                "busy/generate": self.generators.busy_seconds - before[0],
+                "busy/label": self.scorers.busy_seconds - before[1],
+            },
+        )
+
+    async def _score(self, round_: Round, samples: Sequence[Sample], bars: Sequence[TaskID]) -> None:
+        """Score samples (again only what a crash left unscored), store the scores, and hand both to the labeler."""
+        ids = {sample.id for sample in samples}
+        stored = round_.scores() if ids & round_.scored_ids else []
+        known = [score for score in stored if score.sample_id in ids and score.value is not None]
+        found = list(known)
+        try:
+            async with contextlib.aclosing(self.scorers.score_each(samples, known)) as answers:
+                async for scores in answers:
+                    round_.add_scores(scores)
+                    found += scores
+                    self._show(round_, bars)
+                    images = self.config.generate.images_per_round
+                    require_scored(self.config.label, round_.stage, round_.failures, images)
+        finally:
+            await self.labeler.submit(samples, found)
+
+    async def _collect(self, round_: Round, expected: int, bars: Sequence[TaskID]) -> None:
+        """Store verdicts as they come, until every sample of the round has one."""
+        while len(round_.judged_ids & round_.sample_ids) < expected:
+            round_.add_verdicts(await self.labeler.collect())
+            self._show(round_, bars)
+
+    def _show(self, round_: Round, bars: Sequence[TaskID]) -> None:
+        for bar, ids in zip(bars, (round_.sample_ids, round_.scored_ids, round_.judged_ids), strict=True):
+            self.progress.update(bar, completed=len(ids & round_.sample_ids))
+
+    async def _show_status(self, index: int, stage: str, bar: TaskID) -> None:
+        while True:
+            self.progress.update(bar, description=f"round {index}: {self.labeler.status(stage)}")
+            await asyncio.sleep(1)
+
+    async def seal(self, index: int, round_: Round, more: dict[str, Any]) -> None:
+        """Close a round, with the figures of what is in it and `more`."""
+        samples = round_.samples()
+        pixels_NHWC = np.stack([sample.pixels_HWC for sample in samples])
+        labels = Counter(verdict.label for verdict in round_.verdicts())
+        facts = {
+            "round": index,
+            "policy_version": samples[0].policy.version,
+            "policy_lag_mean": sum(index - sample.policy.version for sample in samples) / len(samples),
+            "desirable": labels["desirable"],
+            "undesirable": labels["undesirable"],
+            "abstained": labels["abstain"],
+            "failed": labels["failed"],
+            "pending": len(round_.sample_ids - round_.judged_ids),
+            **score_figures(round_.scores()),
+            **await asyncio.to_thread(picture_figures, pixels_NHWC),
+            **self.labeler.figures(round_.stage),
+            **more,
+        }
+        round_.seal(**facts, labeler=dict(self.labeler.memory()))
+
+
+async def _done(
+    tasks: set["asyncio.Task[None]"], timeout_s: float | None, until: str = asyncio.FIRST_EXCEPTION
+) -> None:
+    """Wait for tasks, all of them or (`until`) one, up to a time; raises the first error of theirs."""
+    if tasks:
+        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=until)
+        for task in done:
+            task.result()
+
+
+async def _cancelled(tasks: set["asyncio.Task[None]"]) -> None:
+    """Cancel tasks and wait until they have ended; what else may be wrong with them has been said."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def score_figures(scores: Sequence[Score]) -> dict[str, float]:
+    """Mean and standard deviation of every scorer's scores, and how many it failed to give, if any."""
+    figures: dict[str, float] = {}
+    for name in sorted({score.scorer for score in scores}):
+        values = [score.value for score in scores if score.scorer == name and score.value is not None]
+        if values:
+            figures |= {f"score/{name}": float(np.mean(values)), f"score_std/{name}": float(np.std(values))}
+        if failed := sum(score.scorer == name and score.value is None for score in scores):
+            figures[f"score_failed/{name}"] = failed
+    return figures

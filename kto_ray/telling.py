@@ -1,0 +1,43 @@
+"""What a run says while it goes: its bars, and a sentence for each round and evaluation. `loop.py` prints them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kto_ray.evaluate.statistics import EvaluationSummary
+
+
+def progress_bars(console: Console) -> Progress:
+    """Bars that go away once they are full."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def round_sentence(facts: Mapping[str, Any]) -> str:
+    """One trained round: its verdicts, how long it took, and how healthy its training was."""
+    share = f"{facts['pass_rate']:.1%} pass, " if "pass_rate" in facts else ""
+    margin = facts.get("objective/margin")
+    health = f", |beta (g - z)| {margin:.2f}, accuracy {facts['objective/accuracy']:.0%}" if margin is not None else ""
+    return (
+        f"round {facts['round']}: {facts['desirable']} yes, {facts['undesirable']} no, "
+        f"{facts['abstained'] + facts['failed'] + facts['pending']} without verdict, {share}"
+        f"generated in {facts.get('seconds/generate', 0):.0f} s, trained in {facts['seconds/train']:.0f} s{health}"
+    )
+
+
+def evaluation_sentence(version: int, summary: EvaluationSummary) -> str:
+    """One policy on the held-out prompts."""
+    win = f", win rate vs base {summary.win_rate.value:.0%}" if summary.win_rate else ""
+    passes, mean = summary.pass_rate.value, summary.mean_score.value
+    # Where nobody votes, or no bar can be found, there are still the scores themselves.
+    scores = ", ".join(f"mean {name} {interval.value:.4g}" for name, interval in summary.scores.items())
+    found = f"{passes:.1%} pass, mean score {mean:.3f}{win}" if summary.pass_rate.used else scores or "none judged"
+    return f"  policy {version}: of {summary.images} held-out images {found}"
