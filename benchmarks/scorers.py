@@ -45,7 +45,7 @@ class Inside:
     def __init__(self, scorer: str, folder: str, images: int, full: bool) -> None:
         from measuring import threads
 
-        from kto_ray.score.environments import interpreter
+        from kto_ray.score.environments.finding import interpreter
 
         command = [str(interpreter(scorer)), "-I", __file__, scorer, folder, str(images), str(int(full))]
         surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads())}
@@ -80,7 +80,7 @@ def measure(quick: bool) -> "Table":
     """Time both contenders of each row in turn."""
     from measuring import Table, interleaved, median_and_range, ratios
 
-    from kto_ray.score.environments import BASE
+    from kto_ray.score.environments.contents import BASE
 
     images, repeats = (2, 1) if quick else (4, 3)
     rows = []

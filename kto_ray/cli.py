@@ -50,15 +50,15 @@ def env() -> None:
 @click.option("--all", "everything", is_flag=True, help="Build all of them.")
 def env_build(names: tuple[str, ...], everything: bool) -> None:
     """Build environments NAMES, and the base that they share; what is built already stays."""
-    from kto_ray.score import environments
+    from kto_ray.score.environments import building, contents, finding
 
     if bool(names) == everything:
-        raise click.UsageError(f"name environments ({', '.join(environments.ENVIRONMENTS)}), or give --all")
+        raise click.UsageError(f"name environments ({', '.join(contents.ENVIRONMENTS)}), or give --all")
     for name in names:
-        environments.named(name)
+        finding.named(name)
     console = Console(soft_wrap=True)
-    for name in environments.ENVIRONMENTS if everything else names:
-        python = environments.build(name, console)
+    for name in contents.ENVIRONMENTS if everything else names:
+        python = building.build(name, console)
         console.print(f"{name}: {python}; try it with: kto-ray env check {name}", markup=False, highlight=False)
 
 
@@ -69,15 +69,15 @@ def env_check(names: tuple[str, ...]) -> None:
 
     Weights are random: what is checked is the environment.
     """
-    from kto_ray.score import environments
+    from kto_ray.score.environments import contents, finding, trying
 
-    built = [state.environment.name for state in environments.states() if state.flaw is None]
-    names = names or tuple(name for name in built if name in environments.ENVIRONMENTS)
+    built = [state.environment.name for state in finding.states() if state.flaw is None]
+    names = names or tuple(name for name in built if name in contents.ENVIRONMENTS)
     if not names:
-        raise UserError(f"no environment is built in {environments.root()}; build them with: kto-ray env build --all")
+        raise UserError(f"no environment is built in {contents.root()}; build them with: kto-ray env build --all")
     console = Console(soft_wrap=True)
     for name in names:
-        found = environments.check(name)
+        found = trying.check(name)
         versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
         console.print(
             f"{name}: its scorer works, with random weights ({found['seconds']:.0f} s; {versions})", highlight=False
@@ -87,17 +87,17 @@ def env_check(names: tuple[str, ...]) -> None:
 @env.command("list")
 def env_list() -> None:
     """Show all environments: whether they can be used, where they are, and what is in them."""
-    from kto_ray.score import environments
+    from kto_ray.score.environments import contents, finding
 
     table = Table("name", "state", "path", "size", "versions")
-    for state in environments.states():
+    for state in finding.states():
         environment = state.environment
         table.add_row(
             environment.name,
             Text("ready", "green") if state.flaw is None else Text(state.flaw, "red"),
             str(environment.folder),
             f"{state.size / 1e6:,.0f} MB" if state.size else "",
-            ", ".join(environments.requirements(environment)),
+            ", ".join(contents.requirements(environment)),
         )
     Console().print(table)
 

@@ -23,7 +23,7 @@ from kto_ray.plugins import load_plugin
 from kto_ray.prompts import load_prompts
 from kto_ray.records import Prompt
 from kto_ray.relabel import Replayed, saved_config
-from kto_ray.score.environments import interpreter
+from kto_ray.score.environments.finding import interpreter
 from kto_ray.score.scorers import load_scorer
 from kto_ray.storage import Storage
 

@@ -45,14 +45,14 @@ def scorer_arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
     os.environ.setdefault("KTO_RAY_ENVS", str(Path(__file__).parents[1] / ".envs"))
     from rich.console import Console
 
-    from kto_ray.score import environments
+    from kto_ray.score.environments import building, contents
 
     arguments = {}
-    for name in environments.ENVIRONMENTS:
+    for name in contents.ENVIRONMENTS:
         folder = tmp_path_factory.mktemp(name)
         write = f"import json, pathlib; from kto_ray.score.scorers.{name} import random_checkpoint; "
         write += f"print(json.dumps(random_checkpoint(pathlib.Path({str(folder)!r}))))"
-        python = environments.build(name, Console())
+        python = building.build(name, Console())
         done = subprocess.run([python, "-I", "-c", write], stdout=subprocess.PIPE, text=True, check=True)
         arguments[name] = json.loads(done.stdout.splitlines()[-1])
     return arguments

@@ -59,7 +59,7 @@ def check_scorer(
 
     from kto_ray.cluster import connected
     from kto_ray.config import Cluster
-    from kto_ray.score.environments import interpreter
+    from kto_ray.score.environments.finding import interpreter
 
     runtime_env: dict[str, Any] = {"py_executable": str(interpreter(env))} if env else {}
     with contextlib.nullcontext() if ray.is_initialized() else connected(Cluster()):

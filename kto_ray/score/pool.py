@@ -22,7 +22,7 @@ from kto_ray.errors import UserError
 from kto_ray.images import to_png
 from kto_ray.records import Sample, Score
 from kto_ray.score.actor import Answers, ScorerActor, plain
-from kto_ray.score.environments import interpreter
+from kto_ray.score.environments.finding import interpreter
 
 logger = logging.getLogger(__name__)
 

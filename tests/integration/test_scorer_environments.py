@@ -18,8 +18,8 @@ from rich.console import Console
 from kto_ray.cli import main
 from kto_ray.config import Cluster
 from kto_ray.images import to_png
-from kto_ray.score import environments
 from kto_ray.score.actor import ScorerActor
+from kto_ray.score.environments import building, finding
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def root() -> Iterator[None]:
 
 def inside(name: str, folder: Path) -> dict[str, Any]:
     """What inside_environment.py answers in an environment, which is built if it is not there; on all cores."""
-    python = environments.build(name, Console())
+    python = building.build(name, Console())
     done = subprocess.run(
         [python, "-I", Path(__file__).with_name("inside_environment.py"), name, folder],
         env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())},
@@ -143,7 +143,7 @@ def test_an_actor_lives_in_an_environment(hpsv2: dict[str, Any]) -> None:
 
     from kto_ray.cluster import connected
 
-    environment = {"py_executable": str(environments.interpreter("hpsv2"))}
+    environment = {"py_executable": str(finding.interpreter("hpsv2"))}
     images_BHWC = np.random.default_rng(0).integers(0, 256, (5, 64, 48, 3), np.uint8)
     with connected(Cluster(address="local")):
         actor = ray.remote(num_cpus=0, runtime_env=environment)(ScorerActor).remote("hpsv2", hpsv2["arguments"])

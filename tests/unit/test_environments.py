@@ -20,20 +20,10 @@ from rich.console import Console
 import kto_ray
 from kto_ray.cli import main
 from kto_ray.errors import UserError
-from kto_ray.score import environments
-from kto_ray.score.environments import (
-    BASE,
-    ENVIRONMENTS,
-    MARKER,
-    Environment,
-    Rewrite,
-    Supply,
-    find_flaw,
-    interpreter,
-    require,
-    requirements,
-    specification,
-)
+from kto_ray.score.environments import building, contents
+from kto_ray.score.environments.contents import BASE, ENVIRONMENTS, Environment, requirements, specification
+from kto_ray.score.environments.finding import MARKER, find_flaw, interpreter, require
+from kto_ray.score.environments.repairs import Rewrite, Supply
 from kto_ray.score.scorers import SCORERS, load_scorer
 
 HPSV2 = ENVIRONMENTS["hpsv2"]
@@ -146,7 +136,7 @@ def test_ones_own_python_is_taken_by_its_path(tmp_path: Path) -> None:
 def test_without_a_setting_environments_are_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KTO_RAY_ENVS", raising=False)
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert environments.root() == Path("/home/somebody/.cache/kto-ray/envs")
+    assert contents.root() == Path("/home/somebody/.cache/kto-ray/envs")
 
 
 # -- what is in them --------------------------------------------------------------------------------------------------
@@ -277,15 +267,15 @@ def toys(toy_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.setenv("KTO_RAY_ENVS", str(folder))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-    monkeypatch.setattr(environments, "BASE", Environment("base", ("toy==1.0",)))
-    monkeypatch.setattr(environments, "ENVIRONMENTS", {"toy": Environment("toy", ("toy==2.0",), (repair,))})
+    monkeypatch.setattr(contents, "BASE", Environment("base", ("toy==1.0",)))
+    monkeypatch.setattr(contents, "ENVIRONMENTS", {"toy": Environment("toy", ("toy==2.0",), (repair,))})
     return folder
 
 
 def build() -> str:
     """What a build of the toy says; pip's own words go where the tests' do."""
     console = Console(file=io.StringIO(), width=1000)
-    environments.build("toy", console)
+    building.build("toy", console)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
@@ -318,16 +308,16 @@ def test_a_second_build_does_nothing(toys: Path) -> None:
 @pytest.mark.usefixtures("toys")
 def test_a_failed_build_is_no_build_and_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
     build()
-    good = environments.ENVIRONMENTS["toy"]
+    good = contents.ENVIRONMENTS["toy"]
     misfit = Rewrite("misfit", "it was written for another version", "toy/__init__.py", "import nothing")
-    monkeypatch.setitem(environments.ENVIRONMENTS, "toy", Environment("toy", good.packages, (misfit,)))
+    monkeypatch.setitem(contents.ENVIRONMENTS, "toy", Environment("toy", good.packages, (misfit,)))
     with pytest.raises(UserError, match="repair 'misfit' does not find"):
         build()
-    assert find_flaw(environments.ENVIRONMENTS["toy"]) == "is built only in part"
-    monkeypatch.setitem(environments.ENVIRONMENTS, "toy", Environment("toy", ("toy==3.0",)))
+    assert find_flaw(contents.ENVIRONMENTS["toy"]) == "is built only in part"
+    monkeypatch.setitem(contents.ENVIRONMENTS, "toy", Environment("toy", ("toy==3.0",)))
     with pytest.raises(UserError, match=r"failed with status 1 of: .* install .*toy==3\.0"):
         build()
-    monkeypatch.setitem(environments.ENVIRONMENTS, "toy", good)
+    monkeypatch.setitem(contents.ENVIRONMENTS, "toy", good)
     said = build()
     assert "base is built\ntoy is built only in part" in said
     assert ask(interpreter("toy"), "toy.version") == "2"
@@ -338,7 +328,7 @@ def test_a_second_builder_waits_for_the_first(toys: Path) -> None:
     console = Console(file=io.StringIO(), width=1000)
     with open(toys / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        second = threading.Thread(target=environments.build, args=("toy", console))
+        second = threading.Thread(target=building.build, args=("toy", console))
         second.start()
         while "waiting" not in (said := console.file.getvalue()):  # type: ignore[attr-defined]
             time.sleep(0.01)
@@ -351,7 +341,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
     (tmp_path / "file").touch()
     monkeypatch.setenv("KTO_RAY_ENVS", str(tmp_path / "file" / "envs"))
     with pytest.raises(UserError, match=r"environments cannot be kept in .*file/envs: .*; set KTO_RAY_ENVS"):
-        environments.build("hpsv2", Console(file=io.StringIO()))
+        building.build("hpsv2", Console(file=io.StringIO()))
 
 
 # -- command ----------------------------------------------------------------------------------------------------------

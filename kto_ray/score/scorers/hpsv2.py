@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kto_ray.errors import UserError
 from kto_ray.records import Prompt
-from kto_ray.score.environments import require
+from kto_ray.score.environments.finding import require
 from kto_ray.score.protocol import check_batch
 from kto_ray.score.scorers.blank import Unfilled, random_weights
 from kto_ray.score.scorers.weights import find_file, load_weights, pick_device, pick_dtype, read_weights
