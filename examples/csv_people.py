@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from kto_ray.label.protocol import Labeler
-from kto_ray.records import Sample, Score, Verdict
+from kto_ray.records import Sample, Verdict
 
 
 class GrowingCsv(Labeler):
@@ -26,7 +26,7 @@ class GrowingCsv(Labeler):
     async def start(self, memory: Mapping[str, Any]) -> None:
         self.taken = memory.get("taken", 0)
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
             if not (picture := self.folder / f"{sample.id}.png").exists():
                 Image.fromarray(sample.pixels_HWC).save(picture)

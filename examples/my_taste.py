@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kto_ray.label.protocol import Labeler
-from kto_ray.records import Prompt, Sample, Score, Verdict
+from kto_ray.records import Prompt, Sample, Verdict
 from kto_ray.score.protocol import check_batch
 
 
@@ -60,7 +60,7 @@ class NeitherDarkNorGlaring(Labeler):
         self.seen: set[str] = set()
         self.verdicts: asyncio.Queue[list[Verdict]] = asyncio.Queue()
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Sequence[Sample]) -> None:
         new = [sample for sample in samples if sample.id not in self.seen]
         self.seen.update(sample.id for sample in new)
         if new:

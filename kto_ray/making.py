@@ -1,7 +1,7 @@
 """Making one round: draw -> score -> label -> seal, as a stream, from wherever a crash left it.
 
-`loop.py` says when, and with which policy; samples go to the scorers and the labeler as they are drawn, and everything
-is stored before it counts.
+`loop.py` says when, and with which policy; samples go to the labeler and the scorers as they are drawn, scores to the
+labeler as they are found, and everything is stored before it counts.
 """
 
 import asyncio
@@ -62,20 +62,27 @@ class Making:
         try:
             # What a crash left; verdicts that are there already stay.
             left = [s for s in round_.samples() if self.labeler.whole_rounds or s.id not in round_.judged_ids]
+            await self.labeler.submit(left)
             for start in range(0, len(left), config.generate.batch_size):
                 batch = left[start : start + config.generate.batch_size]
                 scoring.add(asyncio.create_task(self._score(round_, batch, bars)))
             async for samples in self.generators.stream(round_.missing(requests), policy):
                 round_.add_samples(samples)
+                await self.labeler.submit(samples)
                 scoring.add(asyncio.create_task(self._score(round_, samples, bars)))
                 self._show(round_, bars)
                 for task in {collecting, *scoring}:
                     if task.done():
                         task.result()
             drawn = time.monotonic()
-            async with noisily(lambda: f"{self.labeler.status(round_.stage)} on round {index}", config.cluster):
+
+            def awaited() -> str:
+                is_scored = all(task.done() for task in scoring)
+                return f"{self.labeler.status(round_.stage) if is_scored else 'scores'} on round {index}"
+
+            async with noisily(awaited, config.cluster):
                 await _done(scoring, deadline_s)
-                await _cancelled(scoring)  # past the deadline: they submit with the scores that they have
+                await _cancelled(scoring)  # past the deadline, the scores that are there have to do
                 await self.labeler.finish(round_.stage)
                 enough = asyncio.create_task(self.labeler.enough(round_.stage))
                 showing = asyncio.create_task(self._show_status(index, round_.stage, bars[-1]))
@@ -102,21 +109,18 @@ class Making:
         )
 
     async def _score(self, round_: Round, samples: Sequence[Sample], bars: Sequence[TaskID]) -> None:
-        """Score samples (again only what a crash left unscored), store the scores, and hand both to the labeler."""
+        """Score samples (again only what a crash left unscored), store the scores, and hand them to the labeler."""
         ids = {sample.id for sample in samples}
         stored = round_.scores() if ids & round_.scored_ids else []
         known = [score for score in stored if score.sample_id in ids and score.value is not None]
-        found = list(known)
-        try:
-            async with contextlib.aclosing(self.scorers.score_each(samples, known)) as answers:
-                async for scores in answers:
-                    round_.add_scores(scores)
-                    found += scores
-                    self._show(round_, bars)
-                    images = self.config.generate.images_per_round
-                    require_scored(self.config.label, round_.stage, round_.failures, images)
-        finally:
-            await self.labeler.submit(samples, found)
+        await self.labeler.scored(round_.stage, known)
+        async with contextlib.aclosing(self.scorers.score_each(samples, known)) as answers:
+            async for scores in answers:
+                round_.add_scores(scores)
+                await self.labeler.scored(round_.stage, scores)
+                self._show(round_, bars)
+                images = self.config.generate.images_per_round
+                require_scored(self.config.label, round_.stage, round_.failures, images)
 
     async def _collect(self, round_: Round, expected: int, bars: Sequence[TaskID]) -> None:
         """Store verdicts as they come, until every sample of the round has one."""

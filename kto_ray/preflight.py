@@ -13,13 +13,12 @@ from typing import Any
 from kto_ray.config import RunConfig, implied, require_same, to_yaml
 from kto_ray.diffusion import source
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import LABELERS
+from kto_ray.label.labelers import labeler_class
 from kto_ray.people.address import database_owner, database_url
 from kto_ray.people.clock import Clock
 from kto_ray.people.gold import load_gold
 from kto_ray.people.people import People
 from kto_ray.people.tables import open_database
-from kto_ray.plugins import load_plugin
 from kto_ray.prompts import load_prompts
 from kto_ray.records import Prompt
 from kto_ray.relabel import Replayed, saved_config
@@ -76,7 +75,7 @@ def _check_label(config: RunConfig, held_out: Sequence[Prompt]) -> None:
                 interpreter(settings.env)
         except UserError as error:
             raise UserError(f"label.scorers.{name}.env: {error}") from error
-    load_plugin("label.labeler", config.label.labeler, LABELERS)
+    labeler_class(config.label.labeler)
     if config.replay and (both := Replayed(config.replay, config).prompt_texts() & {p.text for p in held_out}):
         raise UserError(
             f"replay.run: {config.replay.run} was trained on {len(both)} of the prompts.held_out, for instance "

@@ -21,8 +21,7 @@ from rich.text import Text
 from kto_ray.check.finding import Broken, Finding, Size, find, shorten
 from kto_ray.check.labeler_trial import CANCEL_S, LABELER_CHECKS, LABELER_ESSENTIAL, LabelerTrial
 from kto_ray.check.scorer_trial import SCORER_CHECKS, ScorerTrial
-from kto_ray.label.protocol import LABELERS
-from kto_ray.plugins import load_plugin
+from kto_ray.label.labelers import labeler_class
 from kto_ray.score.scorers import load_scorer
 
 
@@ -109,7 +108,7 @@ def check_labeler(
         size: (height, width) of the images.
     """
     arguments = dict(arguments or {})
-    findings = _specification(path, arguments, lambda: load_plugin("label.labeler", path, LABELERS))
+    findings = _specification(path, arguments, lambda: labeler_class(path))
     if findings[-1].last:
         return findings
     trial = LabelerTrial(path, arguments, scorers, wait_s, size)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from kto_ray.check.finding import PICTURES, Broken, Size, number, picture
-from kto_ray.label.protocol import LABELERS, Labeler
-from kto_ray.plugins import load_plugin
+from kto_ray.label.labelers import labeler_class
+from kto_ray.label.protocol import Labeler
 from kto_ray.records import LABELS, PolicyRef, Prompt, Sample, SampleRequest, Score, Verdict
 
 INTERRUPTIONS = 20
@@ -30,7 +30,7 @@ class LabelerTrial:
     In its first life it answers undisturbed; in the second, `collect` is cancelled again and again.
 
     Args:
-        scorers: names of the scorers whose scores come with the samples.
+        scorers: names of the scorers whose scores come after the samples.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LabelerTrial:
     # -- first life
 
     async def build(self) -> str:
-        self.labeler = load_plugin("label.labeler", self.path, LABELERS)(**self.arguments)
+        self.labeler = labeler_class(self.path)(**self.arguments)
         name = getattr(self.labeler, "name", None)
         if not isinstance(name, str) or not name:
             raise Broken(f'its name is {name!r}; write name = "..." in the class')
@@ -61,10 +61,17 @@ class LabelerTrial:
 
     async def submit(self) -> str:
         """Twice the same samples: they may come again after a crash."""
-        await self.call("submit", self.samples, self.scores(self.samples))
-        await self.call("submit", self.samples, self.scores(self.samples))
+        await self.call("submit", self.samples)
+        await self.call("submit", self.samples)
         await self.call("submit", [])
-        await self.call("finish", self.samples[0].stage)
+        return ""
+
+    async def take_scores(self) -> str:
+        """In two parts, and twice, as after a crash."""
+        stage, scores = self.samples[0].stage, self.scores(self.samples)
+        for some in (scores[::2], scores[1::2], scores):
+            await self.call("scored", stage, some)
+        await self.call("finish", stage)
         return ""
 
     async def answer(self) -> str:
@@ -135,7 +142,8 @@ class LabelerTrial:
         if self.at_the_seal:
             return "not tried, as verdicts come with the seal"
         samples = trial_samples("round-00001", self.size)
-        await self.call("submit", samples, self.scores(samples))
+        await self.call("submit", samples)
+        await self.call("scored", samples[0].stage, self.scores(samples))
         await self.call("finish", samples[0].stage)
         verdicts: list[Verdict] = []
         for turns in range(INTERRUPTIONS):
@@ -236,11 +244,12 @@ class LabelerTrial:
         return verdicts
 
 
-METHODS = ("start", "submit", "finish", "collect", "enough", "seal", "status", "figures", "memory", "close")
+METHODS = ("start", "submit", "scored", "finish", "collect", "enough", "seal", "status", "figures", "memory", "close")
 LABELER_CHECKS: dict[str, Callable[[LabelerTrial], Coroutine[Any, Any, str]]] = {
     "is built, with a name": LabelerTrial.build,
     "starts": LabelerTrial.start,
     "takes samples": LabelerTrial.submit,
+    "takes scores": LabelerTrial.take_scores,
     "answers": LabelerTrial.answer,
     "its verdicts are legal": LabelerTrial.legal,
     "judges a sample once": LabelerTrial.once,
@@ -253,7 +262,7 @@ LABELER_CHECKS: dict[str, Callable[[LabelerTrial], Coroutine[Any, Any, str]]] = 
     "closes again": LabelerTrial.close,
 }
 LABELER_ESSENTIAL = (
-    *("is built, with a name", "starts", "takes samples", "answers"),
+    *("is built, with a name", "starts", "takes samples", "takes scores", "answers"),
     "is built again and given its memory",
 )
 

@@ -1,8 +1,11 @@
-"""The labeler that a run's configuration names; the loop asks here."""
+"""The labeler that a run's configuration names; the loop asks here, and `preflight.py` before it."""
+
+import inspect
 
 from rich.console import Console
 
 from kto_ray.config import RunConfig
+from kto_ray.errors import UserError
 from kto_ray.label.protocol import LABELERS, Labeler
 from kto_ray.label.threshold_labeler import ThresholdLabeler
 from kto_ray.plugins import load_plugin
@@ -26,5 +29,20 @@ def make_labeler(config: RunConfig, run: Storage, console: Console) -> Labeler:
             from kto_ray.people.labeler import HumanLabeler
 
             return HumanLabeler(config, run, console)
-    labeler: Labeler = load_plugin("label.labeler", config.label.labeler, LABELERS)(**config.label.labeler_args)
-    return labeler
+    return labeler_class(config.label.labeler)(**config.label.labeler_args)
+
+
+def labeler_class(path: str) -> type[Labeler]:
+    """The class that `label.labeler` names.
+
+    Raises:
+        UserError: there is no such class, or it is of the protocol as it was when samples came with their scores.
+    """
+    found: type[Labeler] = load_plugin("label.labeler", path, LABELERS)
+    submit = getattr(found, "submit", None)
+    if callable(submit) and len(inspect.signature(submit).parameters) > 2:
+        raise UserError(
+            f"label.labeler: {path}: submit{inspect.signature(submit)} takes scores, too, but samples are submitted as "
+            "soon as they are drawn; write submit(self, samples), and take scores in scored(self, stage, scores)"
+        )
+    return found

@@ -1,8 +1,9 @@
 """The `Labeler` protocol.
 
-The loop scores samples as they are generated, submits them with their scores, and collects verdicts as they come, of
-whatever round: a function that answers in 10 ms and a person who answers in two days fit alike. `threshold_labeler.py`
-and `people/labeler.py` are the built-in labelers, `labelers.py` finds them; `check/` tries one's own class.
+The loop submits samples as they are drawn, hands on what scorers say of them as they say it, and collects verdicts as
+they come, of whatever round: a function that answers in 10 ms and a person who answers in two days fit alike.
+`threshold_labeler.py` and `people/labeler.py` are the built-in labelers, `labelers.py` finds them; `check/` tries one's
+own class.
 """
 
 import asyncio
@@ -35,15 +36,19 @@ class Labeler(Protocol):
         """Get ready; called once, before anything else. `memory` is what the last sealed round kept, or {}."""
         return  # a body, for those who inherit it
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
-        """Take samples to judge, and return at once.
+    async def submit(self, samples: Sequence[Sample]) -> None:
+        """Take samples to judge, as soon as they are drawn, and return at once."""
 
-        `scores` are what the run's scorers, if it has any, say of these samples: held-out scorers and failed scores
-        included.
+    async def scored(self, stage: str, scores: Sequence[Score]) -> None:
+        """Take what the run's scorers, if it has any, say of samples that were submitted, and return at once.
+
+        Called again and again while a round (`Sample.stage`) is made, with scores in any order: those of held-out
+        scorers and failed ones included. A scorer that is slow, or hangs, keeps no sample from being judged.
         """
+        return  # a body, for those who inherit it
 
     async def finish(self, stage: str) -> None:
-        """No more samples of this round (`Sample.stage`) will come: verdicts that need all of it can be found."""
+        """No more samples or scores of this round will come: verdicts that need all of it can be found."""
         return  # a body, for those who inherit it
 
     async def collect(self) -> Sequence[Verdict]:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Scored:
-    """Samples of a round that wait for its end: prompt ids and voters' scores by sample id."""
+    """Samples of a round that wait for its end: prompt ids and scores by sample id."""
 
     prompts: dict[str, str] = field(default_factory=dict)
     scores: dict[str, dict[str, Score]] = field(default_factory=dict)
@@ -39,12 +39,13 @@ class ThresholdLabeler(Labeler):
     async def start(self, memory: Mapping[str, Any]) -> None:
         self._last = RuleFit.from_json(memory["fit"]) if memory else None
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
             self._rounds.setdefault(sample.stage, _Scored()).prompts[sample.id] = sample.prompt.id
-        stage_of = {sample.id: sample.stage for sample in samples}
+
+    async def scored(self, stage: str, scores: Sequence[Score]) -> None:
         for score in scores:
-            self._rounds[stage_of[score.sample_id]].scores.setdefault(score.sample_id, {})[score.scorer] = score
+            self._rounds[stage].scores.setdefault(score.sample_id, {})[score.scorer] = score
 
     async def finish(self, stage: str) -> None:
         judged = self.judge(stage)

@@ -117,9 +117,9 @@ class HumanLabeler(Labeler):
                 highlight=False,
             )
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Sequence[Sample]) -> None:
         if self.scorers:
-            await self.scorers.submit(samples, scores)
+            await self.scorers.submit(samples)
         asked: dict[str, list[Sample]] = {}
         for sample in samples:
             round_, decided = self._rounds.setdefault(sample.stage, _Asked()), goes_to_people(self.human, sample.id)
@@ -129,6 +129,10 @@ class HumanLabeler(Labeler):
                 asked.setdefault(sample.stage, []).append(sample)
         for stage, those in asked.items():
             await self._ask(stage, those)
+
+    async def scored(self, stage: str, scores: Sequence[Score]) -> None:
+        if self.scorers:
+            await self.scorers.scored(stage, scores)
 
     async def _ask(self, stage: str, samples: Sequence[Sample]) -> None:
         pngs = await asyncio.to_thread(to_png, np.stack([sample.pixels_HWC for sample in samples]))

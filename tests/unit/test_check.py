@@ -16,6 +16,8 @@ from kto_ray.check.contract import ask_all, check_labeler, check_scorer, show
 from kto_ray.check.finding import Finding
 from kto_ray.check.labeler_trial import LABELER_CHECKS
 from kto_ray.check.scorer_trial import SCORER_CHECKS, ScorerTrial
+from kto_ray.errors import UserError
+from kto_ray.label.labelers import labeler_class
 from kto_ray.label.protocol import Labeler
 from kto_ray.records import Label, Prompt, Sample, Score, Verdict
 from kto_ray.score.protocol import BatchFailed, check_batch
@@ -319,7 +321,7 @@ class Patient(Labeler):
     async def start(self, memory: Mapping[str, Any]) -> None:
         self.count = memory.get("count", 0)
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
             if sample.id not in self.seen:
                 self.seen.add(sample.id)
@@ -355,7 +357,7 @@ class WholeRound(Patient):
         super().__init__()
         self.waiting: dict[str, Sample] = {}
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Sequence[Sample]) -> None:
         self.waiting |= {sample.id: sample for sample in samples}
 
     async def finish(self, stage: str) -> None:
@@ -379,16 +381,25 @@ class ByScore(Labeler):
 
     def __init__(self, scorer: str) -> None:
         self.scorer = scorer
+        self.missing: set[str] = set()
         self.verdicts: dict[str, Verdict] = {}
         self.new = asyncio.Event()
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
-        values = {score.sample_id: score.value for score in scores if score.scorer == self.scorer}
-        for sample in samples:
-            value = values[sample.id]
-            label: Label = "failed" if value is None else "desirable" if value > 0.5 else "undesirable"
-            self.verdicts.setdefault(sample.id, Verdict(sample.id, label, self.name, f"{value} > 0.5"))
+    async def submit(self, samples: Sequence[Sample]) -> None:
+        self.missing |= {sample.id for sample in samples} - self.verdicts.keys()
+
+    async def scored(self, stage: str, scores: Sequence[Score]) -> None:
+        for score in scores:
+            if score.scorer == self.scorer and score.sample_id in self.missing:
+                value = score.value
+                label: Label = "failed" if value is None else "desirable" if value > 0.5 else "undesirable"
+                self.verdicts[score.sample_id] = Verdict(score.sample_id, label, self.name, f"{value} > 0.5")
+                self.missing.remove(score.sample_id)
         self.new.set()
+
+    async def finish(self, stage: str) -> None:
+        if self.missing:
+            raise RuntimeError(f"no scores of {self.scorer}")
 
     async def collect(self) -> Sequence[Verdict]:
         while True:
@@ -447,7 +458,7 @@ def test_a_labeler_is_given_the_scores_that_it_needs() -> None:
     findings = {f.name: f for f in check_labeler(path, arguments, scorers=["other", "taste"], wait_s=5)}
     assert failed(findings) == []
     assert findings["its verdicts are legal"].words == "3 desirable, 4 undesirable, 1 failed"
-    assert failed({f.name: f for f in check_labeler(path, arguments, wait_s=5)}) == ["takes samples"]
+    assert failed({f.name: f for f in check_labeler(path, arguments, wait_s=5)}) == ["takes scores"]
 
 
 # -- labelers that do not ---------------------------------------------------------------------------------------------
@@ -460,7 +471,7 @@ class Nameless(Patient):
 class NotALabeler:
     name = "half"
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Sequence[Sample]) -> None:
         pass
 
 
@@ -470,7 +481,7 @@ class PlainStart(Patient):
 
 
 class WaitsInSubmit(Patient):
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Sequence[Sample]) -> None:
         await asyncio.sleep(86_400)
 
 
@@ -506,7 +517,7 @@ class NoReason(Patient):
 
 
 class Twice(Patient):
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Sequence[Sample]) -> None:
         self.seen.clear()
         await super().submit(samples)
 
@@ -607,7 +618,7 @@ class Stubborn(Patient):
         (
             NotALabeler,
             "is built, with a name",
-            "it has no start, finish, collect, enough, seal, ",
+            "it has no start, scored, finish, collect, enough, seal, ",
         ),
         (PlainStart, "starts", "write async def start"),
         (NoCollect, "answers", "NotImplementedError"),
@@ -647,6 +658,22 @@ def test_a_labeler_that_hangs_is_found(labeler: type, check: str, words: str) ->
     findings = labeler_findings(labeler, wait_s=0.3)
     assert not findings[check].passed
     assert words in findings[check].words
+
+
+class WithScores(Patient):
+    """As labelers were when samples came once they were scored."""
+
+    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+        await super().submit(samples)
+
+
+def test_a_labeler_that_waits_for_samples_with_their_scores_is_refused() -> None:
+    last = check_labeler(f"{__name__}:WithScores")[-1]
+    assert (last.name, last.passed) == ("is found", False)
+    assert "WithScores: submit(self, samples: " in last.words
+    assert "write submit(self, samples), and take scores in scored(self, stage, scores)" in last.words
+    with pytest.raises(UserError, match=r"label\.labeler: .* takes scores, too"):
+        labeler_class(f"{__name__}:WithScores")
 
 
 def test_a_labeler_that_is_not_there_is_named() -> None:

@@ -55,7 +55,8 @@ class Bench:
             Score(sample.id, "shapes", "1", value, "no" if value is None else None)
             for sample, value in zip(samples, values or [0.5] * len(samples), strict=True)
         ]
-        await self.labeler.submit(samples, scores)
+        await self.labeler.submit(samples)
+        await self.labeler.scored(samples[0].stage, scores)
         await self.labeler.finish(samples[0].stage)
 
     async def seal(self, stage: str = "round-00000") -> dict[str, Verdict]:
@@ -175,9 +176,11 @@ async def test_the_rest_is_judged_by_scorers(tmp_path: Path) -> None:
     near = {"human": {"route": {"kind": "near_threshold", "share": 0.5}}}
     bench, samples = Bench(tmp_path, near), make_samples("round-00000", 4)
     scores = [Score(s.id, "shapes", "1", v) for s, v in zip(samples, (0.9, 0.52, 0.1, 0.48), strict=True)]
-    await bench.labeler.submit(samples[:2], scores[:2])
+    await bench.labeler.submit(samples[:2])
+    await bench.labeler.scored("round-00000", scores[:2])
     assert await bench.offers() == []  # whether an image is near is known when all have scores
-    await bench.labeler.submit(samples[2:], scores[2:])
+    await bench.labeler.submit(samples[2:])
+    await bench.labeler.scored("round-00000", scores[2:])
     await bench.labeler.finish("round-00000")
     offered = await bench.offers()
     assert {await bench.sample_of(item) for item in offered} == {samples[1].id, samples[3].id}
@@ -194,7 +197,8 @@ async def test_a_round_of_which_nothing_goes_to_people_waits_for_nobody(tmp_path
     label = {"scorers": votes, "combine": "agreement", "human": {"route": "disagreement"}}
     bench, samples = Bench(tmp_path, label), make_samples("round-00000", 2)
     scores = [Score(s.id, name, "1", 1.0) for s in samples for name in votes]
-    await bench.labeler.submit(samples, scores)
+    await bench.labeler.submit(samples)
+    await bench.labeler.scored("round-00000", scores)
     await bench.labeler.finish("round-00000")
     assert await is_enough(bench)
     assert {verdict.labeler for verdict in (await bench.seal()).values()} == {"threshold"}

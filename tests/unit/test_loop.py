@@ -37,13 +37,17 @@ class Patient(Labeler):
 
     def __init__(self, fails: bool = False, enough: int | None = None) -> None:
         self.fails, self.wanted, self.said = fails, enough, asyncio.Semaphore(0)
-        self.given: dict[str, Sequence[Score]] = {}
+        self.given: dict[str, list[Score]] = {}
         self.finished: list[str] = []
         self.answers: asyncio.Queue[list[Verdict]] = asyncio.Queue()
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
-            self.given[sample.id] = [score for score in scores if score.sample_id == sample.id]
+            self.given[sample.id] = []
+
+    async def scored(self, stage: str, scores: Sequence[Score]) -> None:
+        for score in scores:
+            self.given[score.sample_id].append(score)
 
     async def finish(self, stage: str) -> None:
         self.finished.append(stage)
@@ -171,6 +175,45 @@ async def test_people_need_no_scorers(make_loop: Make) -> None:
     assert workers.scored == []
 
 
+def with_people(loop: _Loop) -> Desk:
+    """A desk of this process, where people and the loop's labeler meet."""
+    labeler = cast(HumanLabeler, loop.labeler)
+    labeler.desk = Desk(database_url(labeler.human, loop.run_storage), loop.run_storage.uri, labeler.human, 0)
+    return labeler.desk
+
+
+async def offers_of_a_round(desk: Desk, badge: str) -> list[str]:
+    """Waits until somebody can see all of its images."""
+    while len(offers := (await desk.turn(badge, IMAGES)).offers) < IMAGES:
+        await asyncio.sleep(0.01)
+    return [offer.item for offer in offers]
+
+
+@pytest.mark.parametrize("crash", [False, True])
+async def test_people_judge_while_a_scorer_hangs(make_loop: Make, crash: bool) -> None:
+    label = {"labeler": "human", "scorers": {"shapes": {}, "other": {"held_out": True}}}
+    loop, workers = make_loop(label, shapes=half, other=coin)
+    desk = with_people(loop)
+    badge = (await desk.badge_of("ann")).id
+    workers.answering.clear()
+    making = asyncio.create_task(make_round(loop))
+    offered = await asyncio.wait_for(offers_of_a_round(desk, badge), 60)
+    for place, item in enumerate(offered):
+        await desk.answer(badge, item, "desirable" if place % 2 else "undesirable", 1.0, 0)
+    assert (workers.scored, making.done()) == ([], False)  # scores belong to the round, which therefore waits
+    if crash:
+        making.cancel()
+        await asyncio.gather(making, return_exceptions=True)
+        loop, workers = make_loop(label, shapes=half, other=coin)
+        desk = with_people(loop)
+        making = asyncio.create_task(make_round(loop))
+    workers.answering.set()
+    facts = (await making).manifest
+    assert (facts["desirable"], facts["undesirable"], facts["people/answers"]) == (3, 3, IMAGES)
+    assert {"score/shapes", "score/other"} <= facts.keys()
+    assert loop.rounds.ledger().balances
+
+
 @pytest.mark.parametrize("tolerated", [0.1, 0.5])
 async def test_failed_scores_stop_the_run_past_the_limit(make_loop: Make, tolerated: float) -> None:
     def fails_twice(sample: Sample) -> float | None:
@@ -241,8 +284,7 @@ async def test_a_labeler_may_have_enough_before_there_is_a_verdict_on_everything
 async def test_the_loop_waits_for_people_no_longer_than_its_deadline(make_loop: Make, on_deadline: str) -> None:
     label = {"labeler": "human", "deadline_s": 0.2, "human": {"on_deadline": on_deadline}}
     loop, _ = make_loop(label, shapes=half)
-    labeler, run = cast(HumanLabeler, loop.labeler), loop.run_storage
-    labeler.desk = Desk(database_url(labeler.human, run), run.uri, labeler.human, 0)
+    with_people(loop)
     round_ = await make_round(loop)
     facts = round_.manifest
     assert facts["people/judged"] == facts["people/answers"] == 0

@@ -35,7 +35,8 @@ def judged_by_the_labeler(config: RunConfig) -> list[list[Verdict]]:
         await labeler.start({})
         for index in range(len(VALUES)):
             stage = f"round-{index:05}"
-            await labeler.submit(make_samples(stage, 4), scores(index))
+            await labeler.submit(make_samples(stage, 4))
+            await labeler.scored(stage, scores(index))
             await labeler.finish(stage)
             rounds.append(list(await labeler.collect()))
         return rounds

@@ -47,7 +47,8 @@ async def judged(
     scores = scores_of(samples, values)
     for scorer, more in others.items():
         scores += scores_of(samples, more, scorer)
-    await labeler.submit(samples, scores)
+    await labeler.submit(samples)
+    await labeler.scored(stage, scores)
     await labeler.finish(stage)
     verdicts = await asyncio.wait_for(labeler.collect(), 5)
     assert [verdict.sample_id for verdict in verdicts] == [sample.id for sample in samples]
@@ -69,8 +70,10 @@ async def started(config: Labeling, memory: Mapping[str, Any] | None = None) -> 
 
 async def test_every_sample_is_judged_once_the_round_is_complete() -> None:
     labeler, samples = await started(ABSOLUTE), make_samples("round-00000", 4)
-    await labeler.submit(samples[:1], scores_of(samples[:1], [0.9]))
-    await labeler.submit(samples[1:], scores_of(samples[1:], [0.1, None, 0.5]))
+    await labeler.submit(samples[:1])
+    await labeler.scored("round-00000", scores_of(samples[:1], [0.9]))
+    await labeler.submit(samples[1:])
+    await labeler.scored("round-00000", scores_of(samples[1:], [0.1, None, 0.5]))
     waiting = asyncio.create_task(labeler.collect())
     await asyncio.sleep(0)
     assert not waiting.done()
@@ -84,7 +87,8 @@ async def test_every_sample_is_judged_once_the_round_is_complete() -> None:
 async def test_submitting_twice_judges_once() -> None:
     labeler, samples = await started(ABSOLUTE), make_samples("round-00000", 3)
     for _ in range(2):
-        await labeler.submit(samples, scores_of(samples, [0.9, 0.1, 0.5]))
+        await labeler.submit(samples)
+        await labeler.scored("round-00000", scores_of(samples, [0.9, 0.1, 0.5]))
     await labeler.finish("round-00000")
     assert labels(await labeler.collect()) == ["desirable", "undesirable", "desirable"]
 
@@ -102,8 +106,10 @@ async def test_cancelling_collect_loses_no_verdict() -> None:
 async def test_rounds_do_not_mix() -> None:
     labeler = await started(Labeling(threshold=RoundQuantile()))
     early, late = make_samples("round-00000", 2), make_samples("round-00001", 2)
-    await labeler.submit(late, scores_of(late, [100, 200]))
-    await labeler.submit(early, scores_of(early, [1, 2]))
+    await labeler.submit(late)
+    await labeler.submit(early)
+    await labeler.scored("round-00001", scores_of(late, [100, 200]))
+    await labeler.scored("round-00000", scores_of(early, [1, 2]))
     await labeler.finish("round-00000")
     assert labels(await labeler.collect()) == ["undesirable", "desirable"]
 
@@ -137,7 +143,8 @@ async def test_the_order_of_arrival_does_not_matter(seed: int) -> None:
         for start in range(0, 12, several):
             batch = [pairs[place] for place in order[start : start + several]]
             columns = [[pair[column] for pair in batch] for column in ((2, 1) if swap else (1, 2))]
-            await labeler.submit([pair[0] for pair in batch], cast(list[Score], columns[0] + columns[1]))
+            await labeler.submit([pair[0] for pair in batch])
+            await labeler.scored("round-00000", cast(list[Score], columns[0] + columns[1]))
         await labeler.finish("round-00000")
         return await labeler.collect(), labeler.figures("round-00000"), labeler.memory()
 
@@ -158,7 +165,8 @@ async def test_a_failed_verdict_says_whose_score_is_missing_and_why() -> None:
 
 async def test_a_sample_that_was_not_scored_has_failed() -> None:
     labeler, samples = await started(ENSEMBLE), make_samples("round-00000", 2)
-    await labeler.submit(samples, scores_of(samples, [1, 2]))
+    await labeler.submit(samples)
+    await labeler.scored("round-00000", scores_of(samples, [1, 2]))
     await labeler.finish("round-00000")
     verdicts = await labeler.collect()
     assert labels(verdicts) == ["failed", "failed"]
