@@ -53,14 +53,14 @@ class Outcome:
 
 def built_in(recipe: RunConfig) -> list[Setting]:
     """The neighbourhood of a recipe."""
-    rate, beta = recipe.train.learning_rate, recipe.train.beta
+    rate, beta = recipe.train.learning_rate, recipe.train.objective.beta
     full_rate = load("shapes_full").train.learning_rate  # all weights take far smaller steps than adapters
     return [
         Setting("recipe"),
         Setting("rate_x0.3", (f"train.learning_rate={0.3 * rate:g}",)),
         Setting("rate_x3", (f"train.learning_rate={3 * rate:g}",)),
-        Setting("beta_x0.3", (f"train.beta={0.3 * beta:g}",)),
-        Setting("beta_x3", (f"train.beta={3 * beta:g}",)),
+        Setting("beta_x0.3", (f"train.objective.beta={0.3 * beta:g}",)),
+        Setting("beta_x3", (f"train.objective.beta={3 * beta:g}",)),
         Setting("gamma_0.5", ("train.gamma=0.5",)),
         Setting("full", ("train.adapter.kind=full", f"train.learning_rate={full_rate:g}")),
         Setting("guidance_1", ("generate.guidance_scale=1",)),

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from kto_ray.config import RunConfig, Train, load, steps_for
 from kto_ray.diffusion import source
+from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import Family, load_family
 from kto_ray.objective import DiffusionKTO, denoising_error
 from kto_ray.shapes.world import all_scenes, draw_somewhere
-from kto_ray.train.learner import RoundData
+from kto_ray.train.batches import RoundData
 from kto_ray.train.sampler import plan_round
 from kto_ray.train.worker import build_learner
 
@@ -105,14 +106,14 @@ def bound(family: Family, policy: nn.Module, reference: nn.Module, data: RoundDa
     clean_BCHW = torch.from_numpy(data.latents_NCHW[:BATCH])
     timesteps_B = family.noise.timesteps(torch.rand(BATCH))
     noisy_BCHW = family.noise.noisy(clean_BCHW, torch.randn_like(clean_BCHW), timesteps_B)
-    text_BTD = family.encode_prompts(data.prompts[:BATCH])
+    text_B = family.encode_prompts(data.prompts[:BATCH])
     gradient_BCHW = torch.full_like(clean_BCHW, 1e-3)
 
     def run() -> None:
         for _ in range(steps):
             with torch.no_grad():
-                family.predict(reference, noisy_BCHW, timesteps_B, text_BTD)
-            torch.autograd.backward(family.predict(policy, noisy_BCHW, timesteps_B, text_BTD), gradient_BCHW)
+                family.predict(reference, noisy_BCHW, timesteps_B, text_B)
+            torch.autograd.backward(family.predict(policy, noisy_BCHW, timesteps_B, text_B), gradient_BCHW)
             for parameter in parameters:
                 parameter.grad = None
 
@@ -137,7 +138,9 @@ class ReleasedLike:
     ) -> None:
         self.family, self.pipeline, self.seed = family, family.pipeline, config.seed
         self.config: Train = config.train
-        self.objective = DiffusionKTO(self.config.utility, self.config.reference_point, self.config.beta)
+        self.objective = DiffusionKTO(
+            self.config.objective.utility, self.config.objective.reference_point, self.config.objective.beta
+        )
         self.unet = family.denoiser.requires_grad_(True)
         self.parameters = list(self.unet.parameters())
         self.reference = [parameter.detach().clone() for parameter in self.parameters]
@@ -164,7 +167,7 @@ class ReleasedLike:
     def _step(self, pixels_BHWC: Tensor, tokens_BT: Tensor, desirable_B: Tensor) -> None:
         clean_BCHW = encode_pictures(self.pipeline, pixels_BHWC)
         with torch.no_grad():
-            text_BTD = self.pipeline.text_encoder(tokens_BT)[0]
+            text_B = Conditioning({"text": self.pipeline.text_encoder(tokens_BT)[0]})
         noise_BCHW = torch.randn_like(clean_BCHW)
         timesteps_B = self.family.noise.timesteps(torch.rand(BATCH))
         noisy_BCHW = self.family.noise.noisy(clean_BCHW, noise_BCHW, timesteps_B)
@@ -173,10 +176,10 @@ class ReleasedLike:
         with torch.no_grad():
             copy_all(self.parameters, self.set_aside)
             copy_all(self.reference, self.parameters)
-            prediction_BCHW = self.family.predict(self.unet, noisy_BCHW, timesteps_B, text_BTD)
+            prediction_BCHW = self.family.predict(self.unet, noisy_BCHW, timesteps_B, text_B)
             copy_all(self.set_aside, self.parameters)
             error_reference_B = denoising_error(prediction_BCHW, target_BCHW)
-        prediction_BCHW = self.family.predict(self.unet, noisy_BCHW, timesteps_B, text_BTD)
+        prediction_BCHW = self.family.predict(self.unet, noisy_BCHW, timesteps_B, text_B)
         reward_B = error_reference_B - denoising_error(prediction_BCHW, target_BCHW)
         z = self.objective.find_reference_point(reward_B, desirable_B)
 

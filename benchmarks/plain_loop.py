@@ -26,7 +26,7 @@ from kto_ray.prompts import load_prompts, round_requests
 from kto_ray.records import SampleRequest
 from kto_ray.score.protocol import Scorer
 from kto_ray.score.scorers import load_scorer
-from kto_ray.train.learner import RoundData
+from kto_ray.train.batches import RoundData
 from kto_ray.train.worker import build_learner
 from kto_ray.verdicts.thresholds import Absolute
 

@@ -25,7 +25,7 @@ def main() -> int:
         "--dry-run", action="store_true", help="print the resolved configuration and what it implies, and end"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="field=value", help="dotted overrides, for instance train.beta=2000"
+        "overrides", nargs="*", metavar="field=value", help="dotted overrides, for instance train.objective.beta=2000"
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

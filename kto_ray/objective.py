@@ -15,7 +15,7 @@ shape (B,), `desirable_B` is bool of shape (B,).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed
@@ -54,6 +54,18 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What an objective looks at besides the policy's own errors; `train/learner.py` computes no more than that."""
+
+    reference: bool = False
+    """The frozen reference's errors on the same noisy latents."""
+    mismatched: bool = False
+    """Both models' errors on each image with a prompt that is not its own."""
+    whole_step: bool = False
+    """Figures over the whole optimizer step, before the first gradient."""
+
+
+@dataclass(frozen=True)
 class DiffusionKTO:
     """The objective with its settings.
 
@@ -69,6 +81,14 @@ class DiffusionKTO:
     beta: float = 5000.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            reference=True,
+            mismatched=self.reference_point == "mismatched_kl",
+            whole_step=self.reference_point != "zero",
+        )
 
     def find_reference_point(
         self, reward_B: Tensor, desirable_B: Tensor, mismatched_reward_B: Tensor | None = None
@@ -123,6 +143,14 @@ class DiffusionKTO:
         utility_B = UTILITIES[self.utility](sign_B * self.beta * (reward_B - z))
         weight_B = torch.where(desirable_B, self.desirable_weight, self.undesirable_weight)
         return weight_B.to(reward_B.dtype) * (1 - utility_B)
+
+
+OBJECTIVES = {"diffusion_kto": DiffusionKTO}
+
+
+def make_objective(kind: str, **settings: Any) -> DiffusionKTO:
+    """The objective that `train.objective` names, with its settings."""
+    return OBJECTIVES[kind](**settings)
 
 
 class Health:

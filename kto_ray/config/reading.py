@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from kto_ray.config.explaining import explain, leads_to, nearest
+from kto_ray.config.moved import refuse_moved
 from kto_ray.config.run import SHORT_FORMS, RunConfig
 from kto_ray.errors import UserError
 
@@ -41,6 +42,7 @@ def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
     """Raises UserError, as `load`."""
+    refuse_moved(tree)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -12,7 +12,7 @@ from kto_ray.config.generate import Generate
 from kto_ray.config.label import Labeling, as_scorers
 from kto_ray.config.machines import Cluster
 from kto_ray.config.people import as_route
-from kto_ray.config.train import Train, steps_for
+from kto_ray.config.train import Train, as_objective, steps_for
 from kto_ray.section import Count, Section, Share
 from kto_ray.verdicts.thresholds import PromptQuantile, as_combination, as_threshold
 
@@ -134,5 +134,6 @@ SHORT_FORMS: dict[str, Callable[[Any], Any]] = {
     "label.threshold": as_threshold,
     "label.combine": as_combination,
     "label.human.route": as_route,
+    "train.objective": as_objective,
 }
 """Fields whose value may be shorter than the mapping it stands for; an override reaches into the mapping."""

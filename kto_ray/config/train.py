@@ -1,8 +1,8 @@
 """What the configuration says of training: `train`. `train/`, `objective.py` and `diffusion/policy.py` go by it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from kto_ray.config.machines import Device, Resources
 from kto_ray.section import Count, InnerShare, NonNegative, Positive, Section, Share
@@ -18,16 +18,33 @@ class Adapter(Section):
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-class Train(Section):
-    """Diffusion-KTO: objective, batches, optimizer, workers. Defaults are the paper's where it names one."""
+class KTOSettings(Section):
+    """Diffusion-KTO; see `objective.py`."""
 
-    beta: Positive = 5000
+    kind: Literal["diffusion_kto"] = "diffusion_kto"
     utility: Literal["kahneman_tversky", "loss_averse", "risk_seeking"] = "kahneman_tversky"
     reference_point: Literal["batch_kl", "mismatched_kl", "class_mean", "zero"] = "batch_kl"
-    gamma: InnerShare = 0.8
-    """Probability that a drawn training sample is desirable."""
+    beta: Positive = 5000
+    """Scale of the implicit reward."""
     desirable_weight: Positive = 1
     undesirable_weight: Positive = 1
+
+
+def as_objective(value: Any) -> Any:
+    """A bare word is a kind."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Objective = Annotated[KTOSettings, BeforeValidator(as_objective)]
+"""A kind, or {kind: diffusion_kto, ...}."""
+
+
+class Train(Section):
+    """How rounds are trained on. Defaults are the paper's where it names one."""
+
+    objective: Objective = KTOSettings()
+    gamma: InnerShare = 0.8
+    """Probability that a drawn training sample is desirable."""
     prompt_dropout: Share = 0.2
     """Share of prompts replaced by the empty prompt, for policy and reference alike."""
     noise_range: tuple[Share, Share] = (0, 1)
@@ -66,10 +83,11 @@ class Train(Section):
                 f"global_batch ({self.global_batch}) must be a multiple of workers ({self.workers}) "
                 f"x micro_batch ({self.micro_batch})"
             )
-        if self.global_batch == 1 and self.reference_point != "zero":
+        if self.global_batch == 1 and self.objective.reference_point != "zero":
             raise ValueError(
-                f"global_batch 1 with reference_point {self.reference_point}: the mean over one sample says nothing; "
-                "use global_batch >= 2, or reference_point: zero"
+                f"global_batch 1 with objective.reference_point "
+                f"{self.objective.reference_point}: the mean over one sample says nothing; "
+                "use global_batch >= 2, or objective.reference_point: zero"
             )
         if self.noise_range[0] >= self.noise_range[1]:
             raise ValueError(f"noise_range {list(self.noise_range)} must rise, for instance [0, 1]")

@@ -16,6 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from kto_ray.diffusion import source
+from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.noise import DiscreteDiffusion, NoiseProcess
 
 
@@ -33,10 +34,10 @@ class Family(Protocol):
     def denoiser(self) -> nn.Module:
         """The module that is trained."""
 
-    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """Frozen text embeddings, one row a text, on the model's device."""
+    def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
+        """What the frozen text encoder makes of each text, on the model's device."""
 
-    def predict(self, denoiser: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BTD: Tensor) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_B: Conditioning) -> Tensor:
         """The denoiser's prediction, (B, C, H, W). `denoiser` may be the policy, the reference, or a wrapper of one."""
 
 
@@ -74,8 +75,8 @@ class StableDiffusion:
         return unet
 
     @torch.no_grad()
-    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """(B, T, D): the text encoder's last hidden state, as the pipeline itself makes it."""
+    def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
+        """`text` (B, T, D): the text encoder's last hidden state, as the pipeline itself makes it."""
         tokens = self.pipeline.tokenizer(
             list(texts),
             padding="max_length",
@@ -84,9 +85,10 @@ class StableDiffusion:
             return_tensors="pt",
         ).input_ids
         text_BTD: Tensor = self.pipeline.text_encoder(tokens.to(self.pipeline.text_encoder.device))[0]
-        return text_BTD
+        return Conditioning({"text": text_BTD})
 
-    def predict(self, denoiser: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BTD: Tensor) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_B: Conditioning) -> Tensor:
+        text_BTD = text_B.tensors["text"]
         prediction_BCHW: Tensor = denoiser(noisy_BCHW, timesteps_B, text_BTD, return_dict=False)[0]
         return prediction_BCHW
 
@@ -97,6 +99,9 @@ FAMILIES: dict[str, type[Family]] = {"StableDiffusionPipeline": StableDiffusion}
 def load_family(folder: Path, variant: str | None, device: torch.device, dtype: torch.dtype) -> Family:
     """Load a pipeline folder as the family that its model_index.json names. Raises UserError, see `source.check`."""
     return FAMILIES[source.check(folder, variant)].load(folder, variant, device, dtype)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(device: str, num_gpus: float) -> torch.device:

@@ -14,13 +14,12 @@ import torch
 
 from kto_ray.config import RunConfig
 from kto_ray.diffusion import source
-from kto_ray.diffusion.families import load_family, pick_device
+from kto_ray.diffusion.families import DTYPES, load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.diffusion.sampling import draw, use_scheduler
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.storage import Storage
-from kto_ray.train.learner import DTYPES
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from kto_ray.diffusion.policy import Policy, make_policy
 from kto_ray.policies import PolicyStore
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
+from kto_ray.train.batches import RoundData
 from kto_ray.train.coordinator import RoundTask, TrainingReport
-from kto_ray.train.learner import Learner, RoundData
+from kto_ray.train.learner import Learner
 
 
 def train_worker(arguments: dict[str, Any]) -> None:

@@ -40,9 +40,9 @@ def test_a_run_leaves_report_summary_metrics_rounds_and_policies(tmp_path: Path,
     assert again.wait() == 0
     assert jobs.summary(job.run) == summary
 
-    other = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "train.beta=7"])
+    other = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "train.objective.beta=7"])
     assert other.wait() == 2
-    assert "train.beta: the run has 75.0, this command says 7.0" in other.output()
+    assert "train.objective.beta: the run has 75.0, this command says 7.0" in other.output()
 
 
 def test_failed_scores_are_counted_and_never_trained_on(tmp_path: Path, tiny_sd1_folder: Path) -> None:

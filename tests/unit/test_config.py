@@ -77,7 +77,7 @@ def test_overrides_lie_over_the_recipe_and_read_as_yaml() -> None:
     assert config.train.noise_range == (0.1, 0.9)
     assert config.label.scorers["shapes"].args == {"name": "a=b"}
     assert config.evaluate.every == 7
-    assert config.train.beta == load("shapes_demo").train.beta
+    assert config.train.objective.beta == load("shapes_demo").train.objective.beta
 
 
 def test_a_later_override_wins() -> None:
@@ -312,7 +312,7 @@ def test_unknown_key_lists_what_is_known() -> None:
         ("rounds=many", "'many'"),
         ("rounds=1.5", "1.5"),
         ("rounds=0", "0"),
-        ("train.beta=-1", "-1"),
+        ("train.objective.beta=-1", "-1"),
         ("train=3", "3"),
         ("rounds.x=3", "{'x': 3}"),
         ("train.noise_range=[0]", "[0]"),
@@ -341,8 +341,8 @@ def test_wrong_type_or_value_is_named_with_its_field(override: str, given: str) 
 
 
 def test_a_wrong_choice_lists_the_choices() -> None:
-    text = message("train.utility=happiness")
-    assert "train.utility" in text
+    text = message("train.objective.utility=happiness")
+    assert "train.objective.utility" in text
     assert "'happiness'" in text
     assert "kahneman_tversky" in text
 
@@ -360,8 +360,8 @@ def test_a_batch_of_one_has_no_batch_reference_point() -> None:
     assert "global_batch 1" in text
     assert "batch_kl" in text
     assert "global_batch >= 2" in text
-    assert "reference_point: zero" in text
-    assert load(None, ["train.global_batch=1", "train.micro_batch=1", "train.reference_point=zero"])
+    assert "objective.reference_point: zero" in text
+    assert load(None, ["train.global_batch=1", "train.micro_batch=1", "train.objective.reference_point=zero"])
 
 
 @pytest.mark.parametrize(
@@ -451,11 +451,13 @@ def test_the_same_configuration_continues_a_run() -> None:
 
 
 def test_every_field_that_differs_is_named_with_both_values() -> None:
-    saved = load("shapes_demo", ["train.beta=100", "label.scorers.shapes.args.x=1"])
+    saved = load("shapes_demo", ["train.objective.beta=100", "label.scorers.shapes.args.x=1"])
     with pytest.raises(UserError) as caught:
-        require_same(load("shapes_demo", ["train.beta=200", "seed=7", "label.scorers.shapes.args.x=2"]), saved)
+        require_same(
+            load("shapes_demo", ["train.objective.beta=200", "seed=7", "label.scorers.shapes.args.x=2"]), saved
+        )
     text = str(caught.value)
-    assert "train.beta: the run has 100.0, this command says 200.0" in text
+    assert "train.objective.beta: the run has 100.0, this command says 200.0" in text
     assert "seed: the run has 0, this command says 7" in text
     assert "label.scorers.shapes.args.x: the run has 1, this command says 2" in text
     assert "learning_rate" not in text

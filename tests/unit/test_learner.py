@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kto_ray.config import Adapter, Train
+from kto_ray.config.train import KTOSettings
 from kto_ray.diffusion import source
+from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import load_family
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.objective import Health, ReferencePointName
-from kto_ray.train.learner import Batch, Learner, RoundData
+from kto_ray.train.batches import Batch, RoundData
+from kto_ray.train.learner import Learner
 from tests.unit.test_noise import alphas_cumprod
 
 Kind = Literal["lora", "full"]
@@ -37,12 +40,12 @@ def better_than_the_base(folder: Path, adapter: Adapter) -> dict[str, Tensor]:
     torch.manual_seed(1)
     policy = make_policy(family.denoiser, adapter)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
-    text_BTD = family.encode_prompts(PROMPTS * 2)
+    text_B = family.encode_prompts(PROMPTS * 2)
     for _ in range(10):
         clean_BCHW, noise_BCHW = torch.randn(2, 8, 4, 8, 8)
         timesteps_B = family.noise.timesteps(torch.rand(8))
         noisy_BCHW = family.noise.noisy(clean_BCHW, noise_BCHW, timesteps_B)
-        prediction_BCHW = family.predict(policy.module, noisy_BCHW, timesteps_B, text_BTD)
+        prediction_BCHW = family.predict(policy.module, noisy_BCHW, timesteps_B, text_B)
         loss = (prediction_BCHW - family.noise.target(clean_BCHW, noise_BCHW, timesteps_B)).square().mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -60,7 +63,9 @@ def make_learner(
     **train: Any,
 ) -> Learner:
     """A learner whose policy has, unless `nudged` is False, already left the base, where every g is 0."""
-    config = Train(**FAST | {"adapter": Adapter(kind=kind, rank=4)} | train)
+    settings = FAST | {"adapter": Adapter(kind=kind, rank=4)} | train
+    objective = {name: settings.pop(name) for name in KTOSettings.model_fields if name in settings}
+    config = Train(**settings, objective=KTOSettings(**objective))
     family = load_family(folder, None, CPU, torch.float32)
     torch.manual_seed(0)
     policy = make_policy(family.denoiser, config.adapter)
@@ -117,7 +122,7 @@ def digest(module: nn.Module) -> str:
 def paper_loss(learner: Learner, batch: Batch, policy: nn.Module, reference: nn.Module, predicts_v: bool) -> Tensor:
     """Diffusion-KTO with Kahneman-Tversky utility and batch KL, in float64 and written from the paper."""
     kept = torch.from_numpy(alphas_cumprod())[(batch.level_B * 1000).long()][:, None, None, None]
-    clean, noise, text = batch.clean_BCHW.double(), batch.noise_BCHW.double(), batch.text_BTD.double()
+    clean, noise, text = batch.clean_BCHW.double(), batch.noise_BCHW.double(), batch.text_B.tensors["text"].double()
     noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
     target = kept.sqrt() * noise - (1 - kept).sqrt() * clean if predicts_v else noise
     timesteps = (batch.level_B * 1000).long()
@@ -133,7 +138,7 @@ def paper_loss(learner: Learner, batch: Batch, policy: nn.Module, reference: nn.
     assert z > 0
     w = torch.where(batch.desirable_B, 1.0, -1.0).double()
     weight = torch.where(batch.desirable_B, 1.5, 0.5).double()
-    loss: Tensor = (weight * (1 - torch.sigmoid(w * learner.config.beta * (reward - z)))).mean()
+    loss: Tensor = (weight * (1 - torch.sigmoid(w * learner.config.objective.beta * (reward - z)))).mean()
     return loss
 
 
@@ -211,21 +216,22 @@ def test_policy_and_reference_see_the_same_noise_and_the_same_dropped_prompts(
     tiny_sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = make_learner(tiny_sd1_folder, prompt_dropout=0.5)
-    seen: list[tuple[bool, tuple[Tensor, ...]]] = []
+    seen: list[tuple[bool, tuple[Any, ...]]] = []
     predict = learner.family.predict
 
-    def spy(denoiser: nn.Module, *shown: Tensor) -> Tensor:
+    def spy(denoiser: nn.Module, *shown: Any) -> Tensor:
         seen.append((torch.is_grad_enabled(), shown))
         return predict(denoiser, *shown)
 
     monkeypatch.setattr(learner.family, "predict", spy)
     learner.train_round(make_round(samples=64))
-    empty_TD = learner.family.encode_prompts([""])[0]
+    empty_TD = learner.family.encode_prompts([""]).tensors["text"][0]
     dropped = 0
     for (reference_has_grad, reference), (policy_has_grad, policy) in zip(seen[::2], seen[1::2], strict=True):
         assert (reference_has_grad, policy_has_grad) == (False, True)
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(policy, reference, strict=True))
-        dropped += sum(torch.equal(text_TD, empty_TD) for text_TD in policy[2])
+        shown = [(*others, text_B.tensors["text"]) for *others, text_B in (policy, reference)]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*shown, strict=True))
+        dropped += sum(torch.equal(text_TD, empty_TD) for text_TD in policy[2].tensors["text"])
     assert len(seen) == 2 * 8
     assert 20 <= dropped <= 44  # of 64
 
@@ -233,15 +239,15 @@ def test_policy_and_reference_see_the_same_noise_and_the_same_dropped_prompts(
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_no_prompt_or_every_prompt_can_be_dropped(tiny_sd1_folder: Path, share: float) -> None:
     learner = make_learner(tiny_sd1_folder, prompt_dropout=share)
-    empty_TD = learner.family.encode_prompts([""])[0]
+    empty_TD = learner.family.encode_prompts([""]).tensors["text"][0]
     for batch in batches_of(learner, make_round()):
-        assert {torch.equal(text_TD, empty_TD) for text_TD in batch.text_BTD} == {share == 1}
+        assert {torch.equal(text_TD, empty_TD) for text_TD in batch.text_B.tensors["text"]} == {share == 1}
 
 
-def prompts_of(learner: Learner, text_BTD: Tensor) -> list[str]:
+def prompts_of(learner: Learner, text_B: Conditioning) -> list[str]:
     known = ["", *PROMPTS]
-    embeddings = learner.family.encode_prompts(known)
-    return [known[int((embeddings - text_TD).abs().sum((1, 2)).argmin())] for text_TD in text_BTD]
+    embeddings = learner.family.encode_prompts(known).tensors["text"]
+    return [known[int((embeddings - text_TD).abs().sum((1, 2)).argmin())] for text_TD in text_B.tensors["text"]]
 
 
 @pytest.mark.parametrize("different", [0, 1, 2, 12])
@@ -256,7 +262,7 @@ def test_mismatched_pairs_really_have_another_prompt(tiny_sd1_folder: Path, diff
     (batch,) = batches_of(learner, data)
     distance_BN = torch.cdist(batch.clean_BCHW.flatten(1), torch.from_numpy(data.latents_NCHW).flatten(1))
     own = [prompts[int(index)] for index in distance_BN.argmin(1)]
-    mismatched = prompts_of(learner, batch.mismatched_text_BTD)
+    mismatched = prompts_of(learner, batch.mismatched_text_B)
     if len(set(prompts)) == 1:
         assert mismatched == own
     else:

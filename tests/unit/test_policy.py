@@ -43,8 +43,8 @@ def predict(family: Family, module: nn.Module) -> Tensor:
     """What a denoiser says of the same two noisy latents and prompts each time."""
     dtype = next(module.parameters()).dtype
     noisy_BCHW = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7)).to(dtype)
-    text_BTD = family.encode_prompts(["a red circle on black", "a blue square"])
-    return family.predict(module, noisy_BCHW, torch.tensor([100, 800]), text_BTD).float()
+    text_B = family.encode_prompts(["a red circle on black", "a blue square"])
+    return family.predict(module, noisy_BCHW, torch.tensor([100, 800]), text_B).float()
 
 
 def same(ours: Tensor, theirs: Tensor) -> bool:
@@ -70,11 +70,11 @@ def test_the_reference_stays_the_base_model_while_the_policy_trains(tiny_folder:
     family = load(tiny_folder)
     policy = make_policy(family.denoiser, Adapter(kind=kind, rank=2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
-    noisy_BCHW, text_BTD = torch.randn(2, 4, 8, 8), family.encode_prompts(["a circle", "a square"])
+    noisy_BCHW, text_B = torch.randn(2, 4, 8, 8), family.encode_prompts(["a circle", "a square"])
     for _ in range(3):
         with policy.reference() as reference, torch.no_grad():
-            family.predict(reference, noisy_BCHW, torch.tensor([100, 800]), text_BTD)
-        loss = family.predict(policy.module, noisy_BCHW, torch.tensor([100, 800]), text_BTD).square().mean()
+            family.predict(reference, noisy_BCHW, torch.tensor([100, 800]), text_B)
+        loss = family.predict(policy.module, noisy_BCHW, torch.tensor([100, 800]), text_B).square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()

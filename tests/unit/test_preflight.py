@@ -250,17 +250,17 @@ def test_a_model_that_predicts_something_else(base: list[str], tmp_path: Path, m
 
 
 def test_a_run_begun_with_another_configuration_names_each_difference(base: list[str]) -> None:
-    Preflight.check(load("shapes_demo", [*base, "train.beta=150", "seed=0"]))
-    text = message(base, "train.beta=99", "seed=5")
+    Preflight.check(load("shapes_demo", [*base, "train.objective.beta=150", "seed=0"]))
+    text = message(base, "train.objective.beta=99", "seed=5")
     assert "run 'demo'" in text
-    assert "train.beta: the run has 150.0, this command says 99.0" in text
+    assert "train.objective.beta: the run has 150.0, this command says 99.0" in text
     assert "seed: the run has 0, this command says 5" in text
     assert "another `run` name" in text
 
 
 def test_a_refused_configuration_does_not_replace_the_saved_one(base: list[str], tmp_path: Path) -> None:
     Preflight.check(load("shapes_demo", base))
-    message(base, "train.beta=99")
+    message(base, "train.objective.beta=99")
     assert load(str(tmp_path / "runs" / "demo" / "config.yaml")) == load("shapes_demo", base)
 
 

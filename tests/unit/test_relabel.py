@@ -184,7 +184,7 @@ def test_a_name_is_a_plain_word(run: Storage, name: str) -> None:
     assert "letters, digits" in text
 
 
-@pytest.mark.parametrize("override", ["train.beta=3", "rounds=99", "label={threshold: 0.9}", "labels=1"])
+@pytest.mark.parametrize("override", ["train.objective.beta=3", "rounds=99", "label={threshold: 0.9}", "labels=1"])
 def test_only_fields_of_label_can_be_given(run: Storage, override: str) -> None:
     text = message(run, "label.threshold=0.9", override)
     assert repr(override) in text

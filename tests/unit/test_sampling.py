@@ -123,4 +123,4 @@ def test_half_precision_models_give_float32_latents(tiny_folder: Path) -> None:
 def test_prompts_are_encoded_for_training_as_for_sampling(family: Family) -> None:
     texts = ["", *TEXTS, "a " * 50]
     encoded_BTD, _ = family.pipeline.encode_prompt(texts, torch.device("cpu"), 1, False)
-    assert torch.equal(family.encode_prompts(texts), encoded_BTD)
+    assert torch.equal(family.encode_prompts(texts).tensors["text"], encoded_BTD)

@@ -1,0 +1,126 @@
+"""Where a learner's batches come from: of a sealed round, as the sampler plans it.
+
+`learner.py` takes its optimizer steps over any `Batches`. Noise, timesteps and dropped prompts of a step are drawn for
+the *global* batch from a seed and then sliced by rank: two ranks train as one does.
+
+Shape suffixes: N samples of the round; G the global batch; B a rank's share of it; C, H, W latent channels, height,
+width.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kto_ray.config import Train, steps_for
+from kto_ray.diffusion.conditioning import Conditioning
+from kto_ray.diffusion.families import Family
+from kto_ray.records import derive_seed
+from kto_ray.train.sampler import plan_round
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of an optimizer step, on the device."""
+
+    clean_BCHW: Tensor
+    noise_BCHW: Tensor
+    level_B: Tensor
+    text_B: Conditioning
+    mismatched_text_B: Conditioning
+    """Of another prompt each than the image's own; what `text_B` is, where an objective does not ask for it."""
+    desirable_B: Tensor
+
+    def micro_batches(self, size: int) -> list["Batch"]:
+        parts = [value.split(size) for value in vars(self).values()]
+        return [Batch(*fields) for fields in zip(*parts, strict=True)]
+
+
+class Batches(Protocol):
+    """A source of optimizer steps: as many batches as its length says, each once, in the same order on every rank."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class RoundData:
+    """What a rank needs of a sealed round: only samples with a verdict, within the lag limit, in the store's order."""
+
+    round_index: int
+    latents_NCHW: npt.NDArray[np.float32]
+    prompts: Sequence[str]
+    desirable_N: npt.NDArray[np.bool_]
+
+
+class RoundBatches:
+    """The batches of one round: a pure function of (seed, round, verdicts), at any step and after any restart.
+
+    Args:
+        mismatched: whether each image gets another prompt besides its own.
+        rank, ranks: which slice of every global batch is this process's.
+    """
+
+    def __init__(
+        self,
+        data: RoundData,
+        config: Train,
+        family: Family,
+        seed: int,
+        device: torch.device,
+        mismatched: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.data, self.config, self.seed, self.device = data, config, seed, device
+        self.mismatched, self.rank, self.ranks = mismatched, rank, ranks
+        steps = steps_for(len(data.desirable_N), config)
+        self.plan = plan_round(data.desirable_N, config.gamma, steps, config.global_batch, seed, data.round_index)
+        texts = sorted(set(data.prompts))
+        place_of = {text: place for place, text in enumerate(texts, start=1)}  # the first is the empty prompt
+        self.text_P = family.encode_prompts(["", *texts])
+        self.text_index_N = torch.tensor([place_of[prompt] for prompt in data.prompts], dtype=torch.int64)
+
+    @property
+    def draws_N(self) -> npt.NDArray[np.int64]:
+        """How often each sample of the round is drawn, by all ranks together."""
+        return np.bincount(self.plan.ravel(), minlength=len(self.data.desirable_N))
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step, picks_G in enumerate(self.plan):
+            yield self._batch(picks_G, derive_seed(self.seed, self.data.round_index, step))
+
+    def _batch(self, picks_G: npt.NDArray[np.int64], seed: int) -> Batch:
+        """This rank's slice of the global batch; everything random is drawn for all of it."""
+        generator = torch.Generator().manual_seed(seed)
+        clean_GCHW = torch.from_numpy(self.data.latents_NCHW[picks_G])
+        noise_GCHW = torch.randn(clean_GCHW.shape, generator=generator)
+        low, high = self.config.noise_range
+        level_G = low + (high - low) * torch.rand(len(picks_G), generator=generator)
+        dropped_G = torch.rand(len(picks_G), generator=generator) < self.config.prompt_dropout
+        own_G = self.text_index_N[picks_G]
+        mine = slice(self.rank * len(picks_G) // self.ranks, (self.rank + 1) * len(picks_G) // self.ranks)
+        return Batch(
+            clean_BCHW=clean_GCHW[mine].to(self.device),
+            noise_BCHW=noise_GCHW[mine].to(self.device),
+            level_B=level_G[mine].to(self.device),
+            text_B=self.text_P[own_G.masked_fill(dropped_G, 0)[mine]],
+            mismatched_text_B=self.text_P[(_mismatched(own_G) if self.mismatched else own_G)[mine]],
+            desirable_B=torch.from_numpy(self.data.desirable_N[picks_G])[mine].to(self.device),
+        )
+
+
+def _mismatched(own_G: Tensor) -> Tensor:
+    """For each image the nearest prompt before it that is not its own; in a batch of one prompt there is none."""
+    mismatched_G = own_G
+    for places in range(1, len(own_G)):
+        mismatched_G = torch.where(mismatched_G == own_G, own_G.roll(places), mismatched_G)
+    return mismatched_G
