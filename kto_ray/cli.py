@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -113,7 +112,12 @@ def check() -> None:
 
 
 def _yaml_mapping(_context: click.Context, _option: click.Parameter, text: str) -> dict[str, Any]:
-    value = yaml.safe_load(text)
+    from kto_ray.config import yaml12
+
+    try:
+        value = yaml12.load(text)
+    except yaml12.YAMLError as error:
+        raise click.BadParameter(f"{text!r} is not YAML: {error}") from error
     if not isinstance(value, dict):
         raise click.BadParameter(f"{text!r} is not a mapping; write for instance '{{threshold: 3}}'")
     return value

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import yaml
 
-from kto_ray.config import Replay, RunConfig, from_tree, override
+from kto_ray.config import Replay, RunConfig, from_tree, override, yaml12
 from kto_ray.config.moved import upgraded
 from kto_ray.errors import UserError
 from kto_ray.label.judging import judge_round
@@ -76,8 +75,8 @@ def saved_config(run: Storage, field: str = "run") -> RunConfig:
     if not run.exists("config.yaml"):
         raise UserError(f"{field}: {run} is not a run folder: it has no config.yaml")
     try:
-        return from_tree(upgraded(yaml.safe_load(run.read("config.yaml"))))
-    except (UserError, yaml.YAMLError) as error:
+        return from_tree(upgraded(yaml12.load(run.read("config.yaml"))))
+    except (UserError, yaml12.YAMLError) as error:
         raise UserError(f"{field}: {run}/config.yaml is not a configuration of this version:\n{error}") from error
 
 

@@ -5,13 +5,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from kto_ray.config import yaml12
 from kto_ray.config.explaining import explain, leads_to, nearest
 from kto_ray.config.moved import refuse_moved
 from kto_ray.config.run import SHORT_FORMS, RunConfig
 from kto_ray.errors import UserError
+from kto_ray.text import read_text
 
 
 def recipe_names() -> list[str]:
@@ -27,7 +28,7 @@ def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         recipe: a built-in name (`recipe_names`), a path to a YAML file, or None for the defaults.
-        overrides: "dotted.field=value" each; values are read as YAML.
+        overrides: "dotted.field=value" each; values are read as YAML, without comments.
 
     Raises:
         UserError: names the field, the value and what would be right.
@@ -61,31 +62,33 @@ def _overlay(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             for field, written_out in SHORT_FORMS.items():
                 if leads_to(keys[:depth], field):
                     value = written_out(value)
-            branch[key] = value if isinstance(value, dict) else {}
+            branch[key] = dict(value) if isinstance(value, dict) else {}  # a copy: an alias may stand elsewhere, too
             branch = branch[key]
         try:
-            branch[keys[-1]] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            branch[keys[-1]] = yaml12.load_whole(text)
+        except yaml12.YAMLError as error:
             raise UserError(f"override {path}: {text!r} is not a YAML value: {error}") from error
     return tree
 
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix.lower() not in (".yaml", ".yml"):
         if recipe not in recipe_names():
             raise UserError(
                 f"unknown recipe {recipe!r}{nearest(recipe, recipe_names())}; known: {', '.join(recipe_names())}"
             )
-        text = (resources.files("kto_ray.recipes") / f"{recipe}.yaml").read_text()
+        text = (resources.files("kto_ray.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
     elif path.is_file():
-        text = path.read_text()
+        text = read_text(path, f"recipe {recipe}")
     else:
         raise UserError(f"recipe file {recipe} does not exist; built-in recipes: {', '.join(recipe_names())}")
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        tree = yaml12.load(text)
+    except yaml12.YAMLError as error:
         raise UserError(f"recipe {recipe} is not valid YAML: {error}") from error
+    if tree is None:
+        return {}
     if not isinstance(tree, dict):
         raise UserError(f"recipe {recipe} must be a mapping of fields, not a {type(tree).__name__}")
     return tree
@@ -93,4 +96,4 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved tree; `load` of this text gives an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml12.dump(config.model_dump(mode="json"))

@@ -1,0 +1,23 @@
+"""Text files that users wrote."""
+
+from pathlib import Path
+
+from kto_ray.errors import UserError
+
+
+def read_text(path: Path, what: str) -> str:
+    """All of a UTF-8 file, with or without a byte order mark; every end of line becomes a line feed.
+
+    Args:
+        what: how messages begin, for instance "recipe mine.yaml".
+
+    Raises:
+        UserError: it is in another encoding.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text: {error}; save it as UTF-8") from error
+    if "\0" in text:  # so looks UTF-16 where nothing at its beginning says that it is
+        raise UserError(f"{what} is not UTF-8 text: it has zero bytes; save it as UTF-8")
+    return text
