@@ -23,6 +23,7 @@ from kto_ray.verdicts.thresholds import (
     Floats,
     Majority,
     WeightedSum,
+    level,
     moments,
     split,
 )
@@ -105,8 +106,13 @@ class VerdictRule:
     ) -> None:
         self.voters, self.combine, self.threshold = list(voters), combine, threshold
 
-    def _rows(self, table: ScoreTable) -> Iterator[tuple[Voter, Floats]]:
-        return zip(self.voters, table.values_SN, strict=True)
+    def _rows(self, table: ScoreTable, widened: bool = False) -> Iterator[tuple[Voter, Floats]]:
+        """Scores by voter. What judges images by each other does not see differences that are only rounding."""
+        calibrated = isinstance(self.combine, WeightedSum) and self.combine.calibration != "fixed"
+        for voter, values_N in zip(self.voters, table.values_SN, strict=True):
+            compares = (voter.threshold or self.threshold).compares
+            judged_N = level(values_N) if compares != "nothing" or calibrated or widened else values_N
+            yield voter, level(judged_N, table.prompts_N) if compares == "prompt" else judged_N
 
     def fit(self, table: ScoreTable, last: RuleFit | None = None) -> RuleFit:
         """Fit to a round, after `last`, the fit of the round before."""
@@ -136,7 +142,7 @@ class VerdictRule:
 
     def _sum(self, table: ScoreTable, fit: RuleFit) -> Floats:
         total_N = np.zeros(len(table.prompts_N))
-        for voter, values_N in self._rows(table):
+        for voter, values_N in self._rows(table, fit.widened):
             mean, std = fit.scale(voter.name)
             total_N += voter.weight * (values_N - mean) / std
         return total_N
@@ -180,8 +186,9 @@ class VerdictRule:
         None when even that finds one class only, because all samples score the same. The next round does not start
         from it, but from the rule's own fit.
         """
-        cut = split(self._sum(table, fit), 0.5, 0.5)
-        return replace(fit, fits={SUM: Fit.to_all(cut)}, widened=True) if cut else None
+        widened = replace(fit, widened=True)
+        cut = split(self._sum(table, widened), 0.5, 0.5)
+        return replace(widened, fits={SUM: Fit.to_all(cut)}) if cut else None
 
     def flip_rate(self, table: ScoreTable, fit: RuleFit, last: RuleFit) -> float | None:
         """Share of the samples that the last round's cuts would have judged otherwise; None if they judge none."""

@@ -28,6 +28,9 @@ EVERY = ""
 """In the place of a prompt id: every prompt."""
 NEVER: Cut = (-np.inf, np.inf)
 NOTHING: Mapping[str, float] = {}
+LEAST_SPREAD = 1e-6
+"""Scores that differ by less, as a share of the largest of them, are the same: float32 rounds at 1e-7, and a batch of
+another size or order adds up in another order."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,29 @@ def split(values_N: Floats, low: float, high: float) -> Cut | None:
     return (float(values[first]) if first < second else desirable), desirable
 
 
+def level(values_N: Floats, prompts_N: Sequence[str] | None = None) -> Floats:
+    """The scores, without what is only rounding: where all (of a prompt) are the same, their middle stands for each.
+
+    "The same" is by `LEAST_SPREAD`. Whatever else stays as it is, to the last bit, and so does NaN.
+    """
+    levelled_N = values_N.copy()
+    groups_N = np.asarray(prompts_N if prompts_N is not None else [EVERY] * len(values_N))
+    for group in set(groups_N.tolist()):
+        place = np.flatnonzero((groups_N == group) & ~np.isnan(values_N))
+        if not len(place):
+            continue
+        low, high = values_N[place].min(), values_N[place].max()
+        if high - low <= LEAST_SPREAD * max(abs(low), abs(high)):
+            levelled_N[place] = low + (high - low) / 2
+    return levelled_N
+
+
 def moments(values_N: Floats, before: Mapping[str, float] = NOTHING, decay: float = 0) -> Mapping[str, float]:
     """Mean and standard deviation ("mean", "std") of the scores; {} when there is none.
 
     With the moments of `before`, mean and variance are exponential moving averages: decay x before + (1 - decay) x now.
     """
-    scored_N = values_N[~np.isnan(values_N)]
+    scored_N = level(values_N[~np.isnan(values_N)])
     if not len(scored_N):
         return before
     # The mean of equal scores is theirs to the last bit, so that their variance is 0 and not a rounding error.
@@ -101,6 +121,9 @@ class _Versioned(Section):
 class BaseThreshold(_Versioned):
     """What every kind of threshold is: parameters that can be fitted to scores."""
 
+    compares: ClassVar[Literal["nothing", "round", "prompt"]] = "round"
+    """Which samples it judges by each other, and must not tell apart by what is only rounding."""
+
     def fit(self, values_N: Floats, prompts_N: Sequence[str], memory: Mapping[str, float] = NOTHING) -> Fit:
         """Find the cuts for these scores (NaN for a failed one); `memory` is that of the last round's fit."""
         raise NotImplementedError
@@ -109,6 +132,7 @@ class BaseThreshold(_Versioned):
 class Absolute(BaseThreshold):
     """Desirable from `value` on."""
 
+    compares = "nothing"
     kind: Literal["absolute"] = "absolute"
     value: float
     dead_band: NonNegative = 0
@@ -131,9 +155,10 @@ class _Quantile(BaseThreshold):
 class RoundQuantile(_Quantile):
     """Desirable are the best of each round: as many every time, however good the policy has become.
 
-    A round whose images all score the same is not judged.
+    A round whose images all score the same (but for rounding) is not judged.
     """
 
+    version = "2"
     kind: Literal["round_quantile"] = "round_quantile"
 
     def fit(self, values_N: Floats, prompts_N: Sequence[str], memory: Mapping[str, float] = NOTHING) -> Fit:
@@ -143,9 +168,12 @@ class RoundQuantile(_Quantile):
 class PromptQuantile(_Quantile):
     """Desirable are the best of each prompt, so that easy prompts do not take all the praise.
 
-    Needs `generate.images_per_prompt` of 2 or more. A prompt whose images all score the same is not judged.
+    Needs `generate.images_per_prompt` of 2 or more. A prompt whose images all score the same (but for rounding)
+    is not judged.
     """
 
+    version = "2"
+    compares = "prompt"
     kind: Literal["prompt_quantile"] = "prompt_quantile"
 
     def fit(self, values_N: Floats, prompts_N: Sequence[str], memory: Mapping[str, float] = NOTHING) -> Fit:
@@ -159,6 +187,7 @@ class PromptQuantile(_Quantile):
 class TopBottom(BaseThreshold):
     """Desirable is the top of each round, undesirable its bottom; the middle abstains."""
 
+    version = "2"
     kind: Literal["top_bottom"] = "top_bottom"
     top: InnerShare = 0.5
     bottom: InnerShare = 0.5
@@ -179,6 +208,7 @@ class RunningMean(BaseThreshold):
     Mean and variance are exponential moving averages over rounds; the first round starts them.
     """
 
+    version = "2"
     kind: Literal["running_mean"] = "running_mean"
     z: float = 0
     decay: Share = 0.9
@@ -213,6 +243,7 @@ Threshold = Annotated[
 class WeightedSum(_Versioned):
     """One score, sum of weight x (score - mean) / std over the scorers, under `label.threshold`."""
 
+    version = "2"
     kind: Literal["weighted_sum"] = "weighted_sum"
     calibration: Literal["fixed", "round", "running"] = "fixed"
     """Where mean and std come from: each scorer's own `mean` and `std`, the round, or the rounds so far."""

@@ -53,6 +53,6 @@ def test_scorers_of_three_environments_look_at_every_image_though_one_is_killed(
     assert {score.scorer_version for score in scores} == {"1.0", "2.1", "1"}
     verdicts = round_.verdicts()
     assert sorted(verdict.label for verdict in verdicts) == ["desirable"] * 4 + ["undesirable"] * 4
-    assert all("round_quantile@1(quantile=0.5" in verdict.rule for verdict in verdicts)
+    assert all("round_quantile@2(quantile=0.5" in verdict.rule for verdict in verdicts)
     assert all("coin" not in verdict.rule for verdict in verdicts)
     assert {"score/coin", "pictures/diversity"} <= round_.manifest.keys()
