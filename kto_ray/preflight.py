@@ -8,10 +8,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kto_ray.config import RunConfig, implied, require_same, to_yaml
 from kto_ray.diffusion import source
+from kto_ray.diffusion.layouts import layout_of
 from kto_ray.errors import UserError
 from kto_ray.label.labelers import labeler_class
 from kto_ray.people.address import database_owner, database_url
@@ -112,16 +112,19 @@ def _check_scheduler(config: RunConfig, folder: Path) -> None:
 
 def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     """About how much a whole run stores: images and latents uncompressed, policies and checkpoints."""
-    vae: dict[str, Any] = json.loads((folder / "vae" / "config.json").read_text())
-    unet: dict[str, int] = json.loads((folder / "unet" / "config.json").read_text())
-    shrink: int = 2 ** (len(vae["block_out_channels"]) - 1)
-    height = config.generate.height or unet["sample_size"] * shrink
-    width = config.generate.width or unet["sample_size"] * shrink
-    image = height * width * 3 + height * width // shrink**2 * unet["in_channels"] * 4
+    layout = layout_of(folder)
+    geometry = layout.geometry(folder)
+    height, width = (
+        given or native
+        for given, native in zip(
+            (config.generate.height, config.generate.width), geometry.pixels or (0, 0), strict=True
+        )
+    )
+    image = height * width * 3 + height * width // geometry.shrink**2 * geometry.channels * 4
     evaluations = 2 + config.rounds // config.evaluate.every
     evaluated = evaluations * config.evaluate.prompts_of(held_out_prompts)
     images = config.rounds * config.generate.images_per_round + evaluated * config.evaluate.images_per_prompt
-    weights = sum(file.stat().st_size for file in source.weight_files(folder / "unet", config.model.variant))
+    weights = sum(file.stat().st_size for file in source.weight_files(folder / layout.denoiser, config.model.variant))
     trained = weights * 2 if config.train.adapter.kind == "full" else weights // 10
     return images * image + (config.rounds + 3 * config.train.keep_checkpoints) * trained
 

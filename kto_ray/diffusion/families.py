@@ -1,9 +1,8 @@
 """What differs between model families, behind one small protocol.
 
-`generate/replica.py` and `train/worker.py` load a family through `load_family`; a new family is one class here and one
-line in `FAMILIES` (and its pipeline class in `source.FAMILIES`).
+`generate/replica.py` and `train/worker.py` load a family through `load_family`; `layouts.py` is the table of them.
 
-Shape suffixes: B samples; T, D tokens and width of a text embedding; C, H, W latent channels, height, width.
+Shape suffixes: B samples; C, H, W latent channels, height, width.
 """
 
 from collections.abc import Sequence
@@ -11,18 +10,20 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from kto_ray.diffusion import source
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.noise import DiscreteDiffusion, NoiseProcess
+from kto_ray.diffusion.layouts import LAYOUTS, Layout
+from kto_ray.diffusion.noise import NoiseProcess
+from kto_ray.plugins import load_plugin
 
 
 class Family(Protocol):
     """A loaded base model and how to train its denoiser."""
 
+    layout: Layout
     pipeline: DiffusionPipeline
     noise: NoiseProcess
 
@@ -41,64 +42,10 @@ class Family(Protocol):
         """The denoiser's prediction, (B, C, H, W). `denoiser` may be the policy, the reference, or a wrapper of one."""
 
 
-class StableDiffusion:
-    """Stable Diffusion 1.x and 2.x: a U-Net under one CLIP text encoder; epsilon or v prediction."""
-
-    def __init__(self, pipeline: StableDiffusionPipeline, noise: NoiseProcess) -> None:
-        self.pipeline = pipeline
-        self.noise = noise
-
-    @classmethod
-    def load(cls, folder: Path, variant: str | None, device: torch.device, dtype: torch.dtype) -> "StableDiffusion":
-        diffusers_logging.disable_progress_bar()  # five components, loaded by every actor: no news
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder,
-            variant=variant,
-            dtype=dtype,
-            use_safetensors=True,
-            # A safety checker would replace images by black ones, which are no samples of the policy.
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-            local_files_only=True,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.to(device)
-        for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-            module.requires_grad_(False).eval()
-        return cls(pipeline, DiscreteDiffusion.from_folder(folder))
-
-    @property
-    def denoiser(self) -> nn.Module:
-        unet: nn.Module = self.pipeline.unet
-        return unet
-
-    @torch.no_grad()
-    def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
-        """`text` (B, T, D): the text encoder's last hidden state, as the pipeline itself makes it."""
-        tokens = self.pipeline.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.pipeline.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        text_BTD: Tensor = self.pipeline.text_encoder(tokens.to(self.pipeline.text_encoder.device))[0]
-        return Conditioning({"text": text_BTD})
-
-    def predict(self, denoiser: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_B: Conditioning) -> Tensor:
-        text_BTD = text_B.tensors["text"]
-        prediction_BCHW: Tensor = denoiser(noisy_BCHW, timesteps_B, text_BTD, return_dict=False)[0]
-        return prediction_BCHW
-
-
-FAMILIES: dict[str, type[Family]] = {"StableDiffusionPipeline": StableDiffusion}
-
-
 def load_family(folder: Path, variant: str | None, device: torch.device, dtype: torch.dtype) -> Family:
     """Load a pipeline folder as the family that its model_index.json names. Raises UserError, see `source.check`."""
-    return FAMILIES[source.check(folder, variant)].load(folder, variant, device, dtype)
+    family: type[Family] = load_plugin("model.name", LAYOUTS[source.check(folder, variant)].family, {})
+    return family.load(folder, variant, device, dtype)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -19,10 +19,10 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from kto_ray.config import Adapter
+from kto_ray.diffusion.families import Family
 from kto_ray.errors import UserError
 
 ADAPTER = "policy"
-PREFIX = "unet."  # diffusers' name for adapters of the denoiser of a U-Net pipeline
 
 
 class Policy(Protocol):
@@ -52,12 +52,16 @@ class Policy(Protocol):
 class LoraPolicy:
     """Low-rank adapters on a frozen denoiser.
 
+    Args:
+        component: the denoiser's name in its pipeline, which diffusers puts before the names of the weights.
+
     Raises:
         UserError: no module of the denoiser matches `target_modules`.
     """
 
-    def __init__(self, denoiser: Any, adapter: Adapter) -> None:
+    def __init__(self, denoiser: Any, adapter: Adapter, component: str) -> None:
         self.module: nn.Module = denoiser
+        self._prefix = f"{component}."
         self.config = LoraConfig(
             r=adapter.rank,
             lora_alpha=adapter.alpha or adapter.rank,
@@ -77,13 +81,13 @@ class LoraPolicy:
 
     def tensors(self) -> dict[str, Tensor]:
         state = get_peft_model_state_dict(self.module, adapter_name=ADAPTER)
-        return {PREFIX + name: _published(tensor) for name, tensor in sorted(state.items())}
+        return {self._prefix + name: _published(tensor) for name, tensor in sorted(state.items())}
 
     def metadata(self) -> dict[str, str]:
         config = self.config.to_dict()
         config["target_modules"] = sorted(config["target_modules"])
         described = {
-            PREFIX + key: value for key, value in config.items() if isinstance(value, str | int | float | list)
+            self._prefix + key: value for key, value in config.items() if isinstance(value, str | int | float | list)
         }
         return {"format": "pt", "lora_adapter_metadata": json.dumps(described, sort_keys=True)}
 
@@ -92,7 +96,7 @@ class LoraPolicy:
             self.module.disable_adapters()  # type: ignore[operator]
             self._switched_on = False
             return
-        state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        state = {name.removeprefix(self._prefix): tensor for name, tensor in tensors.items()}
         outcome = set_peft_model_state_dict(self.module, state, adapter_name=ADAPTER)
         if outcome.unexpected_keys:
             raise UserError(f"these adapter weights do not fit the model: unexpected {outcome.unexpected_keys[:3]}")
@@ -142,9 +146,11 @@ class FullPolicy:
         yield self._base
 
 
-def make_policy(denoiser: nn.Module, adapter: Adapter) -> Policy:
-    """The policy that `train.adapter` asks for, set up on a freshly loaded denoiser."""
-    return LoraPolicy(denoiser, adapter) if adapter.kind == "lora" else FullPolicy(denoiser)
+def make_policy(family: Family, adapter: Adapter) -> Policy:
+    """The policy that `train.adapter` asks for, set up on the denoiser of a freshly loaded family."""
+    if adapter.kind == "lora":
+        return LoraPolicy(family.denoiser, adapter, family.layout.denoiser)
+    return FullPolicy(family.denoiser)
 
 
 def _published(tensor: Tensor) -> Tensor:

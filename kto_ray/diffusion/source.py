@@ -14,18 +14,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from kto_ray.config import Model
+from kto_ray.diffusion.layouts import LAYOUTS, layout_of
 from kto_ray.errors import UserError
 from kto_ray.shapes import MODEL_FOLDER
 
-FAMILIES = ("StableDiffusionPipeline",)
-"""Pipeline classes that `families.py` knows how to train."""
-
-COMPONENTS_WITH_WEIGHTS = ("vae", "text_encoder", "unet")
-CONFIGS = (
-    "scheduler/scheduler_config.json",
-    "tokenizer/tokenizer_config.json",
-    *(f"{component}/config.json" for component in COMPONENTS_WITH_WEIGHTS),
-)
 NOT_WHOLE = "the folder is not whole, copy or download it again"
 
 
@@ -81,13 +73,14 @@ def check(folder: Path, variant: str | None = None) -> str:
             "give the folder that contains it"
         )
     pipeline_class = str(_read_json(index).get("_class_name"))
-    if pipeline_class not in FAMILIES:
+    if pipeline_class not in LAYOUTS:
         raise UserError(
-            f"model.name: {folder} holds a {pipeline_class}, which is not supported; supported: {', '.join(FAMILIES)}"
+            f"model.name: {folder} holds a {pipeline_class}, which is not supported; supported: {', '.join(LAYOUTS)}"
         )
-    for config in CONFIGS:
+    layout = LAYOUTS[pipeline_class]
+    for config in (*layout.configs, *(f"{component}/config.json" for component in layout.weights)):
         _read_json(folder / config)
-    for component in COMPONENTS_WITH_WEIGHTS:
+    for component in layout.weights:
         for file in weight_files(folder / component, variant):
             try:
                 with safe_open(file, framework="np") as weights:
@@ -135,7 +128,7 @@ def weight_files(component: Path, variant: str | None) -> list[Path]:
 def reference_digest(folder: Path, variant: str | None = None) -> str:
     """SHA-256 over the denoiser's weight files: who the reference is, whatever precision it is loaded in."""
     digest = hashlib.sha256()
-    for file in weight_files(folder / "unet", variant):
+    for file in weight_files(folder / layout_of(folder).denoiser, variant):
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)

@@ -49,7 +49,7 @@ class Generator:
         device = pick_device(config.generate.device, resources.num_gpus)
         self.family = load_family(folder, config.model.variant, device, DTYPES[config.generate.dtype])
         use_scheduler(self.family.pipeline, config.generate.scheduler)
-        self.policy = make_policy(self.family.denoiser, config.train.adapter)
+        self.policy = make_policy(self.family, config.train.adapter)
         self.policy.module.requires_grad_(False).eval()
         if config.generate.compile:
             self.policy.module.compile()

@@ -106,7 +106,7 @@ def build_learner(config: RunConfig, rank: int = 0, ranks: int = 1, distributed:
     family = load_family(folder, config.model.variant, device, torch.float32)
     # Adapter weights are drawn at random; every rank, and every restart, must draw the same.
     torch.manual_seed(config.seed)
-    policy = make_policy(family.denoiser, config.train.adapter)
+    policy = make_policy(family, config.train.adapter)
     if config.train.compile:
         policy.module.compile()
     wrap = ray.train.torch.prepare_model if distributed else (lambda module: module)

@@ -38,7 +38,7 @@ def better_than_the_base(folder: Path, adapter: Adapter) -> dict[str, Tensor]:
     """Weights of a policy that denoises all of a round's images better than the base does: g and z are above 0."""
     family = load_family(folder, None, CPU, torch.float32)
     torch.manual_seed(1)
-    policy = make_policy(family.denoiser, adapter)
+    policy = make_policy(family, adapter)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
     text_B = family.encode_prompts(PROMPTS * 2)
     for _ in range(10):
@@ -68,7 +68,7 @@ def make_learner(
     config = Train(**settings, objective=KTOSettings(**objective))
     family = load_family(folder, None, CPU, torch.float32)
     torch.manual_seed(0)
-    policy = make_policy(family.denoiser, config.adapter)
+    policy = make_policy(family, config.adapter)
     if nudged:
         policy.load(better_than_the_base(folder, config.adapter))
     return Learner(family, policy, config, 5, CPU, wrap, rank, ranks)

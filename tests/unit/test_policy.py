@@ -61,14 +61,14 @@ def change_one_weight(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def test_a_fresh_policy_is_the_base_model(tiny_folder: Path, kind: Kind) -> None:
     base = load(tiny_folder)
     family = load(tiny_folder)
-    policy = make_policy(family.denoiser, Adapter(kind=kind, rank=2))
+    policy = make_policy(family, Adapter(kind=kind, rank=2))
     assert same(predict(family, policy.module), predict(base, base.denoiser))
 
 
 def test_the_reference_stays_the_base_model_while_the_policy_trains(tiny_folder: Path, kind: Kind) -> None:
     base = load(tiny_folder)
     family = load(tiny_folder)
-    policy = make_policy(family.denoiser, Adapter(kind=kind, rank=2))
+    policy = make_policy(family, Adapter(kind=kind, rank=2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
     noisy_BCHW, text_B = torch.randn(2, 4, 8, 8), family.encode_prompts(["a circle", "a square"])
     for _ in range(3):
@@ -89,7 +89,7 @@ def test_the_reference_stays_the_base_model_while_the_policy_trains(tiny_folder:
 
 def test_only_the_policy_is_trained(tiny_sd1_folder: Path) -> None:
     family = load(tiny_sd1_folder)
-    policy = make_policy(family.denoiser, Adapter(rank=2))
+    policy = make_policy(family, Adapter(rank=2))
     with policy.reference():
         pass
     trainable = {id(p) for p in family.denoiser.parameters() if p.requires_grad}
@@ -99,13 +99,13 @@ def test_only_the_policy_is_trained(tiny_sd1_folder: Path) -> None:
 
 def test_published_weights_make_another_process_predict_the_same(tiny_folder: Path, kind: Kind) -> None:
     family = load(tiny_folder)
-    policy = make_policy(family.denoiser, Adapter(kind=kind, rank=2))
+    policy = make_policy(family, Adapter(kind=kind, rank=2))
     nudge(policy)
     published = policy.tensors()
     assert all(tensor.dtype == torch.float32 and not tensor.requires_grad for tensor in published.values())
 
     other = load(tiny_folder)
-    loaded = make_policy(other.denoiser, Adapter(kind=kind, rank=2))
+    loaded = make_policy(other, Adapter(kind=kind, rank=2))
     loaded.load(published)
     assert loaded.proves(published)
     assert same(predict(other, loaded.module), predict(family, policy.module))
@@ -113,7 +113,7 @@ def test_published_weights_make_another_process_predict_the_same(tiny_folder: Pa
 
 
 def test_published_weights_do_not_follow_the_training(tiny_sd1_folder: Path, kind: Kind) -> None:
-    policy = make_policy(load(tiny_sd1_folder).denoiser, Adapter(kind=kind, rank=2))
+    policy = make_policy(load(tiny_sd1_folder), Adapter(kind=kind, rank=2))
     published = policy.tensors()
     nudge(policy)
     assert not policy.proves(published)
@@ -122,7 +122,7 @@ def test_published_weights_do_not_follow_the_training(tiny_sd1_folder: Path, kin
 
 def test_versions_come_and_go(tiny_sd1_folder: Path, kind: Kind) -> None:
     family = load(tiny_sd1_folder)
-    policy = make_policy(family.denoiser, Adapter(kind=kind, rank=2))
+    policy = make_policy(family, Adapter(kind=kind, rank=2))
     base = predict(family, policy.module)
     nudge(policy)
     first, first_prediction = policy.tensors(), predict(family, policy.module)
@@ -142,7 +142,7 @@ def test_versions_come_and_go(tiny_sd1_folder: Path, kind: Kind) -> None:
 
 
 def test_another_version_or_one_changed_weight_is_no_proof(tiny_sd1_folder: Path, kind: Kind) -> None:
-    policy = make_policy(load(tiny_sd1_folder).denoiser, Adapter(kind=kind, rank=2))
+    policy = make_policy(load(tiny_sd1_folder), Adapter(kind=kind, rank=2))
     nudge(policy, seed=1)
     first = policy.tensors()
     nudge(policy, seed=2)
@@ -175,7 +175,7 @@ def activate_another(module: nn.Module) -> None:
 def test_adapter_weights_that_are_loaded_but_not_applied_are_no_proof(
     tiny_sd1_folder: Path, sabotage: Callable[[nn.Module], None]
 ) -> None:
-    policy = make_policy(load(tiny_sd1_folder).denoiser, Adapter(rank=2))
+    policy = make_policy(load(tiny_sd1_folder), Adapter(rank=2))
     nudge(policy)
     published = policy.tensors()
     assert policy.proves(published)
@@ -184,26 +184,26 @@ def test_adapter_weights_that_are_loaded_but_not_applied_are_no_proof(
 
 
 def test_the_base_is_not_proven_while_an_adapter_is_applied(tiny_sd1_folder: Path) -> None:
-    policy = make_policy(load(tiny_sd1_folder).denoiser, Adapter(rank=2))
+    policy = make_policy(load(tiny_sd1_folder), Adapter(rank=2))
     policy.load(None)
     next(layer for layer in policy.module.modules() if isinstance(layer, LoraLayer)).enable_adapters(True)
     assert not policy.proves(None)
 
 
 def test_weights_of_another_architecture_are_refused(tiny_sd1_folder: Path) -> None:
-    policy = make_policy(load(tiny_sd1_folder).denoiser, Adapter(rank=2))
+    policy = make_policy(load(tiny_sd1_folder), Adapter(rank=2))
     with pytest.raises(UserError, match="do not fit the model: unexpected"):
         policy.load({"unet.nowhere.lora_A.weight": torch.zeros(2, 2)})
 
 
 def test_a_half_precision_module_takes_and_proves_float32_weights(tiny_folder: Path, kind: Kind) -> None:
     family = load(tiny_folder)
-    policy = make_policy(family.denoiser, Adapter(kind=kind, rank=2))
+    policy = make_policy(family, Adapter(kind=kind, rank=2))
     nudge(policy)
     published, expected = policy.tensors(), predict(family, policy.module)
 
     half = load(tiny_folder, torch.bfloat16)
-    loaded = make_policy(half.denoiser, Adapter(kind=kind, rank=2))
+    loaded = make_policy(half, Adapter(kind=kind, rank=2))
     loaded.load(published)
     assert loaded.proves(published)
     assert not loaded.proves(change_one_weight(published))
@@ -217,7 +217,7 @@ def test_a_half_precision_module_takes_and_proves_float32_weights(tiny_folder: P
 @pytest.mark.parametrize("alpha", [None, 1.5])
 def test_diffusers_itself_loads_a_published_adapter(tiny_folder: Path, tmp_path: Path, alpha: float | None) -> None:
     family = load(tiny_folder)
-    policy = make_policy(family.denoiser, Adapter(rank=4, alpha=alpha))
+    policy = make_policy(family, Adapter(rank=4, alpha=alpha))
     nudge(policy)
     store = PolicyStore(Storage(str(tmp_path)))
     store.publish(1, policy.tensors(), policy.metadata())
@@ -232,4 +232,4 @@ def test_diffusers_itself_loads_a_published_adapter(tiny_folder: Path, tmp_path:
 
 def test_modules_that_the_denoiser_does_not_have_are_named(tiny_sd1_folder: Path) -> None:
     with pytest.raises(UserError, match=r"train.adapter.target_modules: \['to_everything'\]"):
-        make_policy(load(tiny_sd1_folder).denoiser, Adapter(target_modules=("to_everything",)))
+        make_policy(load(tiny_sd1_folder), Adapter(target_modules=("to_everything",)))

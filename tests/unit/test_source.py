@@ -11,11 +11,15 @@ from safetensors.numpy import save_file
 
 from kto_ray.config import Model
 from kto_ray.diffusion import source
+from kto_ray.diffusion.layouts import LAYOUTS
 from kto_ray.errors import UserError
 from kto_ray.shapes import MODEL_FOLDER
 from tests.factories import write_pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+LAYOUT = LAYOUTS["StableDiffusionPipeline"]
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def test_a_hub_name_needs_a_download_to_be_local(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("content", [b"", b"1234", None])
-@pytest.mark.parametrize("component", source.COMPONENTS_WITH_WEIGHTS)
+@pytest.mark.parametrize("component", LAYOUT.weights)
 def test_truncated_weights_are_named(folder: Path, component: str, content: bytes | None) -> None:
     (file,) = (folder / component).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] if content is None else content)
@@ -117,7 +121,7 @@ def test_an_unsupported_family_lists_the_supported(folder: Path, family: str) ->
 
 
 def give_variant(folder: Path) -> None:
-    for component in source.COMPONENTS_WITH_WEIGHTS:
+    for component in LAYOUT.weights:
         (file,) = (folder / component).glob("*.safetensors")
         save_file({"weight": np.ones(8, np.float16)}, file.with_suffix(".fp16.safetensors"))
 
