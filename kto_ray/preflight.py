@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kto_ray.config import RunConfig, implied, require_same, to_yaml
+from kto_ray.config.resuming import Marks, write_down
 from kto_ray.diffusion import source
 from kto_ray.diffusion.layouts import layout_of
 from kto_ray.errors import UserError
+from kto_ray.identity import marks_of
 from kto_ray.label.labelers import labeler_class
 from kto_ray.people.address import database_owner, database_url
 from kto_ray.people.clock import Clock
@@ -23,7 +25,7 @@ from kto_ray.prompts import load_prompts
 from kto_ray.records import Prompt
 from kto_ray.relabel import Replayed, saved_config
 from kto_ray.score.environments.finding import interpreter
-from kto_ray.score.scorers import load_scorer
+from kto_ray.score.scorers import load_scorer, scorer_marks
 from kto_ray.storage import Storage
 
 
@@ -51,11 +53,11 @@ class Preflight:
         source.check(folder, config.model.variant)
         _check_scheduler(config, folder)
         run = Storage(config.runs_folder) / config.run
-        if run.exists("config.yaml"):
-            require_same(config, _saved(run))
+        changes = require_same(config, _saved(run), _argument_marks(config)) if run.exists("config.yaml") else []
         run.require_room(disk_bytes(config, folder, len(held_out)))
         if config.label.labeler == "human":
             _check_people(config, run)
+        write_down(changes, run, sum(run.exists(f"rounds/{name}/training.json") for name in run.names("rounds")))
         run.write("config.yaml", to_yaml(config).encode())
         return cls(run, train, held_out, source.reference_digest(folder, config.model.variant))
 
@@ -65,6 +67,13 @@ def _saved(run: Storage) -> RunConfig:
         return saved_config(run)
     except UserError as error:
         raise UserError(f"{error}\nGive another `run` name to begin a new one.") from error
+
+
+def _argument_marks(config: RunConfig) -> dict[str, Marks]:
+    """What arguments of the run's plug-ins may change, by the field that holds them."""
+    scorers = {name: settings.scorer or name for name, settings in config.label.scorers.items()}
+    marks: dict[str, Marks] = {f"label.scorers.{name}.args": scorer_marks(path) for name, path in scorers.items()}
+    return marks | {"label.labeler_args": marks_of(labeler_class(config.label.labeler))}
 
 
 def _check_label(config: RunConfig, held_out: Sequence[Prompt]) -> None:

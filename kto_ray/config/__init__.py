@@ -13,13 +13,13 @@ from kto_ray.config.label import Labeling, ScorerSettings, Watch
 from kto_ray.config.machines import Cluster, Device, Dtype, Resources
 from kto_ray.config.people import Human
 from kto_ray.config.reading import from_tree, load, override, recipe_names, to_yaml
-from kto_ray.config.resuming import MAY_CHANGE_ON_RESUME, require_same
+from kto_ray.config.resuming import Change, require_same
 from kto_ray.config.run import Evaluate, Model, Prompts, Replay, RunConfig, Tracking
 from kto_ray.config.train import Adapter, Train, steps_for
 
 __all__ = [
-    "MAY_CHANGE_ON_RESUME",
     "Adapter",
+    "Change",
     "Cluster",
     "Device",
     "Dtype",

@@ -5,35 +5,36 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from kto_ray.config.machines import Device, Dtype, Resources
+from kto_ray.identity import Fixed, Free, Noted
 from kto_ray.section import Count, Section
 
 
 class Generate(Section):
     """How images are sampled, and by how many Serve replicas."""
 
-    images_per_round: Count = 512
-    images_per_prompt: Count = 1
+    images_per_round: Fixed[Count] = 512
+    images_per_prompt: Fixed[Count] = 1
     """Images of one prompt in a round."""
-    guidance_scale: Annotated[float, Field(ge=1)] = 7.5
+    guidance_scale: Fixed[Annotated[float, Field(ge=1)]] = 7.5
     """Classifier-free guidance; 1 is none."""
-    steps: Count = 50
-    scheduler: str = "DDIMScheduler"
+    steps: Fixed[Count] = 50
+    scheduler: Fixed[str] = "DDIMScheduler"
     """Any diffusers scheduler that is compatible with the pipeline, by class name."""
-    batch_size: Count = 8
+    batch_size: Noted[Count] = 8
     """Images of one request."""
-    height: Count | None = None
-    width: Count | None = None
+    height: Fixed[Count | None] = None
+    width: Fixed[Count | None] = None
     """Pixels; None: what the model was trained on."""
-    device: Device = "auto"
-    dtype: Dtype = "float32"
-    compile: bool = False
+    device: Noted[Device] = "auto"
+    dtype: Fixed[Dtype] = "float32"
+    compile: Noted[bool] = False
     """torch.compile the denoiser of every replica."""
-    min_replicas: Count = 1
-    max_replicas: Count = 1
+    min_replicas: Free[Count] = 1
+    max_replicas: Free[Count] = 1
     """Serve autoscales between the two."""
-    max_ongoing_requests: Count = 2
+    max_ongoing_requests: Free[Count] = 2
     """Requests a replica holds at a time (one is computed, the others wait)."""
-    max_queued_requests: int = 64
+    max_queued_requests: Free[int] = 64
     """Requests that wait beyond those before the caller is told to back off; -1: no limit."""
     resources: Resources = Resources()
 

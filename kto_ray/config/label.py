@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from kto_ray.config.machines import Resources
 from kto_ray.config.people import Human, RouteAll, RouteDisagreement
+from kto_ray.identity import Fixed, Free, Noted
 from kto_ray.section import Count, NonNegative, Positive, Section, Share
 from kto_ray.verdicts.thresholds import Absolute, Combination, Threshold, WeightedSum
 
@@ -14,29 +15,29 @@ from kto_ray.verdicts.thresholds import Absolute, Combination, Threshold, Weight
 class ScorerSettings(Section):
     """One scorer and the pool of actors that run it."""
 
-    scorer: str | None = None
+    scorer: Fixed[str | None] = None
     """A built-in scorer, or the dotted path `package.module:Name` of a `Scorer` or a function; None: the key under
     which these settings stand, which is also the name that the scores are stored under."""
-    args: dict[str, Any] = {}
+    args: Fixed[dict[str, Any]] = {}
     """Keyword arguments it is built with: checkpoint, device, dtype, ..."""
-    env: str | None = None
+    env: Noted[str | None] = None
     """Environment it runs in: a name of `kto-ray env list`, or the path of a Python; None: the job's own."""
-    held_out: bool = False
+    held_out: Fixed[bool] = False
     """Never used for verdicts, always reported: a second opinion on whether images get better."""
-    weight: Positive = 1
+    weight: Fixed[Positive] = 1
     """In a weighted sum."""
-    mean: float = 0
-    std: Positive = 1
+    mean: Fixed[float] = 0
+    std: Fixed[Positive] = 1
     """A weighted sum with calibration "fixed" takes (score - mean) / std."""
-    threshold: Threshold | None = None
+    threshold: Fixed[Threshold | None] = None
     """Of this scorer's vote, when scorers vote; None: `label.threshold`."""
-    min_actors: Count = 1
-    max_actors: Count = 2
+    min_actors: Free[Count] = 1
+    max_actors: Free[Count] = 2
     """The pool grows while samples wait and shrinks when it idles."""
     resources: Resources = Resources(num_cpus=0.25, threads=1)
-    max_retries: Annotated[int, Field(ge=0)] = 2
+    max_retries: Free[Annotated[int, Field(ge=0)]] = 2
     """How often a batch is handed to another actor when its own died or did not answer in time."""
-    timeout_s: Positive = 600
+    timeout_s: Free[Positive] = 600
     """An actor that holds a batch for so long is killed and replaced."""
 
     @model_validator(mode="after")
@@ -49,11 +50,11 @@ class ScorerSettings(Section):
 class Watch(Section):
     """The watch for reward hacking: scores that verdicts come from rise while those of held-out scorers fall."""
 
-    rounds: Annotated[int, Field(ge=3)] = 5
+    rounds: Free[Annotated[int, Field(ge=3)]] = 5
     """Trends are taken over so many rounds."""
-    least_slope: NonNegative = 0.05
+    least_slope: Free[NonNegative] = 0.05
     """Slopes up to this are chance: in standard deviations of the first round's scores, a round."""
-    action: Literal["warn", "stop", "off"] = "warn"
+    action: Free[Literal["warn", "stop", "off"]] = "warn"
 
 
 def as_scorers(value: Any) -> Any:
@@ -73,24 +74,24 @@ def as_scorers(value: Any) -> Any:
 class Labeling(Section):
     """Who says yes or no. A scorer and a threshold by default."""
 
-    labeler: str = "threshold"
+    labeler: Fixed[str] = "threshold"
     """"threshold", "human" (people, on a page), or the dotted path `package.module:Name` of a `Labeler`."""
-    labeler_args: dict[str, Any] = {}
+    labeler_args: Fixed[dict[str, Any]] = {}
     """Keyword arguments that a `Labeler` of one's own is built with."""
     human: Human = Human()
-    scorers: Annotated[dict[str, ScorerSettings], BeforeValidator(as_scorers)] = {"shapes": ScorerSettings()}
+    scorers: Fixed[Annotated[dict[str, ScorerSettings], BeforeValidator(as_scorers)]] = {"shapes": ScorerSettings()}
     """Scorers by the name their scores are stored under. They run at the same time, each in its own pool."""
-    combine: Combination = WeightedSum()
+    combine: Fixed[Combination] = WeightedSum()
     """How several scorers come to one verdict."""
-    threshold: Threshold = Absolute(value=0.5)
+    threshold: Fixed[Threshold] = Absolute(value=0.5)
     """From scores to verdicts; a number is an absolute threshold."""
-    max_failed_fraction: Share = 0.1
+    max_failed_fraction: Free[Share] = 0.1
     """A round in which more samples fail stops the run, with the scorer's own error."""
-    deadline_s: Positive | None = None
+    deadline_s: Noted[Positive | None] = None
     """How long after its last image a round waits for verdicts before it is sealed without them; None: for ever."""
-    min_verdicts: Count = 2
+    min_verdicts: Noted[Count] = 2
     """A round with fewer yes and no in all is treated like a round of one class."""
-    on_one_class: Literal["stop", "skip", "train", "widen"] = "stop"
+    on_one_class: Noted[Literal["stop", "skip", "train", "widen"]] = "stop"
     """What to do with a round that has yes or no only, or too few of both: stop the run, skip its training, train on
     what is there, or widen: let the round's median decide instead of the threshold (where all score the same, skip)."""
     watch: Watch = Watch()

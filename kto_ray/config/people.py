@@ -4,33 +4,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from kto_ray.identity import Fixed, Free, Noted
 from kto_ray.section import Count, InnerShare, Positive, Section, Share
 
 
 class Overlap(Section):
     """How many people judge an image, and how their answers become one verdict."""
 
-    labels: Count = 1
+    labels: Fixed[Count] = 1
     """Answers that an image needs; "unsure" is one, a skip is none."""
-    share: Share = 1
+    share: Fixed[Share] = 1
     """Share of the images that need so many; the others need one. A small share is enough to measure agreement."""
-    rule: Literal["majority", "unanimous"] = "majority"
+    rule: Fixed[Literal["majority", "unanimous"]] = "majority"
     """majority: more yes than no, or the reverse, else abstain; unanimous: abstain unless all say the same."""
 
 
 class Gold(Section):
     """Images with known answers, mixed in unseen, that tell who does not look."""
 
-    file: str | None = None
+    file: Free[str | None] = None
     """JSONL of {"image": path of a PNG or JPEG, relative to the file; "prompt", "answer": "desirable" or
     "undesirable"}; None: no gold."""
-    share: InnerShare = 0.1
+    share: Free[InnerShare] = 0.1
     """Of the images that a person is shown."""
-    limit: Share = 0.7
+    limit: Noted[Share] = 0.7
     """Who has a smaller share of them right is shown to the operator as doubtful, ..."""
-    least: Count = 5
+    least: Noted[Count] = 5
     """... once so many were answered."""
-    action: Literal["show", "exclude"] = "show"
+    action: Noted[Literal["show", "exclude"]] = "show"
     """exclude: who is doubtful is excluded at once: the labels leave all rounds that are still open."""
 
 
@@ -44,21 +45,21 @@ class RouteRandom(Section):
     """A random share goes to people, scorers judge the rest."""
 
     kind: Literal["random"] = "random"
-    share: InnerShare = 0.5
+    share: Fixed[InnerShare] = 0.5
 
 
 class RouteNearThreshold(Section):
     """The share whose scores lie nearest to the threshold goes to people, scorers judge the rest."""
 
     kind: Literal["near_threshold"] = "near_threshold"
-    share: InnerShare = 0.25
+    share: Fixed[InnerShare] = 0.25
 
 
 class RouteDisagreement(Section):
     """Images on which the scorers do not vote alike go to people, up to a share; scorers judge the rest."""
 
     kind: Literal["disagreement"] = "disagreement"
-    share: Share = 1
+    share: Fixed[Share] = 1
 
 
 Route = Annotated[
@@ -75,30 +76,30 @@ def as_route(value: Any) -> Any:
 class Human(Section):
     """People as the labeler, with `label.labeler: human`. When a round is sealed without them is `label.deadline_s`."""
 
-    labelers: tuple[str, ...] = ("me",)
+    labelers: Free[tuple[str, ...]] = ("me",)
     """Who is given a link when the run starts; `kto-ray labelers add` adds others at any time."""
-    database: str | None = None
+    database: Fixed[str | None] = None
     """SQLAlchemy URL, for instance postgresql+psycopg://user@host/name, one database a run; None: a SQLite file in the
     run's folder."""
-    min_labels: Count | None = None
+    min_labels: Noted[Count | None] = None
     """A round is sealed as soon as so many of its images are judged; None: all that people are asked about."""
-    on_deadline: Literal["train", "scorer", "wait"] = "train"
+    on_deadline: Noted[Literal["train", "scorer", "wait"]] = "train"
     """What happens at `label.deadline_s`: train on what came; let scorers judge what people did not; or wait on until
     `min_labels` is reached, saying so."""
-    route: Route = RouteAll()
+    route: Fixed[Route] = RouteAll()
     """Which images people are asked about."""
     overlap: Overlap = Overlap()
     gold: Gold = Gold()
-    lease_s: Positive = 120
+    lease_s: Free[Positive] = 120
     """For so long an image is one person's; then somebody else may have it. An open page extends it."""
-    host: str = "127.0.0.1"
+    host: Free[str] = "127.0.0.1"
     """Address that the page listens on; another than loopback is for a machine behind a proxy with HTTPS."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    public_url: str | None = None
+    port: Free[Annotated[int, Field(ge=1, le=65535)]] = 8000
+    public_url: Free[str | None] = None
     """What links begin with, for instance https://labels.example.org; None: http://host:port."""
-    link_days: Positive = 30
+    link_days: Free[Positive] = 30
     """After so many days a link no longer works."""
-    requests_per_minute: Count = 600
+    requests_per_minute: Free[Count] = 600
     """Of one labeler; more are told to wait."""
 
     @model_validator(mode="after")

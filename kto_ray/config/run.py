@@ -13,6 +13,7 @@ from kto_ray.config.label import Labeling, as_scorers
 from kto_ray.config.machines import Cluster
 from kto_ray.config.people import as_route
 from kto_ray.config.train import Train, as_objective, steps_for
+from kto_ray.identity import ByContent, Fixed, Free
 from kto_ray.section import Count, Section, Share
 from kto_ray.verdicts.thresholds import PromptQuantile, as_combination, as_threshold
 
@@ -20,11 +21,11 @@ from kto_ray.verdicts.thresholds import PromptQuantile, as_combination, as_thres
 class Model(Section):
     """The base model; `model: NAME` is short for `model: {name: NAME}`."""
 
-    name: str = "shapes"
+    name: ByContent[str] = "shapes"
     """"shapes" (the embedded world), a diffusers pipeline folder, or a name on the model hub."""
-    revision: str | None = None
+    revision: ByContent[str | None] = None
     """Hub revision; a commit hash makes a run reproducible."""
-    variant: str | None = None
+    variant: ByContent[str | None] = None
     """Weight file variant, for instance "fp16"."""
 
 
@@ -36,22 +37,22 @@ def as_model(value: Any) -> Any:
 class Prompts(Section):
     """Where prompts come from: JSONL files of {"id", "text", ...metadata}, or plain text with one prompt a line."""
 
-    train: str = "shapes:train"
+    train: ByContent[str] = "shapes:train"
     """A file, or "shapes:train"."""
-    held_out: str = "shapes:held_out"
+    held_out: ByContent[str] = "shapes:held_out"
     """A file whose prompts are never trained on, or "shapes:held_out"."""
 
 
 class Evaluate(Section):
     """Held-out prompts, fixed seeds, policy against base."""
 
-    every: Count = 5
+    every: Free[Count] = 5
     """Rounds between evaluations; the base and the last policy are always evaluated."""
-    images_per_prompt: Count = 5
+    images_per_prompt: Fixed[Count] = 5
     """The paper compares the median of 5."""
-    max_prompts: Count | None = None
+    max_prompts: Fixed[Count | None] = None
     """Take only so many of the held-out prompts."""
-    stop_at_pass_rate: Share | None = None
+    stop_at_pass_rate: Free[Share | None] = None
     """End the run when so large a share of the held-out images passes the threshold."""
 
     def prompts_of(self, held_out: int) -> int:
@@ -62,33 +63,33 @@ class Evaluate(Section):
 class Tracking(Section):
     """Where metrics go besides `metrics.jsonl`."""
 
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    mlflow_uri: str | None = None
+    tensorboard: Free[bool] = True
+    wandb_project: Free[str | None] = None
+    mlflow_uri: Free[str | None] = None
 
 
 class Replay(Section):
     """Rounds of an earlier run, trained on anew before the run goes on with rounds of its own."""
 
-    run: str
+    run: Fixed[str]
     """The folder of the earlier run: a local path or a URI."""
-    labels: str | None = None
+    labels: Fixed[str | None] = None
     """A label set that `kto-ray relabel` has made of it; None: its own verdicts."""
 
 
 class RunConfig(Section):
     """Everything that defines a run."""
 
-    run: str = "run"
+    run: Fixed[str] = "run"
     """Name of the run: its folder under `runs_folder`. The same name continues the run."""
-    runs_folder: str = "runs"
+    runs_folder: Free[str] = "runs"
     """Local path, or URI that pyarrow or fsspec opens (s3://..., gs://..., memory://...)."""
-    seed: int = 0
-    rounds: Count = 10
-    max_policy_lag: Annotated[int, Field(ge=0)] = 0
+    seed: Fixed[int] = 0
+    rounds: Free[Count] = 10
+    max_policy_lag: Fixed[Annotated[int, Field(ge=0)]] = 0
     """How many versions older than the policy being trained a sample's may be. 0: strictly on-policy. From 1 on, the
     next round is generated while this one is trained; more lets verdicts that people gave late be trained on, too."""
-    replay: Replay | None = None
+    replay: Fixed[Replay | None] = None
     """Train on another run's rounds first."""
     model: Annotated[Model, BeforeValidator(as_model)] = Model()
     prompts: Prompts = Prompts()

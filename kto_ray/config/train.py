@@ -5,29 +5,30 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from kto_ray.config.machines import Device, Resources
+from kto_ray.identity import Fixed, Free, Noted
 from kto_ray.section import Count, InnerShare, NonNegative, Positive, Section, Share
 
 
 class Adapter(Section):
     """What is trained: low-rank adapters of the denoiser's attention, or all of it."""
 
-    kind: Literal["lora", "full"] = "lora"
-    rank: Count = 16
-    alpha: Positive | None = None
+    kind: Fixed[Literal["lora", "full"]] = "lora"
+    rank: Fixed[Count] = 16
+    alpha: Fixed[Positive | None] = None
     """None: equal to the rank, which scales the adapter by 1."""
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: Fixed[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class KTOSettings(Section):
     """Diffusion-KTO; see `objective.py`."""
 
     kind: Literal["diffusion_kto"] = "diffusion_kto"
-    utility: Literal["kahneman_tversky", "loss_averse", "risk_seeking"] = "kahneman_tversky"
-    reference_point: Literal["batch_kl", "mismatched_kl", "class_mean", "zero"] = "batch_kl"
-    beta: Positive = 5000
+    utility: Fixed[Literal["kahneman_tversky", "loss_averse", "risk_seeking"]] = "kahneman_tversky"
+    reference_point: Fixed[Literal["batch_kl", "mismatched_kl", "class_mean", "zero"]] = "batch_kl"
+    beta: Fixed[Positive] = 5000
     """Scale of the implicit reward."""
-    desirable_weight: Positive = 1
-    undesirable_weight: Positive = 1
+    desirable_weight: Fixed[Positive] = 1
+    undesirable_weight: Fixed[Positive] = 1
 
 
 def as_objective(value: Any) -> Any:
@@ -43,37 +44,37 @@ class Train(Section):
     """How rounds are trained on. Defaults are the paper's where it names one."""
 
     objective: Objective = KTOSettings()
-    gamma: InnerShare = 0.8
+    gamma: Fixed[InnerShare] = 0.8
     """Probability that a drawn training sample is desirable."""
-    prompt_dropout: Share = 0.2
+    prompt_dropout: Fixed[Share] = 0.2
     """Share of prompts replaced by the empty prompt, for policy and reference alike."""
-    noise_range: tuple[Share, Share] = (0, 1)
+    noise_range: Fixed[tuple[Share, Share]] = (0, 1)
     """Part of the noise range that timesteps are drawn from; 0 is clean, 1 is pure noise."""
-    global_batch: Count = 64
+    global_batch: Fixed[Count] = 64
     """Samples of an optimizer step, over all workers and accumulated micro-batches."""
-    micro_batch: Count = 64
+    micro_batch: Noted[Count] = 64
     """Samples a worker takes through the model at once."""
-    epochs: Positive = 2
+    epochs: Fixed[Positive] = 2
     """Draws of a round as a multiple of its verdicts."""
-    learning_rate: Positive = 1e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay: Literal["constant", "cosine"] = "constant"
+    learning_rate: Fixed[Positive] = 1e-5
+    warmup_steps: Fixed[Annotated[int, Field(ge=0)]] = 0
+    decay: Fixed[Literal["constant", "cosine"]] = "constant"
     """How the learning rate goes on after the warm-up; "cosine" falls to 0 over `rounds` (and is stretched
     when a run is continued with more of them)."""
-    weight_decay: NonNegative = 0
-    max_grad_norm: Positive = 1
+    weight_decay: Fixed[NonNegative] = 0
+    max_grad_norm: Fixed[Positive] = 1
     adapter: Adapter = Adapter()
-    device: Device = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Noted[Device] = "auto"
+    dtype: Fixed[Literal["float32", "bfloat16"]] = "float32"
     """Precision of the forward passes (autocast); weights, errors and optimizer stay float32. Not float16: its small
     gradients underflow without loss scaling."""
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    workers: Count = 1
+    compile: Noted[bool] = False
+    gradient_checkpointing: Noted[bool] = False
+    workers: Noted[Count] = 1
     resources: Resources = Resources()
-    max_failures: int = 3
+    max_failures: Free[int] = 3
     """How often Ray Train restarts the workers after a crash; -1: always."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_checkpoints: Free[Annotated[int, Field(ge=2)]] = 2
 
     @model_validator(mode="after")
     def _batch_adds_up(self) -> "Train":

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, Field, model_validator
 
+from kto_ray.identity import Fixed
 from kto_ray.section import InnerShare, NonNegative, Section, Share
 
 Floats = npt.NDArray[np.float64]
@@ -134,8 +135,8 @@ class Absolute(BaseThreshold):
 
     compares = "nothing"
     kind: Literal["absolute"] = "absolute"
-    value: float
-    dead_band: NonNegative = 0
+    value: Fixed[float]
+    dead_band: Fixed[NonNegative] = 0
     """Scores closer to `value` than this abstain."""
 
     def fit(self, values_N: Floats, prompts_N: Sequence[str], memory: Mapping[str, float] = NOTHING) -> Fit:
@@ -143,9 +144,9 @@ class Absolute(BaseThreshold):
 
 
 class _Quantile(BaseThreshold):
-    quantile: InnerShare = 0.5
+    quantile: Fixed[InnerShare] = 0.5
     """Share of the samples below the cut, as nearly as ties allow; there is always one below and one above."""
-    dead_band: Annotated[float, Field(ge=0, lt=0.5)] = 0
+    dead_band: Fixed[Annotated[float, Field(ge=0, lt=0.5)]] = 0
     """So large a share of the samples abstains on either side of the cut."""
 
     def split(self, values_N: Floats) -> Cut | None:
@@ -189,8 +190,8 @@ class TopBottom(BaseThreshold):
 
     version = "2"
     kind: Literal["top_bottom"] = "top_bottom"
-    top: InnerShare = 0.5
-    bottom: InnerShare = 0.5
+    top: Fixed[InnerShare] = 0.5
+    bottom: Fixed[InnerShare] = 0.5
 
     @model_validator(mode="after")
     def _shares_fit(self) -> "TopBottom":
@@ -210,10 +211,10 @@ class RunningMean(BaseThreshold):
 
     version = "2"
     kind: Literal["running_mean"] = "running_mean"
-    z: float = 0
-    decay: Share = 0.9
+    z: Fixed[float] = 0
+    decay: Fixed[Share] = 0.9
     """Weight of the past in the averages; 0 forgets it."""
-    dead_band: NonNegative = 0
+    dead_band: Fixed[NonNegative] = 0
     """In standard deviations around `z`."""
 
     def fit(self, values_N: Floats, prompts_N: Sequence[str], memory: Mapping[str, float] = NOTHING) -> Fit:
@@ -245,9 +246,9 @@ class WeightedSum(_Versioned):
 
     version = "2"
     kind: Literal["weighted_sum"] = "weighted_sum"
-    calibration: Literal["fixed", "round", "running"] = "fixed"
+    calibration: Fixed[Literal["fixed", "round", "running"]] = "fixed"
     """Where mean and std come from: each scorer's own `mean` and `std`, the round, or the rounds so far."""
-    decay: Share = 0.9
+    decay: Fixed[Share] = 0.9
     """Of running averages."""
 
 

@@ -1,7 +1,10 @@
 """The configuration tree: what a recipe and overrides resolve to, and what is said when they are wrong."""
 
+import inspect
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -18,8 +21,12 @@ from kto_ray.config import (
     steps_for,
     to_yaml,
 )
+from kto_ray.config.resuming import changes_of, write_down
 from kto_ray.errors import UserError
+from kto_ray.identity import Free, Noted, OnResume, marks_of
 from kto_ray.score.scorers import SCORERS
+from kto_ray.section import Section
+from kto_ray.storage import Storage
 from kto_ray.verdicts.thresholds import (
     Absolute,
     Agreement,
@@ -471,6 +478,9 @@ def test_every_field_that_differs_is_named_with_both_values() -> None:
         *("cluster.wait_s=1", "label.scorers.shapes.resources.num_cpus=9", "label.scorers.shapes.timeout_s=9"),
         *("label.scorers.shapes.max_actors=9", "label.scorers.shapes.max_retries=9", "label.scorers.shapes.env=mine"),
         *("label.on_one_class=widen", "label.min_verdicts=9", "label.watch.action=stop", "label.deadline_s=9"),
+        # Out of memory, or other machines.
+        *("generate.batch_size=1", "generate.compile=true", "generate.device=cpu", "generate.max_ongoing_requests=1"),
+        *("train.micro_batch=8", "train.gradient_checkpointing=true", "train.compile=true", "train.device=cpu"),
     ],
 )
 def test_what_may_change_on_resume_may(override: str) -> None:
@@ -481,11 +491,11 @@ def test_what_may_change_on_resume_may(override: str) -> None:
 @pytest.mark.parametrize(
     ("override", "field"),
     [
-        ("label.scorers.shapes.args.timeout_s=9", "label.scorers.shapes.args"),
-        ("label.scorers.shapes.args={env: mine}", "label.scorers.shapes.args"),
+        ("label.scorers.shapes.args.timeout_s=9", "label.scorers.shapes.args.timeout_s"),
+        ("label.scorers.shapes.args={env: mine}", "label.scorers.shapes.args.env"),
         ("label.scorers.shapes.scorer=tests.plugins:CoinScorer", "label.scorers.shapes.scorer"),
         ("label.scorers.shapes.weight=2", "label.scorers.shapes.weight"),
-        ("label.scorers.redness=null", "label.scorers"),
+        ("label.scorers.redness=null", "label.scorers.redness"),
         ("label.threshold=0.7", "label.threshold.value"),
         ("label.threshold=round_quantile", "label.threshold"),
         ("label.combine=majority", "label.combine"),
@@ -506,3 +516,76 @@ def test_settings_of_a_scorer_may_change_but_not_arguments_of_the_same_name() ->
                 load("shapes_demo", [*arguments, f"label.scorers.shapes.args.{changed}"]),
                 load("shapes_demo", arguments),
             )
+
+
+def test_every_field_has_decided_whether_it_may_change() -> None:
+    """A new field says `Fixed`, `ByContent`, `Noted` or `Free`; see `kto_ray/identity.py`."""
+    undecided = []
+    for section, keys in sections(RunConfig, ()):
+        for name, field in section.model_fields.items():
+            marks = [mark for mark in field.metadata if isinstance(mark, OnResume)]
+            only_a_section = inspect.isclass(field.annotation) and issubclass(field.annotation, Section)
+            names_its_kind = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+            if len(marks) != 1 and not (only_a_section or names_its_kind):
+                undecided.append(".".join((*keys, name)))
+    assert not undecided
+
+
+def sections(section: type[Section], keys: tuple[str, ...]) -> Iterator[tuple[type[Section], tuple[str, ...]]]:
+    yield section, keys
+    for name, field in section.model_fields.items():
+        for found in within(field.annotation):
+            yield from sections(found, (*keys, name))
+
+
+def within(annotation: Any) -> Iterator[type[Section]]:
+    """The sections that a type is made of."""
+    if inspect.isclass(annotation) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from within(part)
+
+
+def test_sections_are_found_behind_kinds_and_names() -> None:
+    found = {section.__name__ for section, _ in sections(RunConfig, ())}
+    assert {"Resources", "ScorerSettings", "PromptQuantile", "RouteRandom", "Replay", "Adapter"} <= found
+
+
+class Curious:
+    def __init__(self, question: str, device: Noted[str] = "auto", retries: Free[int] = 3) -> None: ...
+
+
+def test_arguments_of_a_plug_in_may_change_where_it_says_so() -> None:
+    saved = load("shapes_demo", ["label.scorers.shapes.args={question: why, device: cpu}"])
+    marks = {"label.scorers.shapes.args": marks_of(Curious)}
+    free = load("shapes_demo", ["label.scorers.shapes.args={question: why, device: cuda, retries: 9}"])
+    assert [(change.field, change.before, change.after) for change in require_same(free, saved, marks)] == [
+        ("label.scorers.shapes.args.device", "cpu", "cuda"),
+        ("label.scorers.shapes.args.retries", None, 9),
+    ]
+    with pytest.raises(UserError, match=r"label\.scorers\.shapes\.args\.question: the run has 'why'"):
+        require_same(load("shapes_demo", ["label.scorers.shapes.args={question: how, device: cpu}"]), saved, marks)
+
+
+def test_a_name_may_change_when_its_content_is_known_to_be_the_same() -> None:
+    moved, saved = load("shapes_demo", ["model.name=/elsewhere"]), load("shapes_demo")
+    with pytest.raises(UserError, match=r"model\.name: the run has 'shapes', this command says '/elsewhere'"):
+        require_same(moved, saved, same_content=["prompts", "mode"])
+    assert [change.field for change in require_same(moved, saved, same_content=["model"])] == ["model.name"]
+
+
+def test_changes_are_written_down_with_the_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, saved = Storage(str(tmp_path)), load("shapes_demo")
+    overrides = ["rounds=99", "train.micro_batch=8", "generate.batch_size=1"]
+    changes = require_same(load("shapes_demo", overrides), saved)
+    for _ in range(2):  # a start that ended before it came further
+        write_down(changes, run, 3)
+    write_down([], run, 4)
+    assert changes_of(run) == [
+        {"round": 3, "field": "rounds", "before": saved.rounds, "after": 99},
+        {"round": 3, "field": "generate.batch_size", "before": saved.generate.batch_size, "after": 1},
+        {"round": 3, "field": "train.micro_batch", "before": saved.train.micro_batch, "after": 8},
+    ]
+    assert "generate.batch_size, train.micro_batch changed: from round 3 on" in caplog.text
+    assert "rounds" not in caplog.text.partition("changed")[0]
+    assert changes_of(Storage(str(tmp_path / "another"))) == []

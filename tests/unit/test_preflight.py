@@ -11,11 +11,12 @@ import numpy.typing as npt
 import pytest
 
 from kto_ray.config import RunConfig, load, recipe_names, to_yaml
+from kto_ray.config.resuming import changes_of
 from kto_ray.diffusion import source
 from kto_ray.errors import UserError
 from kto_ray.preflight import Preflight, describe, disk_bytes
 from kto_ray.records import Prompt
-from kto_ray.relabel import relabel
+from kto_ray.relabel import relabel, saved_config
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from tests.factories import make_samples, make_score, make_verdict, write_pipeline, write_prompts
@@ -275,6 +276,23 @@ def test_a_run_does_not_go_on_with_other_arguments_of_its_scorer(base: list[str]
 def test_a_longer_run_continues(base: list[str]) -> None:
     Preflight.check(load("shapes_demo", base))
     Preflight.check(load("shapes_demo", [*base, "rounds=30"]))
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_with_less(base: list[str]) -> None:
+    coins = "label.scorers.shapes={scorer: tests.plugins:CoinScorer, args: {seconds: 0.0}}"
+    run = Preflight.check(load("shapes_demo", [*base, coins])).run
+    run.write("rounds/00000/training.json", b"{}")
+    less = ["generate.batch_size=1", "train.gradient_checkpointing=true", "train.micro_batch=1"]
+    Preflight.check(load("shapes_demo", [*base, coins, *less, "label.scorers.shapes.args.device=cpu"]))
+    rows = changes_of(run)
+    assert {row["round"] for row in rows} == {1}
+    assert [(row["field"], row["after"]) for row in rows] == [
+        ("generate.batch_size", 1),
+        ("label.scorers.shapes.args.device", "cpu"),
+        ("train.micro_batch", 1),
+        ("train.gradient_checkpointing", True),
+    ]
+    assert saved_config(run).generate.batch_size == 1
 
 
 @pytest.mark.parametrize("content", ["begun_by: another version\n", "a: [", "just text"])

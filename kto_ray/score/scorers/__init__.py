@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
+from kto_ray.identity import OnResume, marks_of
 from kto_ray.plugins import load_plugin
 from kto_ray.score.protocol import Scorer
 
@@ -35,3 +36,8 @@ def load_scorer(path: str, field: str = "label.scorers") -> Callable[..., Scorer
     from kto_ray.score.scorers.function import Function
 
     return partial(Function, path)
+
+
+def scorer_marks(path: str) -> dict[str, OnResume]:
+    """What arguments of the scorer of that name may change while a run goes on; raises as `load_scorer`."""
+    return marks_of(load_plugin("label.scorers", path, SCORERS, functions=True))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kto_ray.errors import UserError
+from kto_ray.identity import Noted
 from kto_ray.records import Prompt
 from kto_ray.score.protocol import check_batch
 from kto_ray.score.scorers.clip import Clip
@@ -44,7 +45,11 @@ class Aesthetic:
     version = "1"
 
     def __init__(
-        self, checkpoint: str | None = None, device: str = "auto", dtype: str = "float32", clip: str | None = None
+        self,
+        checkpoint: str | None = None,
+        device: Noted[str] = "auto",
+        dtype: str = "float32",
+        clip: str | None = None,
     ) -> None:
         path = find_file(checkpoint, REPOSITORY, FILENAME)
         self.head = build_head()

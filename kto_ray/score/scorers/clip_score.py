@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kto_ray.identity import Noted
 from kto_ray.records import Prompt
 from kto_ray.score.scorers.clip import Clip
 
@@ -30,7 +31,7 @@ class ClipScore:
     name = "clip_score"
     version = "1"
 
-    def __init__(self, checkpoint: str | None = None, device: str = "auto", dtype: str = "float32") -> None:
+    def __init__(self, checkpoint: str | None = None, device: Noted[str] = "auto", dtype: str = "float32") -> None:
         self.clip = Clip(checkpoint or CHECKPOINT, device, dtype)
 
     def score(self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[float]:

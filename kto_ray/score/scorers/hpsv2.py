@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from kto_ray.errors import UserError
+from kto_ray.identity import Noted
 from kto_ray.records import Prompt
 from kto_ray.score.environments.finding import require
 from kto_ray.score.protocol import check_batch
@@ -54,7 +55,7 @@ class HPSv2:
     def __init__(
         self,
         checkpoint: str | None = None,
-        device: str = "auto",
+        device: Noted[str] = "auto",
         dtype: str = "float32",
         version: str = "2.1",
         architecture: str = "ViT-H-14",

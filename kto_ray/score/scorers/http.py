@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kto_ray.errors import UserError
+from kto_ray.identity import Free, Noted
 from kto_ray.images import to_png
 from kto_ray.records import Prompt
 from kto_ray.score.protocol import BatchFailed
@@ -203,11 +204,11 @@ class Http(RemoteScorer):
 
     def __init__(
         self,
-        url: str,
-        timeout_s: float = 30,
-        max_retries: int = 3,
-        max_reply_bytes: int = 1_000_000,
-        headers: Mapping[str, str] | None = None,
+        url: Noted[str],
+        timeout_s: Free[float] = 30,
+        max_retries: Free[int] = 3,
+        max_reply_bytes: Free[int] = 1_000_000,
+        headers: Free[Mapping[str, str] | None] = None,
         name: str = "http",
         version: str = "1",
     ) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from kto_ray.errors import UserError
+from kto_ray.identity import Noted
 from kto_ray.records import Prompt
 from kto_ray.score.environments.finding import require
 from kto_ray.score.protocol import check_batch
@@ -55,7 +56,7 @@ class ImageReward:
     def __init__(
         self,
         checkpoint: str | None = None,
-        device: str = "auto",
+        device: Noted[str] = "auto",
         dtype: str = "float32",
         med_config: str | None = None,
         tokenizer: str | None = None,

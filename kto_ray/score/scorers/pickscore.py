@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kto_ray.identity import Noted
 from kto_ray.records import Prompt
 from kto_ray.score.scorers.clip import Clip
 
@@ -38,7 +39,7 @@ class PickScore:
     def __init__(
         self,
         checkpoint: str | None = None,
-        device: str = "auto",
+        device: Noted[str] = "auto",
         dtype: str = "float32",
         processor: str | None = None,
     ) -> None:

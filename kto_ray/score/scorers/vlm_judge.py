@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kto_ray.errors import UserError
+from kto_ray.identity import Free, Noted
 from kto_ray.records import Prompt
 from kto_ray.score.scorers.http import BadReply, Endpoint, RemoteScorer, base64_png, excerpt, is_number, require
 
@@ -54,18 +55,18 @@ class VlmJudge(RemoteScorer):
 
     def __init__(
         self,
-        url: str,
+        url: Noted[str],
         model: str,
         template: str = TEMPLATE,
-        api_key_env: str | None = None,
+        api_key_env: Free[str | None] = None,
         scale: Sequence[float] = (0, 10),
         temperature: float | None = 0,
         extra: Mapping[str, Any] | None = None,
-        concurrency: int = 4,
-        timeout_s: float = 60,
-        max_retries: int = 3,
-        max_reply_bytes: int = 1_000_000,
-        headers: Mapping[str, str] | None = None,
+        concurrency: Free[int] = 4,
+        timeout_s: Free[float] = 60,
+        max_retries: Free[int] = 3,
+        max_reply_bytes: Free[int] = 1_000_000,
+        headers: Free[Mapping[str, str] | None] = None,
         name: str = "vlm_judge",
         version: str | None = None,
     ) -> None:
