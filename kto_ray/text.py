@@ -18,6 +18,6 @@ def read_text(path: Path, what: str) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{what} is not UTF-8 text: {error}; save it as UTF-8") from error
-    if "\0" in text:  # so looks UTF-16 where nothing at its beginning says that it is
-        raise UserError(f"{what} is not UTF-8 text: it has zero bytes; save it as UTF-8")
+    if "\0" in text:  # UTF-16 of which nothing at the beginning says so reads as UTF-8, too
+        raise UserError(f"{what} is not UTF-8 text: it holds zero bytes; save it as UTF-8")
     return text

@@ -35,7 +35,8 @@ def as_model(value: Any) -> Any:
 
 
 class Prompts(Section):
-    """Where prompts come from: JSONL files of {"id", "text", ...metadata}, or plain text with one prompt a line."""
+    """Where prompts come from: text with a prompt a line, or CSV, TSV, JSON or JSON lines with a column of texts (see
+    `prompt_files.py`)."""
 
     train: ByContent[str] = "shapes:train"
     """A file, or "shapes:train"."""

@@ -1,5 +1,6 @@
 """Prompt files: what is read, what is refused with its line, and in what order rounds go through them."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -50,6 +51,73 @@ def test_only_line_feeds_end_lines(tmp_path: Path) -> None:
     assert prompt.text == "a\u2028b\u0085c"
 
 
+TWO = [Prompt("a", 'a "red" circle, flat', {"Style": "flat"}), Prompt("b", "two\nlines", {"Style": "oil"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.csv", 'ID,Prompt,Style\na,"a ""red"" circle, flat",flat\nb,"two\nlines",oil\n'),
+        ("p.CSV", '\ufeffStyle, id, text\r\nflat, a, "a ""red"" circle, flat"\r\n\r\noil,b,"two\r\nlines"\r\n'),
+        ("p.tsv", 'caption\tid\tStyle\n"a ""red"" circle, flat"\ta\tflat\n"two\nlines"\tb\toil\n'),
+        ("p.json", json.dumps([{"id": p.id, "prompt": p.text, **p.metadata} for p in TWO], indent=1)),
+        *(
+            (name, "".join(json.dumps({"id": p.id, "Prompt": p.text, **p.metadata}) + "\n" for p in TWO))
+            for name in ("p.json", "p.ndjson", "p.JSONL")
+        ),
+    ],
+)
+def test_tables_and_json_are_read_by_their_ending(tmp_path: Path, name: str, content: str) -> None:
+    assert load_prompts("f", str(written(tmp_path, content, name))) == TWO
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "ids"),
+    [
+        ("p.csv", "prompt\na cat\n\na dog\n", ["1", "2"]),
+        ("p.json", '["a cat", {"prompt": "a dog"}]', ["1", "2"]),
+        ("p.jsonl", '{"text": "a cat"}\n\n"a dog"\n', ["1", "3"]),
+    ],
+)
+def test_rows_without_an_id_are_named_by_their_number(tmp_path: Path, name: str, content: str, ids: list[str]) -> None:
+    prompts = load_prompts("f", str(written(tmp_path, content, name)))
+    assert [(prompt.id, prompt.text) for prompt in prompts] == list(zip(ids, ["a cat", "a dog"], strict=True))
+
+
+def test_of_several_columns_text_comes_first_and_the_others_are_metadata(tmp_path: Path) -> None:
+    path = written(tmp_path, '{"prompt": "b", "Text": "c", "text": "a", "ID": "2", "id": "1"}\n')
+    assert load_prompts("f", str(path)) == [Prompt("1", "a", {"prompt": "b", "Text": "c", "ID": "2"})]
+
+
+def test_comments_and_invisible_lines_are_no_prompts(tmp_path: Path) -> None:
+    path = written(tmp_path, "# my prompts\n#\na cat\n\u200b\u200b\n\u200b\ufeff \n#hashtag cat\n", "prompts.txt")
+    assert load_prompts("f", str(path)) == [Prompt("3", "a cat"), Prompt("6", "#hashtag cat")]
+
+
+@pytest.mark.parametrize("name", ["prompts", "prompts.md", "prompts.jsonl.gz", "prompts.parquet"])
+def test_an_unknown_ending_is_refused_with_those_that_are_known(tmp_path: Path, name: str) -> None:
+    text = message(written(tmp_path, "a cat\n", name))
+    assert ".txt, .csv, .tsv, .json, .jsonl, .ndjson" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("p.csv", "prompt,style\na cat,oil\na dog,oil,large\n", "line 3 has not the 2 columns"),
+        ("p.csv", "prompt,style\na cat\n", "line 2 has not the 2 columns"),
+        ("p.csv", "prompt,prompt\na cat,a dog\n", "not all different"),
+        ("p.csv", 'prompt\na dog\n"a cat\n', "begins in line 3 cannot be read: unexpected end"),
+        ("p.csv", "prompt,style\n ,oil\n", "line 2 has an empty text"),
+        ("p.json", '["a cat", 7]', "item 2 is no object of strings: 7"),
+        ("p.json", '["a cat",', "is not JSON"),
+        ("p.json", '{"prompts": ["a cat"]}', "line 1 is no object of strings"),
+        ("p.csv", "id,prompt\n1,a cat\n\n1,a dog\n", "line 4: prompt id '1' was used in line 2"),
+    ],
+)
+def test_a_malformed_table_is_named_with_the_place(tmp_path: Path, name: str, content: str, problem: str) -> None:
+    assert problem in message(written(tmp_path, content, name))
+
+
 @pytest.mark.parametrize("source", ["shapes:train", "shapes:held_out"])
 def test_the_embedded_world_has_prompts(source: str) -> None:
     prompts = load_prompts("prompts.train", source)
@@ -74,9 +142,9 @@ def test_an_empty_file_needs_a_prompt(tmp_path: Path, name: str, content: str) -
         ("a red circle", "not JSON"),
         ('["a red circle"]', '["a red circle"]'),
         ('{"id": 3, "text": "a"}', '{"id": 3'),
-        ('{"id": "3"}', "no 'text'"),
-        ('{"text": "a"}', "no 'id'"),
-        ('{"id": "3", "text": " "}', "no 'text'"),
+        ('{"id": " ", "text": "a"}', "empty id"),
+        ('{"id": "3", "text": " "}', "empty text"),
+        ('{"id": "3", "text": "\u200b"}', "empty text"),
     ],
 )
 def test_a_malformed_line_is_named_with_what_is_expected(tmp_path: Path, line: str, problem: str) -> None:
@@ -84,6 +152,23 @@ def test_a_malformed_line_is_named_with_what_is_expected(tmp_path: Path, line: s
     assert "line 3" in text
     assert problem in text
     assert '{"id": "1", "text": "a red circle"}' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"id": "3", "Style": "flat"}'),
+        ("p.csv", "id,Style\n3,flat"),
+        ("p.tsv", "id\tStyle\n3\tflat"),
+        ("p.json", '[{"id": "3", "Style": "flat"}]'),
+    ],
+)
+def test_a_file_without_a_column_of_texts_is_refused_with_the_columns_it_has(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    text = message(written(tmp_path, content, name))
+    assert "'text', 'prompt', 'caption'" in text
+    assert "'id', 'Style'" in text
 
 
 def test_duplicate_ids_are_named_with_both_lines(tmp_path: Path) -> None:
@@ -94,9 +179,10 @@ def test_duplicate_ids_are_named_with_both_lines(tmp_path: Path) -> None:
     assert "unique" in text
 
 
-def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+def test_a_file_in_another_encoding_is_named(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_bytes("ein Kätzchen".encode("latin-1"))
+    path.write_bytes("ein Kätzchen".encode(encoding))
     assert "save it as UTF-8" in message(path)
 
 
