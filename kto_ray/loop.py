@@ -60,6 +60,7 @@ from kto_ray.relabel import Replayed
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.score.pool import Scorers
 from kto_ray.serving import start_serve
+from kto_ray.stage import Stage
 from kto_ray.telling import evaluation_sentence, progress_bars, round_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask
@@ -126,6 +127,7 @@ class _Loop:
         self.sealed = asyncio.Condition()  # a round was sealed
         self.stopped = False
         self.watch = _Stopwatch({})
+        self.stage = Stage()
         self.progress = progress_bars(console)
         self.making = Making(
             config, self.prompts, self.rounds, self.generators, self.scorers, self.labeler, self.progress
@@ -181,7 +183,8 @@ class _Loop:
                 policy_version = max(0, index - self.config.rounds_ahead)
                 if not await self._until_published(policy_version):
                     return
-                await self.making.make(index, round_, self.policies.resolve(policy_version))
+                async with self.stage.turn("making"):
+                    await self.making.make(index, round_, self.policies.resolve(policy_version))
             async with self.sealed:
                 self.sealed.notify_all()
 
@@ -190,12 +193,6 @@ class _Loop:
         async with self.published:
             await self.published.wait_for(lambda: self.stopped or version <= self.walked)
         return not self.stopped
-
-    def _memory(self) -> dict[str, Any]:
-        """What the labeler kept with the last sealed round."""
-        sealed = [round_ for round_ in self.rounds.rounds() if round_.sealed]
-        memory: dict[str, Any] = sealed[-1].manifest["labeler"] if sealed else {}
-        return memory
 
     # -- train, publish, evaluate ---------------------------------------------------------------------------------
 
@@ -247,7 +244,8 @@ class _Loop:
 
         showing = asyncio.create_task(show())
         try:
-            report = await self.training.train(RoundTask(index, train))
+            async with self.stage.turn("training"):
+                report = await self.training.train(RoundTask(index, train))
         finally:
             showing.cancel()
             self.progress.remove_task(bar)
@@ -264,8 +262,9 @@ class _Loop:
         )
 
     async def _evaluate(self, version: int) -> EvaluationSummary:
-        with self.watch.measure("evaluate"):
-            summary = await self.evaluation.run_for(self.policies.resolve(version), self.generators, self.scorers)
+        async with self.stage.turn("evaluating"):
+            with self.watch.measure("evaluate"):
+                summary = await self.evaluation.run_for(self.policies.resolve(version), self.generators, self.scorers)
         self.metrics.log("evaluation", version, evaluation_row(summary))
         self.console.print(evaluation_sentence(version, summary))
         return summary

@@ -123,12 +123,8 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     """About how much a whole run stores: images and latents uncompressed, policies and checkpoints."""
     layout = layout_of(folder)
     geometry = layout.geometry(folder)
-    height, width = (
-        given or native
-        for given, native in zip(
-            (config.generate.height, config.generate.width), geometry.pixels or (0, 0), strict=True
-        )
-    )
+    native_height, native_width = geometry.pixels or (0, 0)
+    height, width = config.generate.height or native_height, config.generate.width or native_width
     image = height * width * 3 + height * width // geometry.shrink**2 * geometry.channels * 4
     evaluations = 2 + config.rounds // config.evaluate.every
     evaluated = evaluations * config.evaluate.prompts_of(held_out_prompts)
