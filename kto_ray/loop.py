@@ -51,8 +51,8 @@ from kto_ray.evaluate.statistics import EvaluationSummary
 from kto_ray.evaluate.summary import evaluation_row, write_results
 from kto_ray.generate.client import Generators
 from kto_ray.label.judging import worth_training
-from kto_ray.label.labelers import make_labeler
 from kto_ray.label.protocol import Labeler
+from kto_ray.labelers import make_labeler
 from kto_ray.making import Making
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight

@@ -1,4 +1,4 @@
-"""How a plug-in is found by its dotted path; `score/scorers/` and `label/labelers.py` have the built-in ones."""
+"""How a plug-in is found by its dotted path; `score/scorers/` and `labelers.py` have the built-in ones."""
 
 import difflib
 import importlib

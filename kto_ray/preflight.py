@@ -15,7 +15,7 @@ from kto_ray.diffusion import source
 from kto_ray.diffusion.layouts import layout_of
 from kto_ray.errors import UserError
 from kto_ray.identity import marks_of
-from kto_ray.label.labelers import labeler_class
+from kto_ray.labelers import labeler_class
 from kto_ray.people.address import database_owner, database_url
 from kto_ray.people.clock import Clock
 from kto_ray.people.gold import load_gold

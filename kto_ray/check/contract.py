@@ -21,7 +21,7 @@ from rich.text import Text
 from kto_ray.check.finding import Broken, Finding, Size, find, shorten
 from kto_ray.check.labeler_trial import CANCEL_S, LABELER_CHECKS, LABELER_ESSENTIAL, LabelerTrial
 from kto_ray.check.scorer_trial import SCORER_CHECKS, ScorerTrial
-from kto_ray.label.labelers import labeler_class
+from kto_ray.labelers import labeler_class
 from kto_ray.score.scorers import load_scorer
 
 

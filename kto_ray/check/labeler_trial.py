@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from kto_ray.check.finding import PICTURES, Broken, Size, number, picture
-from kto_ray.label.labelers import labeler_class
 from kto_ray.label.protocol import Labeler
+from kto_ray.labelers import labeler_class
 from kto_ray.records import LABELS, PolicyRef, Prompt, Sample, SampleRequest, Score, Verdict
 
 INTERRUPTIONS = 20

@@ -2,8 +2,7 @@
 
 The loop submits samples as they are drawn, hands on what scorers say of them as they say it, and collects verdicts as
 they come, of whatever round: a function that answers in 10 ms and a person who answers in two days fit alike.
-`threshold_labeler.py` and `people/labeler.py` are the built-in labelers, `labelers.py` finds them; `check/` tries one's
-own class.
+`threshold_labeler.py` and `people/labeler.py` are the built-in labelers; `check/` tries one's own class.
 """
 
 import asyncio
@@ -11,12 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from kto_ray.records import Sample, Score, Verdict
-
-LABELERS: dict[str, str] = {
-    "threshold": "kto_ray.label.threshold_labeler:ThresholdLabeler",
-    "human": "kto_ray.people.labeler:HumanLabeler",
-}
-"""The built-in labelers by name."""
 
 
 class Labeler(Protocol):

@@ -27,7 +27,7 @@ from kto_ray.score.environments.finding import interpreter
 logger = logging.getLogger(__name__)
 
 
-class Batch:
+class ImageBatch:
     """Samples on their way through several scorers; their images enter the object store once in each form."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
@@ -110,7 +110,7 @@ class ScorerPool:
             self._dismiss(actor)
             self._add_actor()
 
-    async def score(self, batch: Batch) -> list[Score]:
+    async def score(self, batch: ImageBatch) -> list[Score]:
         """Score samples, in order; never raises for what a scorer or its actor does."""
         answers = await self._ask(batch)
         return [
@@ -118,7 +118,7 @@ class ScorerPool:
             for sample, (value, error) in zip(batch.samples, answers, strict=True)
         ]
 
-    async def _ask(self, batch: Batch) -> Answers:
+    async def _ask(self, batch: ImageBatch) -> Answers:
         loop = asyncio.get_running_loop()
         tries, failure = 1 + self.settings.max_retries, ""
         for tried in range(1, tries + 1):
@@ -213,11 +213,11 @@ class Scorers:
     ) -> AsyncGenerator[list[Score], None]:
         """The same, scorer by scorer as they answer: a slow one keeps nobody's scores back."""
         have = {(score.sample_id, score.scorer) for score in known}
-        batches: dict[tuple[str, ...], Batch] = {}  # after a crash scorers may lack different samples
+        batches: dict[tuple[str, ...], ImageBatch] = {}  # after a crash scorers may lack different samples
         jobs = []
         for name, pool in self.pools.items():
             if lacking := [sample for sample in samples if (sample.id, name) not in have]:
-                batch = batches.setdefault(tuple(sample.id for sample in lacking), Batch(lacking))
+                batch = batches.setdefault(tuple(sample.id for sample in lacking), ImageBatch(lacking))
                 jobs.append(asyncio.create_task(pool.score(batch)))
         try:
             for job in asyncio.as_completed(jobs):

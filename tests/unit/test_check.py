@@ -17,8 +17,8 @@ from kto_ray.check.finding import Finding
 from kto_ray.check.labeler_trial import LABELER_CHECKS
 from kto_ray.check.scorer_trial import SCORER_CHECKS, ScorerTrial
 from kto_ray.errors import UserError
-from kto_ray.label.labelers import labeler_class
 from kto_ray.label.protocol import Labeler
+from kto_ray.labelers import labeler_class
 from kto_ray.records import Label, Prompt, Sample, Score, Verdict
 from kto_ray.score.protocol import BatchFailed, check_batch
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from kto_ray.config import Labeling, RunConfig, ScorerSettings
 from kto_ray.errors import UserError
 from kto_ray.label.judging import judge_round, one_sided
-from kto_ray.label.labelers import make_labeler
-from kto_ray.label.protocol import LABELERS, Labeler
+from kto_ray.label.protocol import Labeler
 from kto_ray.label.threshold_labeler import ThresholdLabeler
+from kto_ray.labelers import LABELERS, make_labeler
 from kto_ray.people.labeler import HumanLabeler
 from kto_ray.plugins import load_plugin
 from kto_ray.records import Prompt, Sample, Score, Verdict

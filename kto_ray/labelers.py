@@ -6,10 +6,16 @@ from rich.console import Console
 
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
-from kto_ray.label.protocol import LABELERS, Labeler
+from kto_ray.label.protocol import Labeler
 from kto_ray.label.threshold_labeler import ThresholdLabeler
 from kto_ray.plugins import load_plugin
 from kto_ray.storage import Storage
+
+LABELERS: dict[str, str] = {
+    "threshold": "kto_ray.label.threshold_labeler:ThresholdLabeler",
+    "human": "kto_ray.people.labeler:HumanLabeler",
+}
+"""The built-in labelers by name."""
 
 
 def make_labeler(config: RunConfig, run: Storage, console: Console) -> Labeler:
