@@ -24,8 +24,8 @@ from kto_ray.people.access import Signer, link, secret_of
 from kto_ray.people.desk import Desk
 from kto_ray.people.overview import answers_table
 from kto_ray.people.people import Role
-from kto_ray.people.queue import NewItem
 from kto_ray.people.tables import items
+from kto_ray.people.terms import NewItem
 from kto_ray.people.web.app import create_app
 from kto_ray.shapes.world import Scene, all_scenes, draw_somewhere
 

@@ -13,8 +13,9 @@ import sqlalchemy as sa
 
 from kto_ray.config.people import Human
 from kto_ray.people.people import People, Refused
-from kto_ray.people.queue import NewItem, Queue
+from kto_ray.people.queue import Queue
 from kto_ray.people.tables import open_database
+from kto_ray.people.terms import NewItem
 
 LEASE_S = 100
 

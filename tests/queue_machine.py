@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kto_ray.config.people import Human
 from kto_ray.people import clock
-from kto_ray.people.queue import ANSWERS, Offer, Standing
+from kto_ray.people.terms import ANSWERS, Offer, Standing
 from tests.office import LEASE_S, Facts, Machine, Office, gold, new_item, refused, stage
 
 NAMES = ("ann", "bob", "cai")

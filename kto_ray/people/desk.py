@@ -18,8 +18,9 @@ from kto_ray.config.people import Human
 from kto_ray.people.access import secret_of
 from kto_ray.people.overview import Overview, answers_table, export, overview
 from kto_ray.people.people import Badge, People, Role
-from kto_ray.people.queue import Judged, NewItem, Offer, Progress, Queue, Standing
+from kto_ray.people.queue import Queue
 from kto_ray.people.tables import open_database
+from kto_ray.people.terms import Judged, NewItem, Offer, Progress, Standing
 
 Result = TypeVar("Result")
 NEWS_S = 10.0

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from kto_ray.errors import UserError
-from kto_ray.people.queue import NewItem
+from kto_ray.people.terms import NewItem
 
 EXPECTED = 'expected {"image": "gold/1.png", "prompt": "a red circle", "answer": "desirable"} or "undesirable"'
 

@@ -33,8 +33,8 @@ from kto_ray.people.agreement import agreement
 from kto_ray.people.desk import Desk, remote_desk
 from kto_ray.people.gold import load_gold
 from kto_ray.people.people import OPERATOR
-from kto_ray.people.queue import Judged, NewItem, Standing
 from kto_ray.people.routing import goes_to_people, needed, undecided
+from kto_ray.people.terms import Judged, NewItem, Standing
 from kto_ray.people.web.deployment import page_application
 from kto_ray.records import Sample, Score, Verdict
 from kto_ray.rounds import round_number

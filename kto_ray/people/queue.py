@@ -11,8 +11,7 @@ any point leaves the state before or after a call, and calls may be repeated.
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import and_, exists, func, or_, select
@@ -22,77 +21,12 @@ from kto_ray.people.clock import Clock
 from kto_ray.people.people import OPERATOR, Refused, bearer, doubt, exclude, known_answers, works
 from kto_ray.people.settling import COUNTS, OPEN, STANDS, settle
 from kto_ray.people.tables import answers, badges, images, in_transaction, items, labelers, leases, meta, rounds
-from kto_ray.records import Label, derive_seed
+from kto_ray.people.terms import ANSWERS, Judged, NewItem, Offer, Progress, Standing
+from kto_ray.records import derive_seed
 
-Answer = Literal["desirable", "undesirable", "unsure", "skip"]
-ANSWERS: tuple[Answer, ...] = get_args(Answer)
 Result = TypeVar("Result")
 UNDOABLE = 10
 """So many of their latest answers people can take back."""
-
-
-@dataclass(frozen=True)
-class NewItem:
-    """An image for people to judge, and how many of them; of gold, `expected` is the known answer."""
-
-    sample_id: str
-    prompt_id: str
-    prompt: str
-    png: bytes
-    policy_version: int = 0
-    needed: int = 1
-    expected: Answer | None = None
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What a labeler is shown: blind, so neither scores nor who drew it. `expires_at`: seconds since 1970."""
-
-    item: str
-    prompt: str
-    expires_at: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where the newest round stands, and one labeler's part in it."""
-
-    round: int | None
-    asked: int
-    """Images of the round that people were asked about so far."""
-    judged: int
-    target: int | None
-    """So many judged images are enough; None: not known yet, more are being drawn."""
-    waits_for: Literal["images", "people", "training", "nothing"]
-    """nothing: the run has ended."""
-    answers: int
-    """Of this labeler, skips included, in the whole run."""
-    undoable: tuple[str, ...]
-    """Items whose answers this labeler may take back, the latest first."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """An item's verdict as it is sealed; `rule` says who said what."""
-
-    sample_id: str
-    label: Label
-    rule: str
-    policy_version: int
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a round stands, for the loop."""
-
-    asked: int
-    judged: int
-    passed: int
-    """Open images on which everybody who can label has answered or skipped: nobody is left to wait for."""
-    answers: int
-    labelers: int
-    """People who can answer: neither excluded nor without a link that works."""
-    enough: bool
 
 
 class Queue:

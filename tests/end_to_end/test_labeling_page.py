@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Route, sync_playwright
 
 from kto_ray.config.people import Gold, Human
-from kto_ray.people.queue import NewItem
+from kto_ray.people.terms import NewItem
 from kto_ray.shapes.world import Scene
 from tests.browser import (
     CONTRAST,

@@ -14,8 +14,8 @@ from kto_ray.errors import UserError
 from kto_ray.people.address import database_owner, database_url
 from kto_ray.people.desk import Desk
 from kto_ray.people.labeler import HumanLabeler, people_figures
-from kto_ray.people.queue import Judged
 from kto_ray.people.tables import items, open_database
+from kto_ray.people.terms import Judged
 from kto_ray.records import PolicyRef, Sample, Score, Verdict
 from kto_ray.rounds import round_number
 from kto_ray.storage import Storage

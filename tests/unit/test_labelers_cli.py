@@ -12,8 +12,9 @@ from kto_ray.people.access import Signer, secret_of
 from kto_ray.people.address import database_owner, database_url
 from kto_ray.people.clock import Clock
 from kto_ray.people.people import People, Person, Refused
-from kto_ray.people.queue import NewItem, Queue
+from kto_ray.people.queue import Queue
 from kto_ray.people.tables import open_database
+from kto_ray.people.terms import NewItem
 from kto_ray.relabel import saved_config
 from kto_ray.storage import Storage
 

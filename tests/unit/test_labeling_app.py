@@ -17,7 +17,7 @@ from kto_ray.errors import UserError
 from kto_ray.people.access import Signer, secret_of
 from kto_ray.people.desk import Desk
 from kto_ray.people.people import Badge, Role
-from kto_ray.people.queue import NewItem
+from kto_ray.people.terms import NewItem
 from kto_ray.people.web.app import STATUS, create_app
 from kto_ray.people.web.entrance import COOKIES, FAILURES_PER_MINUTE
 from kto_ray.people.web.guard import HEADERS, MOST_BYTES

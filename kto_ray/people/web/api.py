@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 
 from kto_ray.people import desk as at_desk
 from kto_ray.people.overview import Overview
-from kto_ray.people.queue import Offer
+from kto_ray.people.terms import Offer
 from kto_ray.people.web import wire
 from kto_ray.people.web.entrance import Anybody, Labeler, Operator, TheDesk, same_site
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kto_ray.people.queue import Answer
+from kto_ray.people.terms import Answer
 from kto_ray.section import NonNegative, Section
 
 Item = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", examples=["3f9a1c0de4b87256"])]
