@@ -97,9 +97,9 @@ class LabelingSite:
         return link(self.base_url, self.signer.token(badge))
 
     def add_round(self, number: int, new: list[NewItem], finished: bool = True) -> None:
-        self.desk.queue.add(f"round-{number:05}", number, new)
+        self.desk.intake.add(f"round-{number:05}", number, new)
         if finished:
-            self.desk.queue.finish(f"round-{number:05}", number)
+            self.desk.intake.finish(f"round-{number:05}", number)
 
     def answers(self) -> list[dict[str, Any]]:
         """All that stand, in order."""

@@ -12,6 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from kto_ray.config.people import Human
+from kto_ray.people.clock import clock_of
+from kto_ray.people.intake import Intake
 from kto_ray.people.people import People, Refused
 from kto_ray.people.queue import Queue
 from kto_ray.people.tables import open_database
@@ -71,8 +73,10 @@ class Office:
             sa.event.listen(
                 self.engine, "connect", lambda c, _: c.execute("PRAGMA synchronous = OFF")
             )  # no test needs it
-        self.queue = Queue(self.engine, self.human, self.max_policy_lag)
-        self.people = People(self.engine, self.human, self.queue.clock)
+        self.clock = clock_of(self.engine)
+        self.intake = Intake(self.engine, self.human, self.clock)
+        self.queue = Queue(self.engine, self.human, self.clock, self.max_policy_lag)
+        self.people = People(self.engine, self.human, self.clock)
 
     def crash(self, back: float = 0, up: float = 3) -> None:
         """The computer starts again; its clock may have gone back."""
@@ -88,12 +92,12 @@ class Office:
         """Images of a round, made by the policy of its number."""
         version = number if version is None else version
         new = [new_item(number, i, needed=needed, policy_version=version) for i in range(first, first + count)]
-        self.queue.add(stage(number), number, new)
+        self.intake.add(stage(number), number, new)
 
     def end_round(self, number: int) -> list[str]:
         """Seal a round; the samples that went into it."""
-        self.queue.finish(stage(number), number)
-        return [judged.sample_id for judged in self.queue.seal(stage(number))]
+        self.intake.finish(stage(number), number)
+        return [judged.sample_id for judged in self.intake.seal(stage(number))]
 
     def facts(self) -> "Facts":
         return Facts.read(self.engine)

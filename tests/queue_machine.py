@@ -213,7 +213,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.office, self.lag = Office(self.url, self.machine, human, lag), lag
         self.model = Model(rule_name)
         pieces = gold(GOLD // 2) + gold(GOLD // 2, "undesirable")
-        self.office.queue.add_gold(pieces)
+        self.office.intake.add_gold(pieces)
         self.model.things |= {piece.sample_id: Thing(None, 0, 1, piece.expected) for piece in pieces}
         for name in NAMES:
             self.admit(name)
@@ -223,7 +223,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @property
     def now(self) -> float:
-        return self.office.queue.clock()
+        return self.office.clock()
 
     @property
     def round(self) -> int:
@@ -263,13 +263,13 @@ class QueueMachine(RuleBasedStateMachine):
         first = sum(thing.number == number for thing in self.model.things.values())
         new = [new_item(number, first + i, needed=n, policy_version=version) for i, n in enumerate(needed)]
         for _ in range(2):  # twice is once
-            self.office.queue.add(stage(number), number, new)
+            self.office.intake.add(stage(number), number, new)
         self.model.rounds[number] = "drawing"
         self.model.things |= {item.sample_id: Thing(number, version, item.needed) for item in new}
 
     @rule()
     def finish(self) -> None:
-        self.office.queue.finish(stage(self.round), self.round)
+        self.office.intake.finish(stage(self.round), self.round)
         self.model.rounds[self.round] = "finished"
 
     @precondition(lambda self: self.model.rounds.get(self.round) == "finished")
@@ -282,7 +282,7 @@ class QueueMachine(RuleBasedStateMachine):
             if not thing.sealed and (label := self.model.label(sample)) is not None
         }
         withdrawn = [s for s, thing in self.model.things.items() if thing.number == number and self.model.is_open(s)]
-        sealed = self.office.queue.seal(stage(number), withdraw)
+        sealed = self.office.intake.seal(stage(number), withdraw)
         assert {(one.sample_id, one.label) for one in sealed} == set(judged.items())
         assert [one.sample_id for one in sealed] == sorted(judged)
         fixed: dict[str, str | None] = {**judged, **dict.fromkeys(withdrawn if withdraw else ())}
@@ -296,7 +296,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(pick=pick_)
     def seal_again(self, pick: int) -> None:
         chosen, before = stage(pick % self.round), self.office.facts()
-        sealed = {one.sample_id: one.label for one in self.office.queue.seal(chosen)}
+        sealed = {one.sample_id: one.label for one in self.office.intake.seal(chosen)}
         fixed = {s: t.sealed[1] for s, t in self.model.things.items() if t.sealed and t.sealed[0] == chosen}
         expected = {sample: label for sample, label in fixed.items() if label is not None}
         assert sealed == expected
@@ -438,7 +438,7 @@ class QueueMachine(RuleBasedStateMachine):
         judged = sum(model.label(sample) is not None for sample in asked)
         state = model.rounds.get(self.round)
         target = None if state != "finished" else min(len(asked), self.office.human.min_labels or len(asked))
-        standing = self.office.queue.standing(stage(self.round))
+        standing = self.office.intake.standing(stage(self.round))
         able = [name for name in NAMES if name not in model.excluded and model.working(name, now)]
         said = sum(len(model.counting(sample)) for sample in asked)
         stood = {(s.sample, s.who) for s in model.said if s.void is None}

@@ -1,6 +1,11 @@
-"""The queue's clock."""
+"""The clock that leases, answers and seals are dated by."""
 
 import time
+
+import sqlalchemy as sa
+from sqlalchemy import func, select
+
+from kto_ray.people.tables import answers, in_transaction, leases
 
 
 class Clock:
@@ -15,3 +20,10 @@ class Clock:
 
     def __call__(self) -> float:
         return self._offset + time.monotonic()
+
+
+def clock_of(engine: sa.Engine) -> Clock:
+    """One that goes on where the earlier clock of a database ended."""
+    granted, answered = (select(func.max(table.c.at)).scalar_subquery() for table in (leases, answers))
+    times = in_transaction(engine, lambda connection: connection.execute(select(granted, answered)).one())
+    return Clock(max(value or 0.0 for value in times))

@@ -2,7 +2,7 @@
 
 `labeler.py` starts it on the driver's node and hands its handle to the page's replicas (`web/`). It keeps nothing that
 is not in the database: killed, it is started again by Ray and calls that were under way are repeated, which `queue.py`
-allows. One thread talks to the database, so calls come one after the other.
+and `intake.py` allow. One thread talks to the database, so calls come one after the other.
 """
 
 import asyncio
@@ -16,6 +16,8 @@ import pyarrow as pa
 
 from kto_ray.config.people import Human
 from kto_ray.people.access import secret_of
+from kto_ray.people.clock import clock_of
+from kto_ray.people.intake import Intake
 from kto_ray.people.overview import Overview, answers_table, export, overview
 from kto_ray.people.people import Badge, People, Role
 from kto_ray.people.queue import Queue
@@ -46,8 +48,10 @@ class Desk:
 
     def __init__(self, url: str, run: str, settings: Human, max_policy_lag: int) -> None:
         self.engine = open_database(url, run)
-        self.queue = Queue(self.engine, settings, max_policy_lag)
-        self.people = People(self.engine, settings, self.queue.clock)
+        self.clock = clock_of(self.engine)
+        self.intake = Intake(self.engine, settings, self.clock)
+        self.queue = Queue(self.engine, settings, self.clock, max_policy_lag)
+        self.people = People(self.engine, settings, self.clock)
         self.settings = settings
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._revision = secrets.randbits(32)  # differs from that of the actor before
@@ -80,13 +84,13 @@ class Desk:
         return sum(p.role == "labeler" and bool(p.links) and p.excluded_why is None for p in everybody)
 
     async def add(self, stage: str, number: int, new: Sequence[NewItem]) -> None:
-        await self._change(self.queue.add, stage, number, new)
+        await self._change(self.intake.add, stage, number, new)
 
     async def add_gold(self, new: Sequence[NewItem]) -> None:
-        await self._do(self.queue.add_gold, new)
+        await self._do(self.intake.add_gold, new)
 
     async def finish(self, stage: str, number: int) -> None:
-        await self._change(self.queue.finish, stage, number)
+        await self._change(self.intake.finish, stage, number)
 
     async def standing(self, stage: str, revision: int | None = None) -> tuple[int, Standing]:
         """Where a round stands, and the revision of that; waits for another than `revision`, up to `NEWS_S`."""
@@ -96,17 +100,17 @@ class Desk:
         except TimeoutError:
             pass
         now = self._revision
-        return now, await self._do(self.queue.standing, stage)
+        return now, await self._do(self.intake.standing, stage)
 
     async def seal(self, stage: str, withdraw: bool = False) -> list[Judged]:
-        return await self._change(self.queue.seal, stage, withdraw)
+        return await self._change(self.intake.seal, stage, withdraw)
 
     async def answers(self, stage: str) -> pa.Table:
         """Everything that was said on the samples whose label went into this round; see `ANSWER_SCHEMA`."""
         return await self._do(answers_table, self.engine, stage)
 
     async def end(self, ended: bool) -> None:
-        await self._change(self.queue.end, ended)
+        await self._change(self.intake.end, ended)
 
     # -- for labelers
 
@@ -140,10 +144,10 @@ class Desk:
     # -- for the operator
 
     async def overview(self, badge: str) -> Overview:
-        return await self._do(overview, self.engine, self.settings, badge, self.queue.clock)
+        return await self._do(overview, self.engine, self.settings, badge, self.clock)
 
     async def export(self, badge: str) -> pa.Table:
-        return await self._do(export, self.engine, badge, self.queue.clock)
+        return await self._do(export, self.engine, badge, self.clock)
 
     async def exclude(self, badge: str, name: str) -> None:
         """Raises UserError when there is nobody of this name."""

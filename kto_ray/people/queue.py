@@ -1,15 +1,15 @@
 """The queue of images that people judge: a state machine in SQL transactions, whose clock never goes back.
 
 An item is open until it has as many answers as it needs, then judged, and sealed with a round: until the seal people
-may change their minds, after it nothing changes. `actor.py` runs one queue for a run and is who calls it; a crash at
-any point leaves the state before or after a call, and calls may be repeated.
+may change their minds, after it nothing changes. Here people take images and answer; the loop's side of the same tables
+is `intake.py`. `desk.py` has both for a run, and is who calls them; a crash at any point leaves the state before or
+after a call, and calls may be repeated.
 
     open --answers--> judged --seal--> sealed
       ^                  |
       +-- undo, exclude -+
 """
 
-import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,11 +17,11 @@ import sqlalchemy as sa
 from sqlalchemy import and_, exists, func, or_, select
 
 from kto_ray.config.people import Human
-from kto_ray.people.clock import Clock
-from kto_ray.people.people import OPERATOR, Refused, bearer, doubt, exclude, known_answers, works
+from kto_ray.people.intake import counts_of, target_of
+from kto_ray.people.people import OPERATOR, Refused, bearer, doubt, exclude, known_answers
 from kto_ray.people.settling import COUNTS, OPEN, STANDS, settle
-from kto_ray.people.tables import answers, badges, images, in_transaction, items, labelers, leases, meta, rounds
-from kto_ray.people.terms import ANSWERS, Judged, NewItem, Offer, Progress, Standing
+from kto_ray.people.tables import answers, images, in_transaction, items, leases, meta, rounds
+from kto_ray.people.terms import ANSWERS, Offer, Progress
 from kto_ray.records import derive_seed
 
 Result = TypeVar("Result")
@@ -34,158 +34,17 @@ class Queue:
 
     Args:
         engine: of `tables.open_database`.
+        clock: seconds since 1970, that never go back; see `clock.py`.
         max_policy_lag: items that could no longer be trained on are not offered.
-        clock: seconds since 1970.
 
     Raises (from the methods that take a badge): Refused.
     """
 
-    def __init__(
-        self, engine: sa.Engine, settings: Human, max_policy_lag: int = 0, clock: Callable[[], float] | None = None
-    ) -> None:
-        self.engine, self.settings, self.max_policy_lag = engine, settings, max_policy_lag
-        self.clock = clock or Clock(self._do(self._last_time))
+    def __init__(self, engine: sa.Engine, settings: Human, clock: Callable[[], float], max_policy_lag: int = 0) -> None:
+        self.engine, self.settings, self.clock, self.max_policy_lag = engine, settings, clock, max_policy_lag
 
     def _do(self, work: Callable[[sa.Connection], Result]) -> Result:
         return in_transaction(self.engine, work)
-
-    def _last_time(self, connection: sa.Connection) -> float:
-        granted = select(func.max(leases.c.at)).scalar_subquery()
-        answered = select(func.max(answers.c.at)).scalar_subquery()
-        return max(value or 0.0 for value in connection.execute(select(granted, answered)).one())
-
-    # -- the loop's side ------------------------------------------------------------------------------------------
-
-    def add(self, stage: str, number: int, new: Sequence[NewItem]) -> None:
-        """Ask people about images of a round; those that are here already stay as they are."""
-
-        def work(connection: sa.Connection) -> None:
-            if not connection.scalar(select(exists().where(rounds.c.stage == stage))):
-                connection.execute(rounds.insert().values(stage=stage, number=number))
-            self._insert(connection, new, stage=stage, number=number)
-
-        self._do(work)
-
-    def add_gold(self, new: Sequence[NewItem]) -> None:
-        """Mix in images with known answers; those that are here already stay."""
-        self._do(lambda connection: self._insert(connection, new))
-
-    def _insert(self, connection: sa.Connection, new: Sequence[NewItem], **common: Any) -> None:
-        ids = [item.sample_id for item in new]
-        known = set(connection.scalars(select(items.c.sample_id).where(items.c.sample_id.in_(ids))))
-        for item in new:
-            if item.sample_id in known:
-                continue
-            known.add(item.sample_id)
-            values = {name: getattr(item, name) for name in ITEM_FIELDS}
-            key = secrets.token_hex(8)
-            shuffle = derive_seed("shuffle", item.sample_id) / 2**63
-            connection.execute(items.insert().values(id=key, shuffle=shuffle, **values, **common))
-            connection.execute(images.insert().values(item=key, png=item.png))
-
-    def finish(self, stage: str, number: int) -> None:
-        """No more images of this round will come."""
-
-        def work(connection: sa.Connection) -> None:
-            now = self.clock()
-            if connection.scalar(select(exists().where(rounds.c.stage == stage))):
-                ended = func.coalesce(rounds.c.finished_at, now)
-                connection.execute(rounds.update().where(rounds.c.stage == stage).values(finished_at=ended))
-            else:  # nothing of it went to people
-                connection.execute(rounds.insert().values(stage=stage, number=number, finished_at=now))
-
-        self._do(work)
-
-    def standing(self, stage: str) -> Standing:
-        def work(connection: sa.Connection) -> Standing:
-            round_ = connection.execute(select(rounds).where(rounds.c.stage == stage)).one_or_none()
-            asked, judged = self._counts(connection, stage)
-            said = select(func.count()).select_from(answers.join(items)).where(items.c.stage == stage, COUNTS)
-            works_now = exists().where(works(self.clock()), badges.c.labeler == labelers.c.id)
-            able = (labelers.c.role == "labeler", labelers.c.excluded_at.is_(None), works_now)
-            people = connection.scalar(select(func.count()).where(*able)) or 0
-            theirs = (answers.c.item == items.c.id, answers.c.labeler == labelers.c.id, STANDS)
-            has_said = exists().where(*theirs).correlate(items, labelers)
-            done_with = ~exists().where(*able, ~has_said)  # everybody who could answer has said or skipped
-            passed = select(func.count()).where(items.c.stage == stage, OPEN, done_with)
-            left = connection.scalar(passed) or 0 if people else 0
-            target = self._target(asked, finished=round_ is not None and round_.finished_at is not None)
-            sealed = round_ is not None and round_.sealed_at is not None
-            return Standing(
-                asked,
-                judged,
-                passed=left,
-                answers=connection.scalar(said) or 0,
-                labelers=people,
-                enough=sealed or (target is not None and judged + left >= target),
-            )
-
-        return self._do(work)
-
-    def _counts(self, connection: sa.Connection, stage: str) -> tuple[int, int]:
-        """Images of a round that people were asked about, and those that are judged."""
-        asked, judged = connection.execute(
-            select(func.count(), func.count(items.c.label)).where(items.c.stage == stage)
-        ).one()
-        return asked, judged
-
-    def _target(self, asked: int, finished: bool) -> int | None:
-        """How many judged images are enough; None while it is not known how many there will be."""
-        if not finished:
-            return None
-        return min(asked, self.settings.min_labels or asked)
-
-    def seal(self, stage: str, withdraw: bool = False) -> list[Judged]:
-        """Fix everything that is judged as part of this round, late answers on earlier rounds included.
-
-        Called again, it gives the same.
-
-        Args:
-            withdraw: ask no more about images of this round that are not judged; else they stay open.
-        """
-
-        def work(connection: sa.Connection) -> list[Judged]:
-            sealed_at = connection.scalar(select(rounds.c.sealed_at).where(rounds.c.stage == stage))
-            if sealed_at is None:
-                judged = and_(items.c.label.is_not(None), items.c.sealed_in.is_(None), items.c.stage.is_not(None))
-                connection.execute(items.update().where(judged).values(sealed_in=stage))
-                if withdraw:
-                    connection.execute(items.update().where(items.c.stage == stage, OPEN).values(sealed_in=stage))
-                connection.execute(rounds.update().where(rounds.c.stage == stage).values(sealed_at=self.clock()))
-            said: dict[str, list[str]] = {}
-            rows = connection.execute(
-                select(answers.c.item, labelers.c.name, answers.c.verdict)
-                .select_from(answers.join(items).join(labelers))
-                .where(items.c.sealed_in == stage, COUNTS)
-                .order_by(labelers.c.name)
-            )
-            for item, name, verdict in rows:
-                said.setdefault(item, []).append(f"{name} {verdict}")
-            rule = self.settings.overlap.rule
-            fixed = select(items).where(items.c.sealed_in == stage, items.c.label.is_not(None))
-            return [
-                Judged(
-                    row.sample_id,
-                    row.label,
-                    rule=f"{rule}@1(of {row.needed}): {', '.join(said[row.id])}",
-                    policy_version=row.policy_version,
-                )
-                for row in connection.execute(fixed.order_by(items.c.sample_id))
-            ]
-
-        return self._do(work)
-
-    def end(self, ended: bool = True) -> None:
-        """Tell people that the run has ended, or goes on."""
-
-        def work(connection: sa.Connection) -> None:
-            connection.execute(meta.delete().where(meta.c.key == "ended"))
-            if ended:
-                connection.execute(meta.insert().values(key="ended", value="yes"))
-
-        self._do(work)
-
-    # -- the labelers' side ---------------------------------------------------------------------------------------
 
     def lease(self, badge: str, count: int = 1) -> list[Offer]:
         """Up to `count` images for this labeler: those already leased first, in the order in which they were."""
@@ -348,7 +207,7 @@ class Queue:
         def work(connection: sa.Connection) -> Progress:
             me = self._labeler(connection, badge)
             newest = connection.execute(select(rounds).order_by(rounds.c.number.desc()).limit(1)).one_or_none()
-            asked, judged = self._counts(connection, newest.stage) if newest else (0, 0)
+            asked, judged = counts_of(connection, newest.stage) if newest else (0, 0)
             finished = newest is not None and newest.finished_at is not None
             ended = connection.scalar(select(exists().where(meta.c.key == "ended")))
             said = select(func.count()).where(answers.c.labeler == me, STANDS)
@@ -356,7 +215,7 @@ class Queue:
                 round=newest.number if newest else None,
                 asked=asked,
                 judged=judged,
-                target=self._target(asked, finished),
+                target=target_of(self.settings, asked, finished),
                 waits_for="nothing"
                 if ended
                 else "training"
@@ -421,6 +280,3 @@ class Queue:
 
     def _is_free(self, connection: sa.Connection, me: int, item: str, now: float) -> bool:
         return bool(connection.scalar(select(exists().where(items.c.id == item, self._free(me, now)))))
-
-
-ITEM_FIELDS = ("sample_id", "prompt_id", "prompt", "policy_version", "needed", "expected")

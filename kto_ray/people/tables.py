@@ -1,4 +1,4 @@
-"""Where the queue of people keeps what it knows: SQL tables, in SQLite or PostgreSQL; `queue.py` works on them.
+"""Where the queue of people keeps what it knows: tables in SQLite or PostgreSQL, for `intake.py` and `queue.py`.
 
     items     one image to judge each: what it shows, how many answers it needs, its label once they are there
     images    the PNG of each item

@@ -127,7 +127,7 @@ def test_two_people_judge_a_round_by_keyboard(site: LabelingSite, new_context: O
     for visitor in (anna, ben):
         visitor.expect("Nothing left for you in this round")
         visitor.expect("Round 3: 16 of 16 judged")
-    site.desk.queue.seal("round-00003")
+    site.desk.intake.seal("round-00003")
     for visitor in (anna, ben):
         visitor.come_back()
         visitor.expect("Round 3 is complete")
@@ -244,12 +244,12 @@ def test_the_page_says_what_it_waits_for(site: LabelingSite, new_context: OpenCo
         (holder, other) = (ben, anna)
     other.expect("Images are being drawn")
     other.expect("Round 0: 0 of 1 so far judged")
-    site.desk.queue.finish("round-00000", 0)
+    site.desk.intake.finish("round-00000", 0)
     other.come_back()
     other.expect("Nothing left for you in this round")
     judge_rightly(site, holder)
     anna.until(lambda: len(site.answers()) == 1)
-    site.desk.queue.seal("round-00000")
+    site.desk.intake.seal("round-00000")
     for visitor in (anna, ben):
         visitor.come_back()
         visitor.expect("Round 0 is complete")
@@ -258,8 +258,8 @@ def test_the_page_says_what_it_waits_for(site: LabelingSite, new_context: OpenCo
     anna.until(lambda: anna.item is not None or ben.item is not None)
     judge_rightly(site, anna if anna.item else ben)
     anna.until(lambda: len(site.answers()) == 2)
-    site.desk.queue.seal("round-00001")
-    site.desk.queue.end()
+    site.desk.intake.seal("round-00001")
+    site.desk.intake.end()
     for visitor in (anna, ben):
         visitor.come_back()
         visitor.expect("The run has ended")
@@ -270,7 +270,7 @@ def test_the_page_says_when_an_answer_came_too_late(site: LabelingSite, new_cont
     site.add_round(0, pictures("round-00000", 3))
     anna = Visitor(new_context(), site.link("anna"))
     anna.wait_for_image()
-    site.desk.queue.seal("round-00000", withdraw=True)
+    site.desk.intake.seal("round-00000", withdraw=True)
     judge_rightly(site, anna)
     anna.expect("Not counted: this image's round is sealed")
     assert site.answers() == []
@@ -461,8 +461,8 @@ def test_nothing_moves_for_those_who_do_not_want_it(site: LabelingSite, new_cont
 def work_a_while(site: LabelingSite) -> None:
     """Four rounds of work by three people, one of whom answers at random."""
     clock = [time.time() - 420]
-    site.desk.queue.clock = site.desk.people.clock = lambda: clock[0]
-    site.desk.queue.add_gold(
+    site.desk.clock = site.desk.queue.clock = site.desk.people.clock = lambda: clock[0]
+    site.desk.intake.add_gold(
         [
             NewItem(f"gold-{i:03}", f"g{i}", new.prompt, new.png, expected="desirable" if i % 2 == 0 else "undesirable")
             for i, new in enumerate(pictures("gold", 24, version=5))
@@ -484,7 +484,7 @@ def work_a_while(site: LabelingSite) -> None:
                     queue.answer(badge, offer.item, "unsure" if given % 17 == 0 else verdict, 1.1 + given % 7 / 5)
         if number < 3:
             queue.seal(stage)
-    site.desk.queue.clock = site.desk.people.clock = time.time
+    site.desk.clock = site.desk.queue.clock = site.desk.people.clock = time.time
 
 
 @pytest.mark.parametrize("site", [{"gold": Gold(file="gold.jsonl", share=0.25)}], indirect=True)

@@ -49,7 +49,7 @@ def test_the_command_line_works_while_the_queue_does(
             desk.queue.lease(ann)
         assert process.wait() == 0
     facts = Facts.read(desk.engine)
-    check_promises(facts, "majority", desk.queue.clock())
+    check_promises(facts, "majority", desk.clock())
     assert [row["void"] for row in facts.answers] == [None if command == "revoke" else "excluded"] * told
     desk.engine.dispose()
 

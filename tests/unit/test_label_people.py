@@ -59,7 +59,7 @@ def office(make: Callable[..., Office]) -> Office:
 
 
 def test_somebody_may_have_several_links_and_the_one_that_works_longest_comes_first(office: Office) -> None:
-    people, now = office.people, office.queue.clock()
+    people, now = office.people, office.clock()
     first, longest, short = (people.admit("ann", days=days) for days in (None, 90, 0.5))
     assert [badge.expires_at - now for badge in (first, longest, short)] == [30 * DAY_S, 90 * DAY_S, DAY_S / 2]
     assert people.badges_of("ann") == [longest, first, short]
@@ -124,9 +124,9 @@ def test_only_the_operator_is_the_operator(office: Office) -> None:
     with refused("badge"):
         office.people.require_operator("made up")
     with refused("operator"):
-        overview(office.engine, office.human, ann.id, office.queue.clock)
+        overview(office.engine, office.human, ann.id, office.clock)
     with refused("operator"):
-        export(office.engine, ann.id, office.queue.clock)
+        export(office.engine, ann.id, office.clock)
     with pytest.raises(UserError, match="there is no labeler 'operator'"):
         office.people.exclude("operator", "why not")
     office.people.revoke("operator")
@@ -318,19 +318,19 @@ def busy(make: Callable[..., Office]) -> Office:
     for offer, verdict in zip(bob.lease(3), ["desirable", "desirable", "undesirable"], strict=True):
         bob.answer(offer.item, verdict, 3.0)
     office.end_round(0)
-    office.queue.add_gold(gold(1, "undesirable"))
+    office.intake.add_gold(gold(1, "undesirable"))
     office.draw(1, 4)
-    office.queue.finish(stage(1), 1)
+    office.intake.finish(stage(1), 1)
     return office
 
 
 def view(office: Office) -> Overview:
     operator = office.people.admit("operator", "operator")
-    return overview(office.engine, office.human, operator.id, office.queue.clock)
+    return overview(office.engine, office.human, operator.id, office.clock)
 
 
 def test_the_overview_of_people(busy: Office) -> None:
-    now = busy.queue.clock()
+    now = busy.clock()
     ann, bob, cai = view(busy).labelers  # the operator is not among them
     assert (ann.name, ann.answers, ann.desirable, ann.undesirable, ann.unsure, ann.skipped) == ("ann", 3, 3, 0, 0, 0)
     assert (bob.name, bob.answers, bob.desirable, bob.undesirable, bob.median_seconds) == ("bob", 3, 2, 1, 3.0)
@@ -388,7 +388,7 @@ def test_the_overview_shows_the_latest_images_of_each_label(busy: Office) -> Non
 
 def test_the_overview_of_gold_and_agreement(make: Callable[..., Office]) -> None:
     office = make(gold={"file": "gold.jsonl", "share": 0.9, "limit": 0.7, "least": 2})
-    office.queue.add_gold(gold(8, "undesirable"))
+    office.intake.add_gold(gold(8, "undesirable"))
     office.draw(0, 10)
     ann, bob = office.admit("ann", "bob")
     ann.label("desirable", 5)
@@ -448,7 +448,7 @@ def test_every_answer_is_in_the_table(busy: Office) -> None:
         None,
     )
     operator = busy.people.admit("operator", "operator")
-    assert export(busy.engine, operator.id, busy.queue.clock) == table
+    assert export(busy.engine, operator.id, busy.clock) == table
     assert answers_table(busy.engine, "round-00009").num_rows == 0
 
 

@@ -93,7 +93,7 @@ def test_an_image_is_one_persons_until_the_lease_ends_to_the_second(office: Offi
     ann, bob = office.admit("ann", "bob")
     offers = ann.lease(2)
     assert ann.lease(2) == offers  # asked again: the same ones, for no longer
-    assert [offer.expires_at for offer in offers] == [office.queue.clock() + LEASE_S] * 2
+    assert [offer.expires_at for offer in offers] == [office.clock() + LEASE_S] * 2
     (other,) = bob.take(3)
     machine.wait(LEASE_S - 1)
     assert other not in ann.take(1)
@@ -160,7 +160,7 @@ def test_who_looks_for_longer_keeps_an_image_unless_somebody_else_has_it(office:
     assert bob.extend([one, three]) == []
     bob.answer(two, "desirable")
     assert ann.extend([two]) == ann.extend([]) == []
-    assert {offer.expires_at for offer in ann.lease(3)} == {office.queue.clock() + LEASE_S}
+    assert {offer.expires_at for offer in ann.lease(3)} == {office.clock() + LEASE_S}
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_an_answer_judges_an_image_and_keeps_the_time_taken(office: Office, mach
     machine.wait(9)
     ann.answer(item, verdict, 2.5)
     (row,) = office.facts().answers
-    expected = ("ann", verdict, 2.5, office.queue.clock(), False, None)
+    expected = ("ann", verdict, 2.5, office.clock(), False, None)
     assert tuple(row[name] for name in ("who", "verdict", "seconds", "at", "late", "void")) == expected
     assert list(office.labels().values()) == ["abstain" if verdict == "unsure" else verdict]
     assert (ann.take(), office.facts().leases) == ([], {})
@@ -237,7 +237,7 @@ def test_a_skipped_image_goes_to_everybody_else_once(office: Office) -> None:
     assert ann.take() == []
     assert bob.label("skip") == [item]
     assert cai.take() == [item]
-    assert office.queue.standing(stage(0)).answers == 0
+    assert office.intake.standing(stage(0)).answers == 0
     assert list(office.labels().values()) == [None]
     with refused("taken", "somebody else has this image now"):
         ann.undo(item)
@@ -249,15 +249,15 @@ def test_a_skipped_image_goes_to_everybody_else_once(office: Office) -> None:
 def test_nobody_waits_for_an_image_that_everybody_skips_and_it_stays_open(office: Office) -> None:
     office.draw(0, 1)
     ann, bob = office.admit("ann", "bob")
-    office.queue.finish(stage(0), 0)
+    office.intake.finish(stage(0), 0)
     for caller, passed in ((ann, 0), (bob, 1)):
         caller.label("skip")
-        standing = office.queue.standing(stage(0))
+        standing = office.intake.standing(stage(0))
         assert (standing.judged, standing.passed, standing.enough) == (0, passed, bool(passed))
     office.admit("cai")  # who might judge it
-    assert not office.queue.standing(stage(0)).enough
+    assert not office.intake.standing(stage(0)).enough
     office.people.exclude("cai", "by the operator")
-    assert office.queue.standing(stage(0)).enough
+    assert office.intake.standing(stage(0)).enough
     assert office.end_round(0) == []
     assert (ann.take(), bob.take()) == ([], [])
     assert ann.progress().answers == 1
@@ -360,7 +360,7 @@ def test_an_answer_taken_back_is_void_and_the_image_is_ones_own_again(office: Of
     machine.wait(2 * LEASE_S)
     for _ in range(2):  # asked for again, as when the reply is lost
         offer = ann.undo(item)
-        assert (offer.item, offer.expires_at) == (item, office.queue.clock() + LEASE_S)
+        assert (offer.item, offer.expires_at) == (item, office.clock() + LEASE_S)
     assert list(office.labels().values()) == [None]
     assert bob.take() == []
     ann.answer(item, "undesirable")
@@ -431,8 +431,8 @@ def test_several_answers_become_one_label(
         for number, verdict in enumerate(words):
             assert list(office.labels().values()) == [None]
             office.admit(f"person {number}")[0].label(verdict)
-        office.queue.finish(stage(0), 0)
-        (judged,) = office.queue.seal(stage(0))
+        office.intake.finish(stage(0), 0)
+        (judged,) = office.intake.seal(stage(0))
         assert judged.label == label
         who_said = ", ".join(f"person {number} {verdict}" for number, verdict in enumerate(words))
         assert judged.rule == f"{name}@1(of {len(said)}): {who_said}"
@@ -443,8 +443,8 @@ GOLD_FILE = {"file": "gold.jsonl", "share": 0.3}
 
 def test_gold_is_mixed_in_unseen_as_often_as_asked_for_and_never_twice(make: Callable[..., Office]) -> None:
     office = make(gold=GOLD_FILE)
-    office.queue.add_gold(gold(200))
-    office.queue.add_gold(gold(200))  # again is once
+    office.intake.add_gold(gold(200))
+    office.intake.add_gold(gold(200))  # again is once
     office.draw(0, 300)
     (ann,) = office.admit("ann")
     known = {row["id"] for row in office.facts().items.values() if row["expected"]}
@@ -461,7 +461,7 @@ def test_gold_is_mixed_in_unseen_as_often_as_asked_for_and_never_twice(make: Cal
 
 def test_gold_is_not_shown_alone_and_is_part_of_no_round(make: Callable[..., Office]) -> None:
     office = make(gold={**GOLD_FILE, "share": 0.9})
-    office.queue.add_gold(gold(30))
+    office.intake.add_gold(gold(30))
     ann, bob = office.admit("ann", "bob")
     assert ann.take(5) == []
     office.draw(0, 3)
@@ -471,13 +471,13 @@ def test_gold_is_not_shown_alone_and_is_part_of_no_round(make: Callable[..., Off
     for item in first:
         ann.answer(item, "desirable")
     assert len(ann.undo(first[0]).item) == len(second[0])
-    standing = office.queue.standing(stage(0))
+    standing = office.intake.standing(stage(0))
     assert (standing.asked, standing.judged + (first[0] not in known)) == (3, sum(item not in known for item in first))
     assert not set(office.end_round(0)) & set(known.values())
 
 
 def test_without_a_file_earlier_gold_is_not_shown(office: Office) -> None:
-    office.queue.add_gold(gold(30))
+    office.intake.add_gold(gold(30))
     office.draw(0, 30)
     (ann,) = office.admit("ann")
     known = {row["id"] for row in office.facts().items.values() if row["expected"]}
@@ -487,7 +487,7 @@ def test_without_a_file_earlier_gold_is_not_shown(office: Office) -> None:
 def careless(make: Callable[..., Office], action: str) -> tuple[Office, Caller]:
     """Somebody who says yes to everything; known answers are no."""
     office = make(gold={**GOLD_FILE, "share": 0.5, "least": 3, "limit": 0.7, "action": action})
-    office.queue.add_gold(gold(20, "undesirable"))
+    office.intake.add_gold(gold(20, "undesirable"))
     office.draw(0, 40)
     return office, office.admit("ann")[0]
 
@@ -560,11 +560,11 @@ def test_images_are_added_once_however_often_they_come(office: Office) -> None:
     before = office.facts()
     office.draw(0, 2, needed=3, version=7)
     assert office.facts() == before
-    office.queue.add(stage(0), 0, [new_item(0, 2), new_item(0, 2), new_item(0, 0)])
+    office.intake.add(stage(0), 0, [new_item(0, 2), new_item(0, 2), new_item(0, 0)])
     assert list(office.labels()) != list(before.items)
     assert len(office.labels()) == 3
-    office.queue.add(stage(0), 0, [])
-    office.queue.add_gold([])
+    office.intake.add(stage(0), 0, [])
+    office.intake.add_gold([])
     assert len(office.labels()) == 3
 
 
@@ -575,24 +575,24 @@ def test_a_round_is_enough_once_all_of_it_or_min_labels_are_judged(make: Callabl
         office.draw(0, 3)
         seen = []
         for _ in range(4):
-            assert not office.queue.standing(stage(0)).enough  # not before all are drawn
-            seen.append(office.queue.standing(stage(0)).judged)
+            assert not office.intake.standing(stage(0)).enough  # not before all are drawn
+            seen.append(office.intake.standing(stage(0)).judged)
             ann.label()
         office.draw(1, 3)
-        office.queue.finish(stage(1), 1)
-        while not office.queue.standing(stage(1)).enough:
+        office.intake.finish(stage(1), 1)
+        while not office.intake.standing(stage(1)).enough:
             assert ann.label()
-        standing = office.queue.standing(stage(1))
+        standing = office.intake.standing(stage(1))
         assert (seen, standing.judged, standing.answers) == ([0, 1, 2, 3], enough_at, enough_at)
         assert ann.progress().target == enough_at
 
 
 def test_a_round_of_which_nothing_went_to_people_is_enough(office: Office) -> None:
-    assert not office.queue.standing(stage(0)).enough  # nobody has said that no more will come
-    office.queue.finish(stage(0), 0)
-    assert office.queue.standing(stage(0)).enough
+    assert not office.intake.standing(stage(0)).enough  # nobody has said that no more will come
+    office.intake.finish(stage(0), 0)
+    assert office.intake.standing(stage(0)).enough
     assert office.end_round(0) == []
-    assert office.queue.standing(stage(0)).enough
+    assert office.intake.standing(stage(0)).enough
 
 
 def test_standing_counts_the_people_who_can_answer(office: Office, machine: Machine) -> None:
@@ -602,12 +602,12 @@ def test_standing_counts_the_people_who_can_answer(office: Office, machine: Mach
     office.admit("bob", "cai", "dee")
     office.people.exclude("bob", "by the operator")
     office.people.revoke("cai")
-    assert office.queue.standing(stage(0)).labelers == 2
+    assert office.intake.standing(stage(0)).labelers == 2
     machine.wait(24 * 3600)
-    assert office.queue.standing(stage(0)).labelers == 1
+    assert office.intake.standing(stage(0)).labelers == 1
     office.people.admit("ann")
     office.people.admit("ann")
-    assert office.queue.standing(stage(0)).labelers == 2
+    assert office.intake.standing(stage(0)).labelers == 2
 
 
 def test_nothing_changes_after_the_seal_and_what_was_not_judged_joins_the_next_round(office: Office) -> None:
@@ -615,8 +615,8 @@ def test_nothing_changes_after_the_seal_and_what_was_not_judged_joins_the_next_r
     office.draw(0, 3)
     (done,) = ann.label("desirable")
     late, _ = ann.take(2)
-    office.queue.finish(stage(0), 0)
-    first = office.queue.seal(stage(0))
+    office.intake.finish(stage(0), 0)
+    first = office.intake.seal(stage(0))
     assert [judged.label for judged in first] == ["desirable"]
     sealed = office.facts()
     with refused("sealed", "this image's round is sealed; nothing in it changes any more"):
@@ -625,12 +625,12 @@ def test_nothing_changes_after_the_seal_and_what_was_not_judged_joins_the_next_r
     assert office.facts() == sealed
     ann.answer(late, "undesirable")
     office.people.exclude("bob", "by the operator")
-    assert office.queue.seal(stage(0)) == first  # asked again, after a crash for instance
+    assert office.intake.seal(stage(0)) == first  # asked again, after a crash for instance
     office.draw(1, 1)
     office.crash()
     second = {office.facts().items[sample]["id"] for sample in office.end_round(1)}
     assert second == {late}
-    assert office.queue.seal(stage(0)) == first
+    assert office.intake.seal(stage(0)) == first
 
 
 def test_images_that_are_withdrawn_with_a_round_take_no_answers_any_more(office: Office) -> None:
@@ -638,14 +638,14 @@ def test_images_that_are_withdrawn_with_a_round_take_no_answers_any_more(office:
     office.draw(0, 3, needed=2)
     (half,) = ann.label()
     looked_at, _ = ann.take(2)
-    office.queue.finish(stage(0), 0)
-    assert office.queue.seal(stage(0), withdraw=True) == []
+    office.intake.finish(stage(0), 0)
+    assert office.intake.seal(stage(0), withdraw=True) == []
     assert (ann.take(3), bob.take(3), ann.extend([looked_at])) == ([], [], [])
     with refused("sealed"):
         ann.answer(looked_at, "desirable")
     with refused("sealed"):
         ann.undo(half)
-    assert office.queue.seal(stage(0), withdraw=True) == []
+    assert office.intake.seal(stage(0), withdraw=True) == []
     assert office.end_round(1) == []
 
 
@@ -656,8 +656,8 @@ def test_until_the_seal_people_may_change_their_minds(office: Office) -> None:
     for verdict in ("undesirable", "unsure", "undesirable"):
         ann.undo(item)
         ann.answer(item, verdict)
-    office.queue.finish(stage(0), 0)
-    assert [judged.label for judged in office.queue.seal(stage(0))] == ["undesirable"]
+    office.intake.finish(stage(0), 0)
+    assert [judged.label for judged in office.intake.seal(stage(0))] == ["undesirable"]
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
@@ -686,7 +686,7 @@ def test_what_people_wait_for(office: Office) -> None:
     office.draw(0, 2)
     assert waits() == (0, "images")
     assert ann.progress().target is None
-    office.queue.finish(stage(0), 0)
+    office.intake.finish(stage(0), 0)
     assert waits() == (0, "people")
     ann.label()
     progress = ann.progress()
@@ -696,10 +696,10 @@ def test_what_people_wait_for(office: Office) -> None:
     office.draw(1, 1)
     assert waits() == (1, "images")
     for _ in range(2):
-        office.queue.end()
+        office.intake.end()
         assert waits() == (1, "nothing")
-    office.queue.end(False)
-    office.queue.end(False)
+    office.intake.end(False)
+    office.intake.end(False)
     assert waits() == (1, "images")
 
 
@@ -734,7 +734,7 @@ CHANGES: dict[str, Callable[[Office, Caller, str, str], Any]] = {
     "lease": lambda _, ann, *__: ann.lease(3),
     "answer": lambda _, ann, held, __: ann.answer(held, "desirable"),
     "undo": lambda _, ann, __, done: ann.undo(done),
-    "seal": lambda office, *_: office.queue.seal(stage(0)),
+    "seal": lambda office, *_: office.intake.seal(stage(0)),
     "exclude": lambda office, *_: office.people.exclude("ann", "by the operator"),
     "revoke": lambda office, *_: office.people.revoke("ann"),
     "admit": lambda office, *_: office.people.admit("dee"),
@@ -782,9 +782,9 @@ def test_a_crash_does_not_take_time_back_behind_what_people_did(office: Office, 
     for method, arguments in (("extend", [[item]]), ("answer", [item, "desirable"]), ("undo", [item])):
         machine.wait(10)
         getattr(ann, method)(*arguments)
-        now = office.queue.clock()
+        now = office.clock()
         office.crash(back=10**6)
-        assert office.queue.clock() == now
+        assert office.clock() == now
 
 
 @pytest.mark.parametrize("lease_s", [LEASE_S, 100 * LEASE_S, LEASE_S / 100])
@@ -797,10 +797,10 @@ def test_two_people_do_not_get_one_image_because_the_clock_went_back(
     (item,) = ann.take()
     machine.wait(LEASE_S)
     assert bob.take() == [item]
-    now = office.queue.clock()
+    now = office.clock()
     office.human = office.human.model_copy(update={"lease_s": lease_s})
     office.crash(back=LEASE_S)
-    assert office.queue.clock() == now
+    assert office.clock() == now
     with refused("taken"):
         ann.answer(item, "desirable")
     bob.answer(item, "undesirable")
@@ -820,11 +820,13 @@ def test_leases_and_links_outlive_a_crash(office: Office, machine: Machine) -> N
 
 ANSWER_ON = """
 import sys
+from kto_ray.people.clock import clock_of
 from kto_ray.people.queue import Queue
 from kto_ray.config.people import Human
 from kto_ray.people.tables import open_database
 
-queue = Queue(open_database(sys.argv[1], "run"), Human())
+engine = open_database(sys.argv[1], "run")
+queue = Queue(engine, Human(), clock_of(engine))
 while offers := queue.lease(sys.argv[2]):
     queue.answer(sys.argv[2], offers[0].item, "desirable")
     print(offers[0].item, flush=True)
@@ -845,7 +847,7 @@ def test_a_killed_process_leaves_every_answer_that_it_took(fresh: Callable[[], s
     stored = [row["item"] for row in office.facts().answers]
     assert stored[: len(told)] == told
     assert len(told) <= len(stored) <= len(told) + 1 < 2000
-    check_promises(office.facts(), "majority", office.queue.clock())
+    check_promises(office.facts(), "majority", office.clock())
     assert ann.label()[0] not in stored
     office.engine.dispose()
 
@@ -880,7 +882,7 @@ def test_several_desks_give_and_take_every_image_once(offices: list[Office]) -> 
     done = at_once(*(partial(work, caller) for caller in callers))
     assert len(set().union(*done)) == sum(map(len, done)) == 30
     facts = offices[0].facts()
-    check_promises(facts, "majority", offices[0].queue.clock())
+    check_promises(facts, "majority", offices[0].clock())
     assert len(facts.answers) == 30
 
 
@@ -910,22 +912,22 @@ def test_what_happens_at_once_comes_out_as_if_one_had_followed_the_other(offices
     for number in range(8):
         desk.draw(number, 4)
         (done,), (held,) = ann.label(), ann.take()
-        desk.queue.finish(stage(number), number)
+        desk.intake.finish(stage(number), number)
         calls = {
             "exclude": lambda: operator.people.exclude("ann", "by the operator"),
-            "seal": lambda number=number: operator.queue.seal(stage(number)),
+            "seal": lambda number=number: operator.intake.seal(stage(number)),
             "answer": lambda held=held: ann.answer(held, "undesirable"),
             "lease": lambda: ann.take(3),
             "undo": lambda done=done: ann.undo(done),
         }
         at_once(calls[one], calls[other])
         facts = desk.facts()
-        check_promises(facts, "majority", desk.queue.clock())
+        check_promises(facts, "majority", desk.clock())
         excluded = facts.labelers["ann"]["excluded_at"] is not None
         assert excluded == ("exclude" in (one, other))
         sealed = {sample for sample, row in facts.items.items() if row["sealed_in"]}
         standing = {row["sample"] for row in facts.answers if row["void"] is None}
         assert sealed <= standing
         assert not excluded or (facts.leases == {} and standing == sealed)
-        desk.queue.seal(stage(number))
+        desk.intake.seal(stage(number))
         desk.people.include("ann")

@@ -11,6 +11,7 @@ from kto_ray.config import load, to_yaml
 from kto_ray.people.access import Signer, secret_of
 from kto_ray.people.address import database_owner, database_url
 from kto_ray.people.clock import Clock
+from kto_ray.people.intake import Intake
 from kto_ray.people.people import People, Person, Refused
 from kto_ray.people.queue import Queue
 from kto_ray.people.tables import open_database
@@ -41,9 +42,11 @@ class Desk:
         config, folder = saved_config(Storage(str(run))), Storage(str(run))
         human = config.label.human
         self.engine = open_database(database_url(human, folder), database_owner(human, folder))
-        self.queue, self.people = Queue(self.engine, human), People(self.engine, human, Clock())
+        self.clock = Clock()
+        self.intake = Intake(self.engine, human, self.clock)
+        self.queue, self.people = Queue(self.engine, human, self.clock), People(self.engine, human, self.clock)
         self.signer = Signer(secret_of(self.engine))
-        self.queue.add("round-00000", 0, [NewItem(f"s{i}", "p", "a red circle", b"PNG") for i in range(images)])
+        self.intake.add("round-00000", 0, [NewItem(f"s{i}", "p", "a red circle", b"PNG") for i in range(images)])
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def test_add_prints_a_link_that_lets_somebody_in(call: Call, run: Path) -> None:
     badge = desk.signer.badge(token)
     assert desk.people.whose(badge.id) == ("ann", "labeler")
     assert len(desk.queue.lease(badge.id, 2)) == 2
-    assert badge.expires_at - desk.queue.clock() == pytest.approx(7 * DAY_S, abs=600)
+    assert badge.expires_at - desk.clock() == pytest.approx(7 * DAY_S, abs=600)
     desk.engine.dispose()
 
 
@@ -121,10 +124,10 @@ def test_revoked_links_do_not_work_and_the_answers_stay(call: Call, desk: Desk) 
     assert (result.exit_code, result.stdout) == (0, "ann: links that no longer work: 1\n")
     with pytest.raises(Refused, match="revoked"):
         desk.queue.answer(ann, other.item, "desirable")
-    assert desk.queue.standing("round-00000").judged == 1
+    assert desk.intake.standing("round-00000").judged == 1
     again = desk.signer.badge(token_in(call("add", "ann"))).id
     desk.queue.answer(again, other.item, "undesirable")  # it is still ann's
-    assert desk.queue.standing("round-00000").judged == 2
+    assert desk.intake.standing("round-00000").judged == 2
 
 
 def test_who_is_excluded_is_out_and_who_is_included_is_asked_again(call: Call, desk: Desk) -> None:
@@ -133,13 +136,13 @@ def test_who_is_excluded_is_out_and_who_is_included_is_asked_again(call: Call, d
     desk.queue.answer(bob, offer.item, "desirable")
     result = call("exclude", "bob")
     assert result.stdout == "bob is asked no more; the answers have left all rounds that are not sealed\n"
-    assert desk.queue.standing("round-00000").judged == 0
+    assert desk.intake.standing("round-00000").judged == 0
     with pytest.raises(Refused, match="no longer asked"):
         desk.queue.lease(bob)
     assert rows_of(call("list")) == [["bob", "labeler", "1", "0", "by the operator"]]
     assert call("include", "bob").stdout == "bob is asked again\n"
     assert len(desk.queue.lease(bob, 3)) == 3
-    assert desk.queue.standing("round-00000").judged == 0
+    assert desk.intake.standing("round-00000").judged == 0
 
 
 @pytest.mark.parametrize("command", ["revoke", "exclude", "include"])

@@ -62,8 +62,8 @@ class Site:
             NewItem(f"{stage}-{i}", f"p{i}", prompt, PNG + f"{number} {i}".encode(), number, needed)
             for i in range(count)
         ]
-        self.desk.queue.add(stage, number, new)
-        self.desk.queue.finish(stage, number)
+        self.desk.intake.add(stage, number, new)
+        self.desk.intake.finish(stage, number)
 
 
 MakeSite = Callable[..., Site]
@@ -490,7 +490,7 @@ async def test_answers_on_other_peoples_images_are_refused(site: Site) -> None:
 
 async def test_late_answers_count_unless_somebody_else_has_the_image(site: Site) -> None:
     later = [0.0]
-    site.desk.queue.clock = site.desk.people.clock = lambda: time.time() + later[0]
+    site.desk.clock = site.desk.queue.clock = site.desk.people.clock = lambda: time.time() + later[0]
     site.add(2)
     anna, ben = site.client(site.token()), site.client(site.token("ben"))
     first, second = await lease(anna, 2)
@@ -523,7 +523,7 @@ async def test_answers_are_taken_back_until_the_round_is_sealed(site: Site) -> N
     assert again.json() | {"expires_in": 0} == first | {"expires_in": 0}
     reply = await client.post("api/answer", json={"item": first["item"], "verdict": "desirable"})
     assert reply.status_code == 200
-    site.desk.queue.seal("round-00000")
+    site.desk.intake.seal("round-00000")
     assert_refused(await client.post("api/undo", json={"item": first["item"]}), 409, "sealed")
     assert_refused(await client.post("api/undo", json={"item": "0123456789abcdef"}), 404, "item")
     assert (await client.get("api/progress")).json()["waits_for"] == "training"
