@@ -119,9 +119,9 @@ class Desk:
         offers = await self._do(self.queue.lease, badge, count)
         return Turn(await self._do(self.queue.progress, badge), offers)
 
-    async def answer(self, badge: str, item: str, verdict: str, seconds: float | None, count: int) -> Turn:
+    async def answer(self, badge: str, item: str, answer: str, seconds: float | None, count: int) -> Turn:
         """Take an answer, and give the next images."""
-        await self._change(self.queue.answer, badge, item, verdict, seconds)
+        await self._change(self.queue.answer, badge, item, answer, seconds)
         return await self.turn(badge, count)
 
     async def extend(self, badge: str, keys: Sequence[str]) -> list[str]:

@@ -121,13 +121,13 @@ class Intake:
                 connection.execute(rounds.update().where(rounds.c.stage == stage).values(sealed_at=self.clock()))
             said: dict[str, list[str]] = {}
             rows = connection.execute(
-                select(answers.c.item, labelers.c.name, answers.c.verdict)
+                select(answers.c.item, labelers.c.name, answers.c.answer)
                 .select_from(answers.join(items).join(labelers))
                 .where(items.c.sealed_in == stage, COUNTS)
                 .order_by(labelers.c.name)
             )
-            for item, name, verdict in rows:
-                said.setdefault(item, []).append(f"{name} {verdict}")
+            for item, name, answer in rows:
+                said.setdefault(item, []).append(f"{name} {answer}")
             rule = self.settings.overlap.rule
             fixed = select(items).where(items.c.sealed_in == stage, items.c.label.is_not(None))
             return [

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import and_, exists, func, select
 
 from kto_ray.config.people import Human
-from kto_ray.people.agreement import Agreement, Said, agreement, agreement_of
+from kto_ray.people.agreement import Annotation, Reliability, agreement, agreement_of
 from kto_ray.people.people import OPERATOR, doubt, known_answers, require_operator, works
 from kto_ray.people.settling import COUNTS, OPEN, STANDS
 from kto_ray.people.tables import answers, badges, in_transaction, items, labelers, leases, rounds
@@ -85,7 +85,7 @@ class Overview:
     rounds: list[RoundRow]
     waiting: int
     leased: int
-    agreement: Agreement
+    agreement: Reliability
     recent: dict[str, list[str]]
     """Items by label, the latest first."""
 
@@ -111,19 +111,19 @@ def overview(engine: sa.Engine, settings: Human, badge: str, clock: Callable[[],
     return in_transaction(engine, work)
 
 
-def _said(connection: sa.Connection) -> list[Said]:
+def _said(connection: sa.Connection) -> list[Annotation]:
     """Answers that count on images that are not gold."""
-    rows = select(labelers.c.name, answers.c.item, answers.c.verdict).select_from(answers.join(items).join(labelers))
+    rows = select(labelers.c.name, answers.c.item, answers.c.answer).select_from(answers.join(items).join(labelers))
     found = connection.execute(rows.where(COUNTS, items.c.expected.is_(None)))
-    return [(name, item, verdict) for name, item, verdict in found]
+    return [(name, item, answer) for name, item, answer in found]
 
 
-def _labeler_rows(connection: sa.Connection, settings: Human, said: list[Said], now: float) -> list[LabelerRow]:
+def _labeler_rows(connection: sa.Connection, settings: Human, said: list[Annotation], now: float) -> list[LabelerRow]:
     agreed, rows = agreement_of(said), []
     for person in connection.execute(select(labelers).where(labelers.c.role != OPERATOR).order_by(labelers.c.name)):
         mine = and_(answers.c.labeler == person.id, STANDS)
-        given = connection.execute(select(answers.c.verdict, answers.c.seconds, answers.c.at).where(mine)).all()
-        verdicts = [row.verdict for row in given]
+        given = connection.execute(select(answers.c.answer, answers.c.seconds, answers.c.at).where(mine)).all()
+        theirs = [row.answer for row in given]
         seconds = [row.seconds for row in given if row.seconds is not None]
         known = known_answers(connection, person.id)
         links = select(func.count()).where(badges.c.labeler == person.id, works(now))
@@ -132,10 +132,10 @@ def _labeler_rows(connection: sa.Connection, settings: Human, said: list[Said], 
             LabelerRow(
                 name=person.name,
                 answers=len(given),
-                desirable=verdicts.count("desirable"),
-                undesirable=verdicts.count("undesirable"),
-                unsure=verdicts.count("unsure"),
-                skipped=verdicts.count("skip"),
+                desirable=theirs.count("desirable"),
+                undesirable=theirs.count("undesirable"),
+                unsure=theirs.count("unsure"),
+                skipped=theirs.count("skip"),
                 per_minute=sum(row.at > now - RATE_S for row in given) / (RATE_S / 60),
                 median_seconds=median(seconds) if seconds else None,
                 agreement=agreed.get(person.name),
@@ -185,7 +185,7 @@ def answers_table(engine: sa.Engine, sealed_in: str | None = None) -> pa.Table:
     """
     columns = (
         *(items.c.sample_id, items.c.prompt_id, items.c.prompt, items.c.policy_version),
-        *(labelers.c.name.label("labeler"), answers.c.verdict.label("answer"), answers.c.seconds),
+        *(labelers.c.name.label("labeler"), answers.c.answer.label("answer"), answers.c.seconds),
         *(answers.c.at.label("answered_at"), answers.c.late, answers.c.void),
         *(items.c.expected.label("known_answer"), items.c.label, items.c.sealed_in),
     )

@@ -94,7 +94,7 @@ def exclude(connection: sa.Connection, settings: Human, labeler: int, why: str, 
 def known_answers(connection: sa.Connection, labeler: int) -> Counter[bool]:
     """How many images of gold somebody has judged right (True) and wrong (False)."""
     of_gold = (answers.c.labeler == labeler, items.c.expected.is_not(None), COUNTS)
-    right = select(answers.c.verdict == items.c.expected).select_from(answers.join(items)).where(*of_gold)
+    right = select(answers.c.answer == items.c.expected).select_from(answers.join(items)).where(*of_gold)
     return Counter(bool(value) for value in connection.scalars(right))
 
 

@@ -108,7 +108,7 @@ class Queue:
         connection.execute(leases.insert().values(item=item, labeler=me, at=now, expires_at=expires_at))
         return expires_at
 
-    def answer(self, badge: str, item: str, verdict: str, seconds: float | None = None) -> None:
+    def answer(self, badge: str, item: str, answer: str, seconds: float | None = None) -> None:
         """Take an answer, once: the same one again changes nothing.
 
         An answer to a lease that has ended still counts if nobody else has the image by now.
@@ -117,20 +117,20 @@ class Queue:
             seconds: that the person took, if it is known.
 
         Raises:
-            Refused: no such verdict, item or lease; the image is somebody else's now or the round is sealed; or it was
+            Refused: no such answer, item or lease; the image is somebody else's now or the round is sealed; or it was
                 answered otherwise before.
         """
 
         def work(connection: sa.Connection) -> None:
             now, me = self.clock(), self._labeler(connection, badge)
-            if verdict not in ANSWERS:
-                raise Refused("verdict", f"{verdict!r} is no verdict; say one of {', '.join(ANSWERS)}")
+            if answer not in ANSWERS:
+                raise Refused("verdict", f"{answer!r} is no answer; say one of {', '.join(ANSWERS)}")
             row = self._item(connection, item)
             before = self._my_answer(connection, me, item)
             if before is not None and before.void is None:
-                if before.verdict == verdict:
+                if before.answer == answer:
                     return
-                raise Refused("answered", f"you said {before.verdict} before; take that back first")
+                raise Refused("answered", f"you said {before.answer} before; take that back first")
             lease = connection.execute(
                 select(leases).where(leases.c.item == item, leases.c.labeler == me)
             ).one_or_none()
@@ -143,7 +143,7 @@ class Queue:
                 raise Refused("taken", "you had this image for too long; somebody else has it now")
             connection.execute(leases.delete().where(leases.c.id == lease.id))
             connection.execute(
-                answers.insert().values(item=item, labeler=me, verdict=verdict, seconds=seconds, at=now, late=late)
+                answers.insert().values(item=item, labeler=me, answer=answer, seconds=seconds, at=now, late=late)
             )
             settle(connection, self.settings.overlap.rule, [item])
             judged_gold = row.expected is not None and self.settings.gold.action == "exclude"

@@ -15,7 +15,7 @@ from kto_ray.records import Label
 Rule = Literal["majority", "unanimous"]
 
 STANDS = answers.c.void.is_(None)
-COUNTS = and_(STANDS, answers.c.verdict != "skip")
+COUNTS = and_(STANDS, answers.c.answer != "skip")
 """Whether an answer is one of those that an item needs."""
 OPEN = and_(items.c.label.is_(None), items.c.sealed_in.is_(None))
 """Whether people are still asked about an item (or are as long as gold is mixed in)."""
@@ -33,7 +33,7 @@ def settle(connection: sa.Connection, rule: Rule, keys: Iterable[str]) -> None:
     """Let the labels of items follow from their answers. What is sealed, and gold, stays as it is."""
     for key in keys:
         item = connection.execute(select(items).where(items.c.id == key)).one()
-        said = connection.scalars(select(answers.c.verdict).where(answers.c.item == key, COUNTS)).all()
+        said = connection.scalars(select(answers.c.answer).where(answers.c.item == key, COUNTS)).all()
         label = decide(rule, said) if len(said) >= item.needed else None
         if item.expected is None and item.sealed_in is None and label != item.label:
             connection.execute(items.update().where(items.c.id == key).values(label=label))

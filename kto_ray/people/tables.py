@@ -96,7 +96,7 @@ answers = Table(
     Column("id", sa.Integer, primary_key=True),
     Column("item", sa.String, ForeignKey("items.id"), nullable=False),
     Column("labeler", sa.Integer, ForeignKey("labelers.id"), nullable=False, index=True),
-    Column("verdict", sa.String, nullable=False),  # "desirable", "undesirable", "unsure", "skip"
+    Column("verdict", sa.String, key="answer", nullable=False),  # "desirable", "undesirable", "unsure", "skip"
     Column("seconds", sa.Float),  # that the person took
     Column("at", sa.Float, nullable=False),
     Column("late", sa.Boolean, nullable=False),  # after the lease had ended

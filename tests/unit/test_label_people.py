@@ -19,7 +19,7 @@ from kto_ray.config.people import Human
 from kto_ray.errors import UserError
 from kto_ray.people import access, clock
 from kto_ray.people.access import Signer, link, secret_of
-from kto_ray.people.agreement import Agreement, Said, agreement, agreement_of
+from kto_ray.people.agreement import Annotation, Reliability, agreement, agreement_of
 from kto_ray.people.overview import ANSWER_SCHEMA, Overview, answers_table, export, overview
 from kto_ray.people.people import Badge, Person, Refused
 from kto_ray.people.tables import in_transaction, meta, open_database
@@ -230,14 +230,14 @@ KRIPPENDORFF_2011 = {
 """Four observers, twelve units, with gaps: Computing Krippendorff's Alpha-Reliability, example C."""
 
 
-def published() -> list[Said]:
+def published() -> list[Annotation]:
     rows = (
         (who, unit, value) for who, values in KRIPPENDORFF_2011.items() for unit, value in enumerate(values.split())
     )
     return [(who, str(unit), value) for who, unit, value in rows if value != "."]
 
 
-def alpha_of(said: Sequence[Said]) -> float:
+def alpha_of(said: Sequence[Annotation]) -> float:
     """From the matrix of coincidences, as the paper has it."""
     coincidences: Counter[tuple[str, str]] = Counter()
     for item in {item for _, item, _ in said}:
@@ -273,7 +273,7 @@ said_ = st.dictionaries(
 
 @settings(max_examples=100, deadline=None)
 @given(said_)
-def test_agreement_is_what_its_definitions_say(said: list[Said]) -> None:
+def test_agreement_is_what_its_definitions_say(said: list[Annotation]) -> None:
     found = agreement(said)
     pairs = [(a, b) for a, b in itertools.combinations(said, 2) if a[1] == b[1]]
     assert found.percent == (pytest.approx(sum(a[2] == b[2] for a, b in pairs) / len(pairs)) if pairs else None)
@@ -291,14 +291,14 @@ def test_agreement_is_what_its_definitions_say(said: list[Said]) -> None:
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ([], Agreement(None, None)),
-        ([("A", "1", "yes"), ("B", "2", "yes")], Agreement(None, None)),  # no image in common
-        ([("A", "1", "yes"), ("B", "1", "yes"), ("B", "2", "no")], Agreement(1, None)),  # chance would agree, too
-        ([("A", "1", "yes"), ("B", "1", "yes"), ("A", "2", "no"), ("B", "2", "no")], Agreement(1, 1)),
-        ([("A", "1", "yes"), ("B", "1", "no")], Agreement(0, 0)),
+        ([], Reliability(None, None)),
+        ([("A", "1", "yes"), ("B", "2", "yes")], Reliability(None, None)),  # no image in common
+        ([("A", "1", "yes"), ("B", "1", "yes"), ("B", "2", "no")], Reliability(1, None)),  # chance would agree, too
+        ([("A", "1", "yes"), ("B", "1", "yes"), ("A", "2", "no"), ("B", "2", "no")], Reliability(1, 1)),
+        ([("A", "1", "yes"), ("B", "1", "no")], Reliability(0, 0)),
     ],
 )
-def test_agreement_where_little_is_known(said: list[Said], expected: Agreement) -> None:
+def test_agreement_where_little_is_known(said: list[Annotation], expected: Reliability) -> None:
     assert agreement(said) == expected
 
 
@@ -404,7 +404,7 @@ def test_the_overview_of_gold_and_agreement(make: Callable[..., Office]) -> None
         f"0 of {answered['ann']} known answers right",
     )
     assert (other.gold_right, other.gold_seen, other.doubt) == (answered["bob"], answered["bob"], None)
-    assert seen.agreement == Agreement(None, None)  # gold in common is no agreement
+    assert seen.agreement == Reliability(None, None)  # gold in common is no agreement
     assert one.agreement is None
 
 
@@ -414,7 +414,7 @@ def test_nothing_to_see_yet(office: Office) -> None:
         rounds=[],
         waiting=0,
         leased=0,
-        agreement=Agreement(None, None),
+        agreement=Reliability(None, None),
         recent={"desirable": [], "undesirable": [], "abstain": []},
     )
 

@@ -267,7 +267,7 @@ UNKNOWN = "0000000000000000"
 REFUSALS: list[tuple[str, str, Callable[[Caller, str, str], Any]]] = [
     (
         "verdict",
-        "'good' is no verdict; say one of desirable, undesirable, unsure, skip",
+        "'good' is no answer; say one of desirable, undesirable, unsure, skip",
         lambda a, m, _: a.answer(m, "good"),
     ),
     ("item", "there is no such image", lambda a, _, __: a.answer(UNKNOWN, "desirable")),

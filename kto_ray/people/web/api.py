@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import pyarrow.parquet as pq
 from fastapi import APIRouter, Depends, Path, Request, Response
 
-from kto_ray.people import desk as at_desk
+from kto_ray.people.desk import Turn
 from kto_ray.people.overview import Overview
 from kto_ray.people.terms import Offer
 from kto_ray.people.web import wire
-from kto_ray.people.web.entrance import Anybody, Labeler, Operator, TheDesk, same_site
+from kto_ray.people.web.entrance import AnyBadge, LabelersBadge, OperatorsBadge, TheDesk, same_site
 
 PNG = "image/png"
 IMMUTABLE = {"Cache-Control": "private, max-age=86400, immutable"}
@@ -52,16 +52,16 @@ def offered(offer: Offer) -> wire.OfferedImage:
     )
 
 
-def as_turn(turn: at_desk.Turn) -> wire.Turn:
-    progress = wire.Standing.model_validate(turn.progress, from_attributes=True)
-    return wire.Turn(progress=progress, offers=[offered(offer) for offer in turn.offers])
+def as_turn(turn: Turn) -> wire.TurnReply:
+    progress = wire.ProgressReply.model_validate(turn.progress, from_attributes=True)
+    return wire.TurnReply(progress=progress, offers=[offered(offer) for offer in turn.offers])
 
 
 # -- for labelers
 
 
 @router.post("/lease", tags=["labeling"])
-async def lease(ask: wire.Ask, me: Labeler, desk: TheDesk) -> wire.Turn:
+async def lease(ask: wire.Ask, me: LabelersBadge, desk: TheDesk) -> wire.TurnReply:
     """Ask for images to judge. Those that were given before and wait for their answer come first."""
     return as_turn(await desk.turn(me, ask.count))
 
@@ -75,19 +75,19 @@ async def lease(ask: wire.Ask, me: Labeler, desk: TheDesk) -> wire.Turn:
         "answered: you said something else before; sealed: its round is sealed.",
     ),
 )
-async def answer(said: wire.Said, me: Labeler, desk: TheDesk) -> wire.Turn:
+async def answer(said: wire.Said, me: LabelersBadge, desk: TheDesk) -> wire.TurnReply:
     """Answer, and get the next images. The same answer may be sent again: it counts once."""
     return as_turn(await desk.answer(me, said.item, said.verdict, said.seconds, said.count))
 
 
 @router.post("/extend", tags=["labeling"])
-async def extend(some: wire.SomeItems, me: Labeler, desk: TheDesk) -> wire.Kept:
+async def extend(some: wire.SomeItems, me: LabelersBadge, desk: TheDesk) -> wire.Kept:
     """Keep images for another lease. Call it while somebody looks at them, every third of a lease or so."""
     return wire.Kept(items=await desk.extend(me, some.items))
 
 
 @router.post("/release", tags=["labeling"], status_code=HTTPStatus.NO_CONTENT)
-async def release(some: wire.SomeItems, me: Labeler, desk: TheDesk) -> None:
+async def release(some: wire.SomeItems, me: LabelersBadge, desk: TheDesk) -> None:
     """Give images back unanswered, so that others need not wait until the lease ends."""
     await desk.release(me, some.items)
 
@@ -101,13 +101,13 @@ async def release(some: wire.SomeItems, me: Labeler, desk: TheDesk) -> None:
         "image now.",
     ),
 )
-async def undo(one: wire.OneItem, me: Labeler, desk: TheDesk) -> wire.OfferedImage:
+async def undo(one: wire.OneItem, me: LabelersBadge, desk: TheDesk) -> wire.OfferedImage:
     """Take an answer back, and get the image again. Progress names the items that this works for."""
     return offered(await desk.undo(me, one.item))
 
 
 @router.get("/progress", tags=["labeling"])
-async def progress(me: Labeler, desk: TheDesk) -> wire.Standing:
+async def progress(me: LabelersBadge, desk: TheDesk) -> wire.ProgressReply:
     """Where the round stands. Asks for no images."""
     return as_turn(await desk.turn(me, 0)).progress
 
@@ -118,7 +118,7 @@ async def progress(me: Labeler, desk: TheDesk) -> wire.Standing:
     response_class=Response,
     responses=file_of(PNG, "The image.") | refusals(_404="There is no such image, or it was not given to you."),
 )
-async def image(item: Annotated[wire.Item, Path()], me: Anybody, desk: TheDesk) -> Response:
+async def image(item: Annotated[wire.Item, Path()], me: AnyBadge, desk: TheDesk) -> Response:
     """The picture itself, of an image that was given to this labeler; of any, for the operator."""
     return Response(await desk.image(me, item), media_type=PNG, headers=IMMUTABLE)
 
@@ -127,7 +127,7 @@ async def image(item: Annotated[wire.Item, Path()], me: Anybody, desk: TheDesk) 
 
 
 @router.get("/overview", tags=["operator"])
-async def overview(me: Operator, desk: TheDesk) -> Overview:
+async def overview(me: OperatorsBadge, desk: TheDesk) -> Overview:
     """Everything on the operator's page: labelers, rounds, agreement, the latest images by verdict."""
     return await desk.overview(me)
 
@@ -138,7 +138,7 @@ async def overview(me: Operator, desk: TheDesk) -> Overview:
     status_code=HTTPStatus.NO_CONTENT,
     responses=refusals(_404="There is nobody of this name."),
 )
-async def exclude(labeler: wire.LabelerName, me: Operator, desk: TheDesk) -> None:
+async def exclude(labeler: wire.LabelerName, me: OperatorsBadge, desk: TheDesk) -> None:
     """Ask somebody no more, and take their answers out of all rounds that are not sealed."""
     await desk.exclude(me, labeler.name)
 
@@ -149,7 +149,7 @@ async def exclude(labeler: wire.LabelerName, me: Operator, desk: TheDesk) -> Non
     status_code=HTTPStatus.NO_CONTENT,
     responses=refusals(_404="There is nobody of this name."),
 )
-async def include(labeler: wire.LabelerName, me: Operator, desk: TheDesk) -> None:
+async def include(labeler: wire.LabelerName, me: OperatorsBadge, desk: TheDesk) -> None:
     """Ask somebody again who was excluded. The answers that were taken out stay out."""
     await desk.include(me, labeler.name)
 
@@ -160,7 +160,7 @@ async def include(labeler: wire.LabelerName, me: Operator, desk: TheDesk) -> Non
     response_class=Response,
     responses=file_of("application/x-ndjson", "A line an answer."),
 )
-async def export_jsonl(me: Operator, desk: TheDesk) -> Response:
+async def export_jsonl(me: OperatorsBadge, desk: TheDesk) -> Response:
     """All answers that were ever given, in order, those that were taken back included."""
     rows = (await desk.export(me)).to_pylist()
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -173,7 +173,7 @@ async def export_jsonl(me: Operator, desk: TheDesk) -> Response:
     response_class=Response,
     responses=file_of("application/vnd.apache.parquet", "A row an answer."),
 )
-async def export_parquet(me: Operator, desk: TheDesk) -> Response:
+async def export_parquet(me: OperatorsBadge, desk: TheDesk) -> Response:
     """The same as `export.jsonl`, with types."""
     file = io.BytesIO()
     pq.write_table(await desk.export(me), file)
@@ -185,7 +185,7 @@ def download(content: bytes, media_type: str, name: str) -> Response:
 
 
 @router.get("/openapi.json", tags=["about"], response_class=Response, responses=file_of("application/json", "OpenAPI."))
-async def openapi(request: Request, me: Anybody, desk: TheDesk) -> Response:
+async def openapi(request: Request, me: AnyBadge, desk: TheDesk) -> Response:
     """This description."""
     await desk.role(me)
     here = {"servers": [{"url": request.scope.get("root_path") or "/"}]}

@@ -1,7 +1,7 @@
 """Who is calling: badges out of cookies and headers, and what is refused before the desk is asked.
 
-`api.py` and `pages.py` take `Labeler`, `Operator` or `Anybody`: the id of a badge whose signature and date are right.
-Whether it was revoked since, and whether it opens this door, the desk says at every call.
+`api.py` and `pages.py` take `LabelersBadge`, `OperatorsBadge` or `AnyBadge`: the id of a badge whose signature and date
+are right. Whether it was revoked since, and whether it opens this door, the desk says at every call.
 """
 
 import time
@@ -130,9 +130,9 @@ class _Caller:
         return entrance.caller(request, self.roles, bearer.credentials if bearer else None, form).id
 
 
-Labeler = Annotated[str, Depends(_Caller("labeler", "operator"))]
-Operator = Annotated[str, Depends(_Caller("operator", "labeler"))]
-Anybody = Labeler
+LabelersBadge = Annotated[str, Depends(_Caller("labeler", "operator"))]
+OperatorsBadge = Annotated[str, Depends(_Caller("operator", "labeler"))]
+AnyBadge = LabelersBadge
 
 
 def same_site(request: Request) -> None:

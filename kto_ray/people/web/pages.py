@@ -17,7 +17,7 @@ from kto_ray.people.desk import Desk
 from kto_ray.people.people import Refused, Role
 from kto_ray.people.web import wire
 from kto_ray.people.web.api import IMMUTABLE, PNG
-from kto_ray.people.web.entrance import Entrance, Operator, TheDesk, TheEntrance
+from kto_ray.people.web.entrance import Entrance, OperatorsBadge, TheDesk, TheEntrance
 
 HERE = Path(__file__).parent
 TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -110,7 +110,7 @@ async def overview(request: Request, entrance: TheEntrance, desk: TheDesk) -> Re
 
 
 @router.get("/overview/{item}.png")
-async def thumbnail(item: Annotated[wire.Item, PathField()], me: Operator, desk: TheDesk) -> Response:
+async def thumbnail(item: Annotated[wire.Item, PathField()], me: OperatorsBadge, desk: TheDesk) -> Response:
     """Beside `api/images`, which goes by the labeler's cookie where a browser has both."""
     return Response(await desk.image(me, item), media_type=PNG, headers=IMMUTABLE)
 

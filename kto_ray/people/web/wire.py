@@ -64,7 +64,7 @@ class OfferedImage(Section):
     """Seconds until the lease ends."""
 
 
-class Standing(Section):
+class ProgressReply(Section):
     """Where the newest round stands, and this labeler's part in the run."""
 
     round: int | None
@@ -84,10 +84,10 @@ class Standing(Section):
     """Items whose answers this labeler may take back, the latest first."""
 
 
-class Turn(Section):
+class TurnReply(Section):
     """Where things stand, and images to judge, those held already first. None: ask again in a second or two."""
 
-    progress: Standing
+    progress: ProgressReply
     offers: list[OfferedImage]
 
 
