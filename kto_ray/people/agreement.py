@@ -4,6 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
+import numpy.typing as npt
+
 Annotation = tuple[str, str, str]
 """Labeler, item, and what the labeler said of it."""
 
@@ -30,11 +33,21 @@ def agreement(said: Iterable[Annotation]) -> Reliability:
 
 
 def _alpha(shared: Sequence[Annotation]) -> float | None:
-    from nltk.metrics.agreement import AnnotationTask  # a second of imports
-
-    if len({verdict for _, _, verdict in shared}) < 2:
+    """One minus the disagreement within images over that of all answers, whoever gave them to whichever image."""
+    items, item_N = np.unique([item for _, item, _ in shared], return_inverse=True)
+    answers, answer_N = np.unique([answer for _, _, answer in shared], return_inverse=True)
+    if len(answers) < 2:
         return None
-    return float(AnnotationTask(data=list(shared)).alpha())
+    counts_IA = np.zeros((len(items), len(answers)))  # how often an image was given an answer
+    np.add.at(counts_IA, (item_N, answer_N), 1)
+    return float(1 - _disagreement(counts_IA).sum() / _disagreement(counts_IA.sum(0)))
+
+
+def _disagreement(counts_A: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Ordered pairs of answers that differ, over those that one answer is in."""
+    total = counts_A.sum(-1)
+    pairs: npt.NDArray[np.float64] = (total**2 - (counts_A**2).sum(-1)) / (total - 1)
+    return pairs
 
 
 def agreement_of(said: Iterable[Annotation]) -> dict[str, float]:

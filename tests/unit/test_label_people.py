@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from itsdangerous import URLSafeSerializer
+from nltk.metrics.agreement import AnnotationTask
 from pydantic import ValidationError
 
 from kto_ray.config.people import Human
@@ -238,19 +239,8 @@ def published() -> list[Annotation]:
 
 
 def alpha_of(said: Sequence[Annotation]) -> float:
-    """From the matrix of coincidences, as the paper has it."""
-    coincidences: Counter[tuple[str, str]] = Counter()
-    for item in {item for _, item, _ in said}:
-        values = [value for _, at, value in said if at == item]
-        for one, other in itertools.permutations(values, 2):
-            coincidences[one, other] += 1 / (len(values) - 1)  # type: ignore[assignment]
-    total = sum(coincidences.values())
-    marginals: Counter[str] = Counter()
-    for (one, _), count in coincidences.items():
-        marginals[one] += count
-    observed = sum(count for (one, other), count in coincidences.items() if one != other) / total
-    expected = sum(marginals[a] * marginals[b] for a, b in itertools.permutations(marginals, 2)) / (total * (total - 1))
-    return 1 - observed / expected
+    """As nltk has it."""
+    return float(AnnotationTask(data=list(said)).alpha())
 
 
 def test_agreement_is_as_published() -> None:
