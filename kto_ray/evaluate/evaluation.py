@@ -5,7 +5,7 @@ form of a round, so that a resumed run does not draw them again. All policies ar
 the base's images: a quantile of the base's scores is the same bar for everybody.
 """
 
-import asyncio
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from kto_ray.concurrency import together
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.report import Pair
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval, mean_interval, median_win_rate, pass_rate
@@ -49,15 +50,18 @@ class Evaluation:
         """Draw and score what is not there yet, then sum up."""
         folder = self._round(policy.version)
         if not folder.sealed:
-            async for samples in generators.stream(folder.missing(self.requests), policy):
-                folder.add_samples(samples)
+            async with contextlib.aclosing(generators.stream(folder.missing(self.requests), policy)) as batches:
+                async for drawn in batches:
+                    folder.add_samples(drawn)
             samples, size = folder.samples(), self.config.generate.batch_size
             known = [score for score in folder.scores() if score.value is not None]
 
             async def score(batch: Sequence[Sample]) -> None:
                 folder.add_scores(await scorers.score(batch, known))
 
-            await asyncio.gather(*(score(samples[start : start + size]) for start in range(0, len(samples), size)))
+            async with together() as group:
+                for start in range(0, len(samples), size):
+                    group.create_task(score(samples[start : start + size]))
             require_scored(self.config.label, f"evaluation of policy {policy.version}", folder.failures, len(samples))
             folder.seal(policy_version=policy.version, policy_digest=policy.digest)
         return self.summary(policy.version)

@@ -3,17 +3,19 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from kto_ray.cluster import noisily
+from kto_ray.concurrency import as_done
 from kto_ray.config import RunConfig
 from kto_ray.generate.replica import Drawn, Generator
+from kto_ray.lost import is_lost, last_words
 from kto_ray.policies import DigestError
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.serving import QUIET
@@ -21,7 +23,8 @@ from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 8  # of one batch, whose replica died or had no room; with back-off doubling from half a second
+MAX_TRIES = 8  # of one batch that was lost, or whose replica had no room
+BACK_OFF_S = 0.5  # after the first try; doubles
 
 
 class Generators:
@@ -56,8 +59,8 @@ class Generators:
         if self._handle is not None:
             serve.delete(self.name)
 
-    async def stream(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> AsyncIterator[list[Sample]]:
-        """Draw all requests from this policy; batches come as they are done, in any order.
+    def stream(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> AsyncGenerator[list[Sample], None]:
+        """Draw all requests from this policy; batches come as they are done, in any order. See `as_done`.
 
         Raises:
             DigestError: a replica answered with another policy than asked for, or could not prove its own.
@@ -71,27 +74,38 @@ class Generators:
             async with room:
                 return await self._draw(batch, policy)
 
-        tasks = [asyncio.create_task(one(batch)) for batch in batches]
-        try:
-            for task in asyncio.as_completed(tasks):
-                yield await task
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return as_done(one(batch) for batch in batches)
 
     async def _draw(self, batch: Sequence[SampleRequest], policy: PolicyRef) -> list[Sample]:
-        assert self._handle is not None, "start() the generators first"
-        for attempt in range(MAX_TRIES):
-            with contextlib.suppress(BackPressureError):
+        """Draw a batch; asks again, for the same images, when what was asked for is lost."""
+        async with contextlib.AsyncExitStack() as waiting:
+            for attempt in range(MAX_TRIES):
                 try:
-                    drawn: Drawn = await self._handle.draw.remote(batch, policy)
-                except RayActorError:
-                    logger.warning("a generator replica died; its %d images are asked for again", len(batch))
+                    drawn = await self._ask(batch, policy)
+                except BackPressureError:
+                    problem = "no replica had room"
+                except RayError as error:
+                    if not is_lost(error):
+                        raise
+                    if not attempt:
+                        what = f"{len(batch)} images that are asked for again"
+                        await waiting.enter_async_context(noisily(what, self.cluster, self.config.resources))
+                    problem = f"a generator replica died, or its node ({type(error).__name__}: {last_words(error)})"
+                    logger.warning("%s; its %d images are asked for again", problem, len(batch))
                 else:
                     if any(sample.policy != policy for sample in drawn.samples):
                         raise DigestError(f"asked for policy {policy}, got {drawn.samples[0].policy}")
                     self.busy_seconds += drawn.seconds
                     return drawn.samples
-            await asyncio.sleep(0.5 * 2**attempt)
-        raise RuntimeError(f"{len(batch)} images could not be drawn in {MAX_TRIES} tries: replicas died or had no room")
+                await asyncio.sleep(BACK_OFF_S * 2**attempt)
+        raise RuntimeError(f"{len(batch)} images could not be drawn in {MAX_TRIES} tries; at last {problem}")
+
+    async def _ask(self, batch: Sequence[SampleRequest], policy: PolicyRef) -> Drawn:
+        assert self._handle is not None, "start() the generators first"
+        response = self._handle.draw.remote(batch, policy)
+        try:
+            drawn: Drawn = await response
+        except asyncio.CancelledError:
+            response.cancel()  # type: ignore[no-untyped-call]  # else it goes on being drawn, for nobody
+            raise
+        return drawn

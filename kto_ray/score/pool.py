@@ -9,7 +9,7 @@ never a number.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,11 @@ import ray
 from ray.exceptions import RayError
 
 from kto_ray.cluster import noisily
+from kto_ray.concurrency import as_done, together
 from kto_ray.config import Cluster, Labeling, ScorerSettings
 from kto_ray.errors import UserError
 from kto_ray.images import to_png
+from kto_ray.lost import is_lost, last_words
 from kto_ray.records import Sample, Score
 from kto_ray.score.actor import Answers, ScorerActor, plain
 from kto_ray.score.environments.finding import interpreter
@@ -83,7 +85,7 @@ class ScorerPool:
         try:
             described = await asyncio.gather(*(actor.describe.remote() for actor in self._actors))
         except RayError as error:
-            raise UserError(f"label.scorers.{self.name} could not be built: {_last_words(error)}") from error
+            raise UserError(f"label.scorers.{self.name} could not be built: {last_words(error)}") from error
         scorer, version = described[0]
         self.version = version if scorer == self.name else f"{scorer}@{version}"
 
@@ -134,7 +136,8 @@ class ScorerPool:
             except TimeoutError:
                 failure = f"no answer within {self.settings.timeout_s:g} s"
             except RayError as error:
-                failure = f"scorer actor died: {_last_words(error)}"
+                what = "died" if is_lost(error) else "failed"
+                failure = f"scorer actor {what}: {last_words(error)}"
             except asyncio.CancelledError:
                 self._replace(actor)  # it may be at it for long
                 raise
@@ -170,12 +173,6 @@ class ScorerPool:
             self._dismiss(actor)
 
 
-def _last_words(error: RayError) -> str:
-    """What it says at the end, below pages of traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
-
-
 def require_scored(label: Labeling, what: str, failures: Sequence[Score], images: int) -> None:
     """Raises UserError when voting scorers failed on more of so many images than `label.max_failed_fraction`."""
     of_voters = [score for score in failures if score.scorer in label.voting]
@@ -200,32 +197,28 @@ class Scorers:
         return sum(pool.busy_seconds for pool in self.pools.values())
 
     async def start(self) -> None:
-        await asyncio.gather(*(pool.start() for pool in self.pools.values()))
+        async with together() as group:
+            for pool in self.pools.values():
+                group.create_task(pool.start())
 
     async def score(self, samples: Sequence[Sample], known: Sequence[Score] = ()) -> list[Score]:
         """Score samples by all scorers at the same time; gives the scores that are not `known` yet."""
-        found = [score async for scores in self.score_each(samples, known) for score in scores]
+        async with contextlib.aclosing(self.score_each(samples, known)) as answers:
+            found = [score async for scores in answers for score in scores]
         order = list(self.pools)
         return sorted(found, key=lambda score: order.index(score.scorer))
 
-    async def score_each(
-        self, samples: Sequence[Sample], known: Sequence[Score] = ()
-    ) -> AsyncGenerator[list[Score], None]:
-        """The same, scorer by scorer as they answer: a slow one keeps nobody's scores back."""
+    def score_each(self, samples: Sequence[Sample], known: Sequence[Score] = ()) -> AsyncGenerator[list[Score], None]:
+        """The same, scorer by scorer as they answer: a slow one keeps nobody's scores back. See `as_done`."""
         have = {(score.sample_id, score.scorer) for score in known}
         batches: dict[tuple[str, ...], ImageBatch] = {}  # after a crash scorers may lack different samples
-        jobs = []
-        for name, pool in self.pools.items():
-            if lacking := [sample for sample in samples if (sample.id, name) not in have]:
-                batch = batches.setdefault(tuple(sample.id for sample in lacking), ImageBatch(lacking))
-                jobs.append(asyncio.create_task(pool.score(batch)))
-        try:
-            for job in asyncio.as_completed(jobs):
-                yield await job
-        finally:
-            for unfinished in jobs:
-                unfinished.cancel()
-            await asyncio.gather(*jobs, return_exceptions=True)
+
+        def jobs() -> Iterator[Coroutine[Any, Any, list[Score]]]:
+            for name, pool in self.pools.items():
+                if lacking := [sample for sample in samples if (sample.id, name) not in have]:
+                    yield pool.score(batches.setdefault(tuple(sample.id for sample in lacking), ImageBatch(lacking)))
+
+        return as_done(jobs())
 
     def shrink(self) -> None:
         """Let go of idle actors above the minimum; the loop calls it when a round is sealed."""

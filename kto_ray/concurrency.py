@@ -1,0 +1,63 @@
+"""Tasks that end with the block that began them, and the one error that is said of several.
+
+Whoever runs things side by side does it with these: nothing goes on after an error, and callers see a plain exception.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
+from typing import Any, TypeVar
+
+from kto_ray.errors import UserError
+
+T = TypeVar("T")
+
+
+@contextlib.asynccontextmanager
+async def together() -> AsyncIterator[asyncio.TaskGroup]:
+    """An `asyncio.TaskGroup` that raises one error of its tasks as it is, and no ExceptionGroup.
+
+    Of several errors it is the first, or the first UserError, which is the one that says what to do.
+    """
+    failed: BaseExceptionGroup[BaseException] | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as error:
+        failed = error
+    if failed is not None:
+        raise foremost(failed)
+
+
+def foremost(error: BaseException) -> BaseException:
+    """The error that a group of errors is about; others are noted on it. Any other exception is itself."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    errors = [foremost(one) for one in error.exceptions]
+    first = next((one for one in errors if isinstance(one, UserError)), errors[0])
+    for other in errors:
+        if other is not first:
+            first.add_note(f"at the same time: {type(other).__name__}: {other}")
+    return first
+
+
+async def as_done(coroutines: Iterable[Coroutine[Any, Any, T]]) -> AsyncGenerator[T, None]:
+    """Run coroutines side by side and give what they return as they end, in any order.
+
+    Iterate within `contextlib.aclosing`: closing cancels those that have not ended, and waits for them.
+    """
+    # No TaskGroup: the error of a task would cancel whoever iterates, wherever it is at that moment.
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        for task in asyncio.as_completed(tasks):
+            yield await task
+    finally:
+        await cancelled(tasks)
+
+
+async def cancelled(tasks: Iterable["asyncio.Task[Any]"]) -> None:
+    """Cancel tasks and wait until they have ended; what else may be wrong with them has been said."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

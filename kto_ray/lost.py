@@ -1,0 +1,38 @@
+"""What Ray loses when a process or a node goes, and is to be asked for again.
+
+    RayActorError            the actor's process is gone, or cannot be reached for the moment
+    ObjectLostError          the answer was given, but its node, or whoever owns it, went before it was fetched; also
+                             OwnerDiedError, ObjectFetchTimedOutError, ReferenceCountingAssertionError, ...
+    NodeDiedError, LocalRayletDiedError, WorkerCrashedError, OutOfMemoryError
+                             the node went, or the process on it, also when Ray ended it for want of memory
+
+None of them is a subclass of another. Not among them: RaySystemError (an answer that cannot be read here, or the
+driver's own node: asking again does not help), full disks and object stores, environments that cannot be set up, and
+RayTaskError, which is what the code over there raised. Generators, scorers and training ask `is_lost`.
+"""
+
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from kto_ray.errors import UserError
+
+LOST = (RayActorError, ObjectLostError, NodeDiedError, LocalRayletDiedError, WorkerCrashedError, OutOfMemoryError)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether Ray lost what was asked for, so that it can be asked for again."""
+    # An error that was raised over there is a RayTaskError and an instance of its own class, too.
+    return isinstance(error, LOST) and not isinstance(error, RayTaskError)
+
+
+def last_words(error: BaseException) -> str:
+    """What an error says at the end, below pages of traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
