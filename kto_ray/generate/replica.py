@@ -1,13 +1,15 @@
 """The Serve deployment that draws images from the current policy; `client.py` calls it.
 
-Every request names the policy it wants. A replica that holds another one loads it from the policy store first, under
-a lock, and proves it: bytes against the digest, then the weights that sit in the model against the bytes. Every
-sample is stamped with the policy that made it. A replica that cannot prove its digest makes no samples.
+Every request names the policy it wants. A replica that holds another one loads it from the policy store first, on the
+one thread that ever touches the pipeline, and proves it: bytes against the digest, then the weights that sit in the
+model against the bytes. Every sample is stamped with the policy that made it. A replica that cannot prove its digest
+makes no samples.
 """
 
 import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +56,9 @@ class Generator:
         if config.generate.compile:
             self.policy.module.compile()
         self.holds: PolicyRef | None = None
-        self.lock = asyncio.Lock()
+        # One thread: a call that is cancelled in the middle ends there before the next one begins, and the replica's
+        # event loop is free for Serve's health checks.
+        self._pipeline_thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
 
     async def draw(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> Drawn:
         """Draw one image a request from exactly this policy.
@@ -62,9 +66,7 @@ class Generator:
         Raises:
             DigestError: the policy's weights, or the base model, are not what the digest says.
         """
-        async with self.lock:
-            # A thread of its own keeps the replica's event loop free for Serve's health checks.
-            return await asyncio.to_thread(self._draw, requests, policy)
+        return await asyncio.get_running_loop().run_in_executor(self._pipeline_thread, self._draw, requests, policy)
 
     def _draw(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> Drawn:
         began = time.monotonic()

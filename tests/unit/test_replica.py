@@ -13,6 +13,7 @@ from kto_ray.config import Adapter, RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.families import load_family
 from kto_ray.diffusion.policy import make_policy
+from kto_ray.generate import replica
 from kto_ray.generate.replica import Generator
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest
@@ -129,6 +130,66 @@ def test_drawing_leaves_the_event_loop_free(tiny_sd1_folder: Path, run: Storage)
     draw(generator, base)
     assert threads
     assert threading.main_thread() not in threads
+
+
+async def test_a_cancelled_draw_leaves_the_pipeline_before_another_enters_it(
+    tiny_sd1_folder: Path, run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, first = publish(run, tiny_sd1_folder, "lora", versions=1)
+    generator = Generator(make_config(tiny_sd1_folder), run)
+    entered, leave, inside, seen = threading.Event(), threading.Event(), 0, []
+    sampled = replica.draw
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal inside
+        inside += 1
+        holds = generator.holds
+        entered.set()
+        leave.wait()
+        answer = sampled(*arguments)
+        seen.append((inside, holds, generator.holds))
+        inside -= 1
+        return answer
+
+    monkeypatch.setattr(replica, "draw", watched)
+    given_up = asyncio.create_task(generator.draw(REQUESTS, first))
+    await asyncio.to_thread(entered.wait)
+    given_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    after = asyncio.create_task(generator.draw(REQUESTS, base))
+    await asyncio.sleep(0.5)  # if it could enter, it would by now
+    leave.set()
+    assert {sample.policy for sample in (await after).samples} == {base}
+    assert seen == [(1, first, first), (1, base, base)]
+
+
+async def test_a_cancelled_draw_that_has_not_begun_never_does(
+    tiny_sd1_folder: Path, run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (base,) = publish(run, tiny_sd1_folder, "lora", versions=0)
+    generator = Generator(make_config(tiny_sd1_folder), run)
+    entered, leave, drawn = threading.Event(), threading.Event(), []
+    sampled = replica.draw
+
+    def watched(family: Any, prompts: list[str], *arguments: Any) -> Any:
+        entered.set()
+        leave.wait()
+        drawn.append(prompts)
+        return sampled(family, prompts, *arguments)
+
+    monkeypatch.setattr(replica, "draw", watched)
+    first = asyncio.create_task(generator.draw(REQUESTS[:1], base))
+    await asyncio.to_thread(entered.wait)
+    queued = asyncio.create_task(generator.draw(REQUESTS[1:2], base))
+    await asyncio.sleep(0)
+    queued.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await queued
+    last = asyncio.create_task(generator.draw(REQUESTS[2:], base))
+    leave.set()
+    await asyncio.gather(first, last)
+    assert drawn == [[REQUESTS[0].prompt.text], [REQUESTS[2].prompt.text]]
 
 
 def tamper(run: Storage, version: int) -> None:
