@@ -44,6 +44,7 @@ from typing import Any
 from rich.console import Console
 
 from kto_ray.cluster import connected
+from kto_ray.concurrency import together
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.hacking import suspicion_of
@@ -144,18 +145,10 @@ class _Loop:
                     self.generators.start(), self.scorers.start(), self.labeler.start(self.making.memory())
                 )
             with self.progress:
-                making = asyncio.create_task(self._make_rounds())
-                training = asyncio.create_task(self._train_rounds())
-                try:
-                    while not training.done():  # when it ends early, a round in the making is given up
-                        running = {task for task in (making, training) if not task.done()}
-                        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                        for task in done:
-                            task.result()
-                finally:
-                    for task in (making, training):
-                        task.cancel()
-                    await asyncio.gather(making, training, return_exceptions=True)
+                async with together() as group:
+                    making = group.create_task(self._make_rounds())
+                    await self._train_rounds()
+                    making.cancel()  # training ended early: a round in the making is given up
             await self.training.close()
         finally:
             await self.labeler.close()
@@ -242,12 +235,12 @@ class _Loop:
                     self.progress.update(bar, completed=step, total=steps)
                 await asyncio.sleep(1)
 
-        showing = asyncio.create_task(show())
         try:
-            async with self.stage.turn("training"):
+            async with self.stage.turn("training"), together() as group:
+                showing = group.create_task(show())
                 report = await self.training.train(RoundTask(index, train))
+                showing.cancel()
         finally:
-            showing.cancel()
             self.progress.remove_task(bar)
         if train and not any(report.draws.values()):
             logger.warning(

@@ -15,6 +15,7 @@ import numpy as np
 from rich.progress import Progress, TaskID
 
 from kto_ray.cluster import noisily
+from kto_ray.concurrency import cancelled, together
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.pictures import picture_figures
 from kto_ray.generate.client import Generators
@@ -57,43 +58,43 @@ class Making:
         began, before = time.monotonic(), (self.generators.busy_seconds, self.scorers.busy_seconds)
         stations = ("images", "scores", "verdicts")
         bars = [self.progress.add_task(f"round {index}: {what}", total=images) for what in stations]
-        collecting = asyncio.create_task(self._collect(round_, images, bars))
-        scoring: set[asyncio.Task[None]] = set()
         try:
-            # What a crash left; verdicts that are there already stay.
-            left = [s for s in round_.samples() if self.labeler.whole_rounds or s.id not in round_.judged_ids]
-            await self.labeler.submit(left)
-            for start in range(0, len(left), config.generate.batch_size):
-                batch = left[start : start + config.generate.batch_size]
-                scoring.add(asyncio.create_task(self._score(round_, batch, bars)))
-            async for samples in self.generators.stream(round_.missing(requests), policy):
-                round_.add_samples(samples)
-                await self.labeler.submit(samples)
-                scoring.add(asyncio.create_task(self._score(round_, samples, bars)))
-                self._show(round_, bars)
-                for task in {collecting, *scoring}:
-                    if task.done():
-                        task.result()
-            drawn = time.monotonic()
+            async with together() as group:
+                collecting = group.create_task(self._collect(round_, images, bars))
+                # What a crash left; verdicts that are there already stay.
+                left = [s for s in round_.samples() if self.labeler.whole_rounds or s.id not in round_.judged_ids]
+                await self.labeler.submit(left)
+                size = config.generate.batch_size
+                scoring = [
+                    group.create_task(self._score(round_, left[start : start + size], bars))
+                    for start in range(0, len(left), size)
+                ]
+                async with contextlib.aclosing(self.generators.stream(round_.missing(requests), policy)) as batches:
+                    async for samples in batches:
+                        round_.add_samples(samples)
+                        await self.labeler.submit(samples)
+                        scoring.append(group.create_task(self._score(round_, samples, bars)))
+                        self._show(round_, bars)
+                drawn = time.monotonic()
 
-            def awaited() -> str:
-                is_scored = all(task.done() for task in scoring)
-                return f"{self.labeler.status(round_.stage) if is_scored else 'scores'} on round {index}"
+                def awaited() -> str:
+                    is_scored = all(task.done() for task in scoring)
+                    return f"{self.labeler.status(round_.stage) if is_scored else 'scores'} on round {index}"
 
-            async with noisily(awaited, config.cluster):
-                await _done(scoring, deadline_s)
-                await _cancelled(scoring)  # past the deadline, the scores that are there have to do
-                await self.labeler.finish(round_.stage)
-                enough = asyncio.create_task(self.labeler.enough(round_.stage))
-                showing = asyncio.create_task(self._show_status(index, round_.stage, bars[-1]))
-                # Past the deadline there is still a moment for what the labeler can say at once.
-                left_s = deadline_s and max(1.0, drawn + deadline_s - time.monotonic())
-                await _done({collecting, enough}, left_s, asyncio.FIRST_COMPLETED)
-                await _cancelled({collecting, enough})
-                round_.add_verdicts(await self.labeler.seal(round_.stage))
-                await _cancelled({showing})
+                async with noisily(awaited, config.cluster):
+                    with contextlib.suppress(TimeoutError):  # then the scores that are there have to do
+                        async with asyncio.timeout(deadline_s):
+                            await asyncio.gather(*scoring)
+                    await self.labeler.finish(round_.stage)
+                    enough = group.create_task(self.labeler.enough(round_.stage))
+                    showing = group.create_task(self._show_status(index, round_.stage, bars[-1]))
+                    # Past the deadline there is still a moment for what the labeler can say at once.
+                    left_s = deadline_s and max(1.0, drawn + deadline_s - time.monotonic())
+                    await asyncio.wait({collecting, enough}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                    await cancelled([collecting, enough])
+                    round_.add_verdicts(await self.labeler.seal(round_.stage))
+                    showing.cancel()
         finally:
-            await _cancelled({collecting, *scoring})
             for bar in bars:
                 self.progress.remove_task(bar)
         self.scorers.shrink()
@@ -157,23 +158,6 @@ class Making:
             **more,
         }
         round_.seal(**facts, labeler=dict(self.labeler.memory()))
-
-
-async def _done(
-    tasks: set["asyncio.Task[None]"], timeout_s: float | None, until: str = asyncio.FIRST_EXCEPTION
-) -> None:
-    """Wait for tasks, all of them or (`until`) one, up to a time; raises the first error of theirs."""
-    if tasks:
-        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=until)
-        for task in done:
-            task.result()
-
-
-async def _cancelled(tasks: set["asyncio.Task[None]"]) -> None:
-    """Cancel tasks and wait until they have ended; what else may be wrong with them has been said."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def score_figures(scores: Sequence[Score]) -> dict[str, float]:
