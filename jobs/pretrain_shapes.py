@@ -24,6 +24,8 @@ from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from kto_ray.diffusion.families import load_family
+from kto_ray.diffusion.stable_diffusion import WITHOUT
 from kto_ray.records import Prompt
 from kto_ray.shapes import HELD_OUT_PROMPTS, MODEL_FOLDER, TRAIN_PROMPTS
 from kto_ray.shapes.scorer import ShapesScorer
@@ -95,9 +97,7 @@ def build_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **WITHOUT,
     )
 
 
@@ -209,7 +209,6 @@ def print_figures(pipeline: StableDiffusionPipeline, prompts: dict[str, list[Pro
     images = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     score = np.mean(ShapesScorer().score(images, [Prompt(id="", text=scene.caption) for scene in scenes]))
     print(f"autoencoder: mean absolute error {(decoded - pictures_BCHW).abs().mean():.4f}, score {score:.3f}")
-    pipeline.set_progress_bar_config(disable=True)
     for guidance in guidances:
         for split, chosen in prompts.items():
             chosen = (chosen * 2)[:144]
@@ -263,8 +262,8 @@ def main() -> None:
     np.random.default_rng(0).shuffle(prompts["training"])
     for split, path in {"training": TRAIN_PROMPTS, "held-out": HELD_OUT_PROMPTS}.items():
         path.write_text("".join(json.dumps({"id": p.id, "text": p.text}) + "\n" for p in prompts[split]))
-    pipeline = StableDiffusionPipeline.from_pretrained(args.out, dtype=torch.float32)
-    print_figures(pipeline, prompts, [1.0, 1.25, 1.5, 2.0, 3.0])
+    family = load_family(args.out, None, torch.device("cpu"), torch.float32)
+    print_figures(family.pipeline, prompts, [1.0, 1.25, 1.5, 2.0, 3.0])
     print(f"done after {time.monotonic() - started:.0f} s")
 
 

@@ -5,6 +5,7 @@ Shape suffixes: B samples; T, D tokens and width of a text embedding; C, H, W la
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -14,6 +15,14 @@ from torch import Tensor, nn
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.layouts import LAYOUTS
 from kto_ray.diffusion.noise import DiscreteDiffusion, NoiseProcess
+
+WITHOUT: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "image_encoder": None,
+    "requires_safety_checker": False,
+}
+"""A safety checker would replace images by black ones, which are no samples of the policy."""
 
 
 class StableDiffusion:
@@ -33,11 +42,7 @@ class StableDiffusion:
             variant=variant,
             dtype=dtype,
             use_safetensors=True,
-            # A safety checker would replace images by black ones, which are no samples of the policy.
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
+            **WITHOUT,
             local_files_only=True,
         )
         pipeline.set_progress_bar_config(disable=True)
