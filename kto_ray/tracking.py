@@ -1,40 +1,40 @@
 """Where figures go: `metrics.jsonl` always; TensorBoard, W&B and MLflow as configured.
 
 The loop logs one flat row an event; `metrics.jsonl` is the record that summary and report are made from, also on a
-resumed run, so a row for a (kind, step) that is there already replaces nothing and is not written again.
+resumed run, so a row for a (kind, step) that is there already replaces nothing and is not written again. From there
+rows go to each tracker through an `outbox.py`, which waits for servers that are away.
 """
 
+import importlib.util
 import json
+import math
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 from kto_ray.config import RunConfig, Tracking
 from kto_ray.errors import UserError
+from kto_ray.outbox import Outbox, Row, join_all
 from kto_ray.storage import Storage
 
-Row = dict[str, Any]
-
-
-class Tracker(Protocol):
-    """A service that takes numbers."""
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+KINDS = ("round", "evaluation")
+"""Of rows; a round's step is its number, an evaluation's the version of the policy."""
 
 
 class TensorBoardTracker:
     """Event files in `<run>/tensorboard`."""
+
+    package = "tensorboardX"
 
     def __init__(self, config: RunConfig, run: Storage) -> None:
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(f"{run.local or run.uri}/tensorboard")
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+    def log(self, row: Row) -> None:
+        for name, value in numbers(row).items():
+            self._writer.add_scalar(name, value, row["step"], walltime=row["time"])
         self._writer.flush()
 
     def close(self) -> None:
@@ -43,6 +43,8 @@ class TensorBoardTracker:
 
 class WandbTracker:
     """A Weights & Biases run of the same name, continued when the run is."""
+
+    package = "wandb"
 
     def __init__(self, config: RunConfig, run: Storage) -> None:
         import wandb
@@ -54,9 +56,13 @@ class WandbTracker:
             resume="allow",
             config=config.model_dump(mode="json"),
         )
+        for kind in KINDS:
+            # W&B's own step must grow with every row, also after a continuation: of a row at an earlier one, or of the
+            # other kind at the same one, nothing would be kept.
+            self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
+    def log(self, row: Row) -> None:
+        self._run.log(numbers(row) | {f"{row['kind']}/step": row["step"]})
 
     def close(self) -> None:
         self._run.finish()
@@ -65,40 +71,48 @@ class WandbTracker:
 class MlflowTracker:
     """An MLflow run in the experiment "kto-ray", continued when the run is."""
 
+    package = "mlflow"
+
     def __init__(self, config: RunConfig, run: Storage) -> None:
-        import mlflow
+        from mlflow import MlflowClient
 
-        mlflow.set_tracking_uri(config.tracking.mlflow_uri)
-        mlflow.set_experiment("kto-ray")
-        earlier = mlflow.search_runs(filter_string=f"attributes.run_name = '{config.run}'", output_format="list")
-        self._client = mlflow
-        mlflow.start_run(run_id=earlier[0].info.run_id if earlier else None, run_name=config.run)
+        self._client = MlflowClient(tracking_uri=config.tracking.mlflow_uri)
+        experiment = self._client.get_experiment_by_name("kto-ray")
+        number = experiment.experiment_id if experiment else self._client.create_experiment("kto-ray")
+        earlier = self._client.search_runs([number], f"attributes.run_name = '{config.run}'")
+        self._run = (earlier[0] if earlier else self._client.create_run(number, run_name=config.run)).info.run_id
+        self._client.update_run(self._run, status="RUNNING")
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._client.log_metrics({name.replace("/", "."): value for name, value in figures.items()}, step=step)
+    def log(self, row: Row) -> None:
+        from mlflow.entities import Metric
+
+        at = int(1000 * row["time"])
+        figures = numbers(row).items()
+        self._client.log_batch(
+            self._run, [Metric(name.replace("/", "."), value, at, row["step"]) for name, value in figures]
+        )
 
     def close(self) -> None:
-        self._client.end_run()
+        self._client.set_terminated(self._run)
 
 
-def make_trackers(config: RunConfig, run: Storage) -> list[Tracker]:
-    """The trackers that `tracking` asks for. Raises UserError when one's package is not installed."""
-    settings: Tracking = config.tracking
-    wanted: dict[str, Any] = {
-        "tensorboard": TensorBoardTracker if settings.tensorboard else None,
-        "wandb": WandbTracker if settings.wandb_project else None,
-        "mlflow": MlflowTracker if settings.mlflow_uri else None,
+def wanted(settings: Tracking) -> dict[str, Any]:
+    """The classes of the trackers that `tracking` asks for, by name."""
+    asked = {
+        "tensorboard": (TensorBoardTracker, settings.tensorboard),
+        "wandb": (WandbTracker, settings.wandb_project),
+        "mlflow": (MlflowTracker, settings.mlflow_uri),
     }
-    trackers: list[Tracker] = []
-    for name, tracker in wanted.items():
-        if tracker is not None:
-            try:
-                trackers.append(tracker(config, run))
-            except ImportError as error:
-                raise UserError(
-                    f"tracking: {name} is asked for but not installed: pip install 'kto-ray[{name}]'"
-                ) from error
-    return trackers
+    return {name: tracker for name, (tracker, asked_for) in asked.items() if asked_for}
+
+
+def make_outboxes(config: RunConfig, run: Storage) -> list[Outbox]:
+    """One for each tracker that `tracking` asks for. Raises UserError when its package is not installed."""
+    trackers = wanted(config.tracking)
+    for name, tracker in trackers.items():
+        if importlib.util.find_spec(tracker.package) is None:
+            raise UserError(f"tracking: {name} is asked for but not installed: pip install 'kto-ray[{name}]'")
+    return [Outbox(name, partial(tracker, config, run), run) for name, tracker in trackers.items()]
 
 
 class Metrics:
@@ -106,23 +120,36 @@ class Metrics:
 
     def __init__(self, config: RunConfig, run: Storage) -> None:
         self.run = run
-        self.trackers = make_trackers(config, run)
+        self.outboxes = make_outboxes(config, run)
         text = run.read("metrics.jsonl").decode() if run.exists("metrics.jsonl") else ""
         self.rows: list[Row] = [json.loads(line) for line in text.splitlines()]
+        self._post(self.rows)
 
     def log(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
         """Add the row of one event; `kind` is "round" or "evaluation", `step` the round or policy version."""
         if any(row["kind"] == kind and row["step"] == step for row in self.rows):
             return
-        self.rows.append({"kind": kind, "step": step, "time": time.time(), **figures})
+        row = {"kind": kind, "step": step, "time": time.time(), **figures}
+        self.rows.append(row)
         self.run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        numbers = {f"{kind}/{name}": float(value) for name, value in figures.items() if isinstance(value, int | float)}
-        for tracker in self.trackers:
-            tracker.log(step, numbers)
+        self._post([row])
 
     def of(self, kind: str) -> list[Row]:
         return sorted((row for row in self.rows if row["kind"] == kind), key=lambda row: int(row["step"]))
 
     def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
+        """Wait, not for ever, until trackers have what they can be sent."""
+        join_all(self.outboxes)
+
+    def _post(self, rows: list[Row]) -> None:
+        for outbox in self.outboxes:
+            outbox.post(rows)
+
+
+def numbers(row: Row) -> dict[str, float]:
+    """The figures of a row that are finite numbers, under "kind/name"."""
+    return {
+        f"{row['kind']}/{name}": float(value)
+        for name, value in row.items()
+        if isinstance(value, int | float) and math.isfinite(value) and name not in ("step", "time")
+    }

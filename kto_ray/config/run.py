@@ -62,7 +62,7 @@ class Evaluate(Section):
 
 
 class Tracking(Section):
-    """Where metrics go besides `metrics.jsonl`."""
+    """Where metrics go besides `metrics.jsonl`. A server that is away is sent later what it missed."""
 
     tensorboard: Free[bool] = True
     wandb_project: Free[str | None] = None
