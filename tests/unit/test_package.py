@@ -46,7 +46,7 @@ def test_importing_is_cheap() -> None:
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "identity", "images", "objective", "records", "stage"),
-    ("plugins", "section", "shapes", "storage", "text"),
+    ("concurrency", "lost", "plugins", "section", "shapes", "storage", "text"),
     ("prompt_files", "verdicts"),
     ("config",),
     ("cluster", "serving", "policies", "rounds", "prompts", "tracking", "diffusion"),
