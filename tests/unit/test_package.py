@@ -93,6 +93,15 @@ def test_the_loop_can_be_read_in_one_sitting() -> None:
     assert len(MODULES["kto_ray.loop"].read_text().splitlines()) < 300
 
 
+def test_one_name_is_one_class() -> None:
+    where: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in where.items() if len(modules) > 1} == {}
+
+
 def test_the_objective_knows_neither_ray_nor_diffusers() -> None:
     tree = ast.parse(MODULES["kto_ray.objective"].read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
