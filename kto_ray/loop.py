@@ -46,8 +46,8 @@ from rich.console import Console
 from kto_ray.cluster import connected
 from kto_ray.concurrency import together
 from kto_ray.config import RunConfig
+from kto_ray.evaluate.doubts import doubts_of
 from kto_ray.evaluate.evaluation import Evaluation
-from kto_ray.evaluate.hacking import suspicion_of
 from kto_ray.evaluate.statistics import EvaluationSummary
 from kto_ray.evaluate.summary import evaluation_row, write_results
 from kto_ray.generate.client import Generators
@@ -209,7 +209,7 @@ class _Loop:
                 goal = self.config.evaluate.stop_at_pass_rate
                 if goal is not None and summary.pass_rate.value >= goal:
                     self.stopped = last = True
-            if not last and self._suspicious(index):
+            if self._doubtful(index) and not last:
                 self.stopped = last = True
             self.walked = version
             async with self.published:
@@ -262,11 +262,11 @@ class _Loop:
         self.console.print(evaluation_sentence(version, summary))
         return summary
 
-    def _suspicious(self, index: int) -> bool:
-        """Say so when images seem to get better for the voting scorers only; whether the run has to end therefore."""
+    def _doubtful(self, index: int) -> bool:
+        """Say what there is to doubt, see `evaluate/doubts.py`; whether the run has to end therefore."""
         # A continued run has rows of later rounds, too, and must stop where it would have stopped.
         rows = [row for row in self.metrics.of("round") if row["step"] <= index]
-        doubt = suspicion_of(self.config.label, rows)
-        if doubt:
-            self.console.print(doubt, style="yellow", markup=False, highlight=False)
-        return doubt is not None and self.config.label.watch.action == "stop"
+        doubts = doubts_of(self.config, rows)
+        for doubt in doubts:
+            self.console.print(doubt.text, style="yellow", markup=False, highlight=False)
+        return any(doubt.stop for doubt in doubts)

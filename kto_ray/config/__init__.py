@@ -9,7 +9,7 @@ keys are refused, with the nearest known key.
 
 from kto_ray.config.explaining import implied
 from kto_ray.config.generate import Generate
-from kto_ray.config.label import Labeling, ScorerSettings, Watch
+from kto_ray.config.label import Labeling, ScorerSettings
 from kto_ray.config.machines import Cluster, Device, Dtype, Resources
 from kto_ray.config.people import Human
 from kto_ray.config.reading import from_tree, load, override, recipe_names, to_yaml
@@ -35,7 +35,6 @@ __all__ = [
     "ScorerSettings",
     "Tracking",
     "Train",
-    "Watch",
     "from_tree",
     "implied",
     "load",

@@ -7,8 +7,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from kto_ray.config.machines import Resources
 from kto_ray.config.people import Human, RouteAll, RouteDisagreement
+from kto_ray.config.watching import HackingWatch, as_watch
 from kto_ray.identity import Fixed, Free, Noted
-from kto_ray.section import Count, NonNegative, Positive, Section, Share
+from kto_ray.section import Count, Positive, Section, Share
 from kto_ray.verdicts.thresholds import Absolute, Combination, Threshold, WeightedSum
 
 
@@ -45,16 +46,6 @@ class ScorerSettings(Section):
         if self.max_actors < self.min_actors:
             raise ValueError(f"max_actors ({self.max_actors}) must be at least min_actors ({self.min_actors})")
         return self
-
-
-class Watch(Section):
-    """The watch for reward hacking: scores that verdicts come from rise while those of held-out scorers fall."""
-
-    rounds: Free[Annotated[int, Field(ge=3)]] = 5
-    """Trends are taken over so many rounds."""
-    least_slope: Free[NonNegative] = 0.05
-    """Slopes up to this are chance: in standard deviations of the first round's scores, a round."""
-    action: Free[Literal["warn", "stop", "off"]] = "warn"
 
 
 def as_scorers(value: Any) -> Any:
@@ -94,7 +85,8 @@ class Labeling(Section):
     on_one_class: Noted[Literal["stop", "skip", "train", "widen"]] = "stop"
     """What to do with a round that has yes or no only, or too few of both: stop the run, skip its training, train on
     what is there, or widen: let the round's median decide instead of the threshold (where all score the same, skip)."""
-    watch: Watch = Watch()
+    watch: Annotated[HackingWatch, BeforeValidator(as_watch)] = HackingWatch()
+    """Whether images get better for the scorers that vote only."""
 
     @model_validator(mode="after")
     def _scorers_have_a_say(self) -> "Labeling":

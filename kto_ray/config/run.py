@@ -13,6 +13,7 @@ from kto_ray.config.label import Labeling, as_scorers
 from kto_ray.config.machines import Cluster
 from kto_ray.config.people import as_route
 from kto_ray.config.train import Train, as_objective, steps_for
+from kto_ray.config.watching import as_watch
 from kto_ray.identity import ByContent, Fixed, Free
 from kto_ray.section import Count, Section, Share
 from kto_ray.verdicts.thresholds import PromptQuantile, as_combination, as_threshold
@@ -137,5 +138,7 @@ SHORT_FORMS: dict[str, Callable[[Any], Any]] = {
     "label.combine": as_combination,
     "label.human.route": as_route,
     "train.objective": as_objective,
+    "label.watch": as_watch,
+    "train.watch": as_watch,
 }
 """Fields whose value may be shorter than the mapping it stands for; an override reaches into the mapping."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from kto_ray.config.machines import Device, Resources
+from kto_ray.config.watching import CollapseWatch, as_watch
 from kto_ray.identity import Fixed, Free, Noted
 from kto_ray.section import Count, InnerShare, NonNegative, Positive, Section, Share
 
@@ -75,6 +76,8 @@ class Train(Section):
     max_failures: Free[int] = 3
     """How often Ray Train restarts the workers after a crash; -1: always."""
     keep_checkpoints: Free[Annotated[int, Field(ge=2)]] = 2
+    watch: Annotated[CollapseWatch, BeforeValidator(as_watch)] = CollapseWatch()
+    """Whether training takes the policy apart."""
 
     @model_validator(mode="after")
     def _batch_adds_up(self) -> "Train":

@@ -1,6 +1,6 @@
 """The watch for reward hacking: what the policy is trained to please rises while what it does not know of falls.
 
-The loop asks after each round (`label.watch`), with the means of the rounds so far. A suspicion is no proof, but a
+`doubts.py` asks after each round (`label.watch`), with the means of the rounds so far. A suspicion is no proof, but a
 reason to look at the pictures, and scorers that share a blind spot raise none.
 """
 
@@ -78,10 +78,10 @@ def suspicion(
             raise ValueError(f"held-out scorer {name!r} has {len(series)} rounds and the proxy {len(proxy)}")
     if len(proxy) < rounds:
         return None
-    rise = _slope(proxy[-rounds:])
+    rise = slope(proxy[-rounds:])
     if rise is None or rise <= least:
         return None
-    slopes = {name: _slope(series[-rounds:]) for name, series in held_out.items()}
+    slopes = {name: slope(series[-rounds:]) for name, series in held_out.items()}
     falls = [f"{name} falls by {-slope:.3g}" for name, slope in slopes.items() if slope is not None and slope < -least]
     if not falls:
         return None
@@ -91,7 +91,7 @@ def suspicion(
     )
 
 
-def _slope(series: Sequence[float | None]) -> float | None:
+def slope(series: Sequence[float | None]) -> float | None:
     """Least-squares slope by position, over what is there; None for fewer than `FEWEST` figures."""
     values = np.array(series, np.float64)
     place = np.flatnonzero(np.isfinite(values))

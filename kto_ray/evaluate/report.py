@@ -77,7 +77,7 @@ class ReportData:
     seconds: Mapping[str, float]
     images: int
     scorers: Mapping[str, bool] = field(default_factory=dict)  # name -> held out
-    suspicion: str | None = None  # why the scores may be gamed
+    doubts: Sequence[str] = ()  # why the scores may be gamed, or the policy fall apart
     people: PeopleSummary | None = None  # None: nobody was asked
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kto_ray.config import RunConfig, to_yaml
+from kto_ray.evaluate.doubts import doubts_in_all
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.hacking import suspicion_of
 from kto_ray.evaluate.people import people_summary
@@ -63,7 +64,7 @@ def write_results(
     def figures(row: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name not in ("kind", "step", "time")}
 
-    suspicion = suspicion_of(config.label, round_rows)
+    doubts = doubts_in_all(config, round_rows)
     people = people_summary(round_rows, evaluation_rows)
     summary = {
         "run": config.run,
@@ -76,7 +77,8 @@ def write_results(
         "evaluation_images": sum(int(row["images"]) for row in evaluation_rows),
         "seconds": all_seconds,
         "ledger": asdict(ledger) | {"balances": ledger.balances},
-        "suspicion": suspicion,
+        "suspicion": suspicion_of(config.label, round_rows),
+        "doubts": doubts,
         "people": asdict(people) if people else None,
     }
     run.write_json("summary.json", summary)
@@ -94,7 +96,7 @@ def write_results(
             seconds=all_seconds,
             images=ledger.generated,
             scorers={name: settings.held_out for name, settings in config.label.scorers.items()},
-            suspicion=suspicion,
+            doubts=doubts,
             people=people,
         )
     )

@@ -170,6 +170,13 @@ def test_combinations_have_short_forms(overrides: list[str], combine: object) ->
     assert load(None, overrides).label.combine == combine
 
 
+@pytest.mark.parametrize("section", ["label", "train"])
+def test_a_word_stands_for_a_watch(section: str) -> None:
+    for overrides in ([f"{section}.watch=stop"], [f"{section}.watch=stop", f"{section}.watch.rounds=9"]):
+        watch = getattr(load(None, overrides), section).watch
+        assert (watch.action, watch.rounds) == ("stop", 5 if len(overrides) == 1 else 9)
+
+
 def test_what_looks_like_a_short_form_elsewhere_is_left_alone() -> None:
     overrides = ["label.scorers.shapes.args.threshold=3", "label.scorers.shapes.args.threshold.low=1"]
     assert load(None, overrides).label.scorers["shapes"].args == {"threshold": {"low": 1}}
@@ -336,6 +343,8 @@ def test_unknown_key_lists_what_is_known() -> None:
         ("label.scorers=[shapes, {redness: 1}]", "['shapes', {'redness': 1}]"),
         ("label.on_one_class=widne", "'widne'"),
         ("label.watch.rounds=2", "2"),
+        ("train.watch=always", "always"),
+        ("train.watch.diversity=1", "1"),
         ("replay={labels: strict}", "{'labels': 'strict'}"),
     ],
 )
@@ -481,6 +490,7 @@ def test_every_field_that_differs_is_named_with_both_values() -> None:
         # Out of memory, or other machines.
         *("generate.batch_size=1", "generate.compile=true", "generate.device=cpu", "generate.max_ongoing_requests=1"),
         *("train.micro_batch=8", "train.gradient_checkpointing=true", "train.compile=true", "train.device=cpu"),
+        *("label.watch=off", "train.watch=stop", "train.watch.saturated=0.9"),
     ],
 )
 def test_what_may_change_on_resume_may(override: str) -> None:

@@ -94,13 +94,20 @@ Make = Callable[..., tuple[_Loop, InProcess]]
 def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """A loop of one run folder, again and again; with generators and scorers of this process, and no training."""
 
-    def make(label: Mapping[str, Any], **values: Value) -> tuple[_Loop, InProcess]:
+    def make(
+        label: Mapping[str, Any], train: Mapping[str, Any] | None = None, **values: Value
+    ) -> tuple[_Loop, InProcess]:
         workers = InProcess(values)
         monkeypatch.setattr("kto_ray.loop.Training", lambda *_: None)
         for part in ("Generators", "Scorers"):
             monkeypatch.setattr(f"kto_ray.loop.{part}", lambda *_: workers)
         config = RunConfig.model_validate(
-            {"label": label, "generate": {"images_per_round": IMAGES}, "tracking": {"tensorboard": False}}
+            {
+                "label": label,
+                "train": train or {},
+                "generate": {"images_per_round": IMAGES},
+                "tracking": {"tensorboard": False},
+            }
         )
         prompts = [Prompt(f"p{place}", f"prompt {place}") for place in range(IMAGES)]
         preflight = Preflight(Storage(str(tmp_path)), prompts, prompts, "b" * 64)
@@ -365,10 +372,21 @@ def test_suspicion_is_said_aloud_and_ends_the_run_if_wanted(
     loop, _ = make_loop({"scorers": TWO, "watch": {"rounds": 3, "action": action}})
     for index in range(5):
         loop.metrics.log("round", index, {"score/shapes": 0.1 * index, "score/other": -0.1 * max(0, index - 1)})
-    assert not loop._suspicious(1)  # rows of later rounds, which a continued run has, do not count
+    assert not loop._doubtful(1)  # rows of later rounds, which a continued run has, do not count
     assert cast(io.StringIO, loop.console.file).getvalue() == ""
-    assert loop._suspicious(4) is stops
+    assert loop._doubtful(4) is stops
     assert cast(io.StringIO, loop.console.file).getvalue().count("possible reward hacking: ") == says
+
+
+@pytest.mark.parametrize(("watch", "stops", "says"), [("warn", False, 1), ("stop", True, 1), ("off", False, 0)])
+def test_collapse_is_said_aloud_and_ends_the_run_if_wanted(make_loop: Make, watch: str, stops: bool, says: int) -> None:
+    loop, _ = make_loop({}, train={"watch": watch, "objective": {"beta": 75}})
+    loop.metrics.log("round", 0, {"objective/g_desirable": 0.01, "objective/g_undesirable": -0.05})
+    loop.metrics.log("round", 1, {"objective/g_desirable": -0.05, "objective/g_undesirable": -0.09})
+    assert not loop._doubtful(0)  # rows of later rounds, which a continued run has, do not count
+    assert loop._doubtful(1) is stops
+    said = cast(io.StringIO, loop.console.file).getvalue()
+    assert said.count("possible collapse: ") == said.count("train.learning_rate") == says
 
 
 # -- figures and decisions --------------------------------------------------------------------------------------------

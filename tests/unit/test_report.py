@@ -232,10 +232,10 @@ def test_pictures_travel_unchanged() -> None:
 def test_text_from_the_run_is_escaped() -> None:
     attack = '<script>alert("1")</script>" onerror="x'
     evaluations = [evaluated(0, 0.5, scores={attack: 0.5})]
-    data = replace(without_charts(), run=attack, model=attack, config_yaml=f"run: '{attack}'", suspicion=attack)
+    data = replace(without_charts(), run=attack, model=attack, config_yaml=f"run: '{attack}'", doubts=[attack])
     page = Page(render_report(replace(data, pairs=[a_pair(attack)], evaluations=evaluations, scorers={attack: True})))
     assert not page.all("script")
-    # Title, run, model, suspicion, prompt, scorer, configuration.
+    # Title, run, model, doubt, prompt, scorer, configuration.
     assert page.text.count('alert("1")') == 7
     assert not any("onerror" in attributes for _, attributes in page.tags)
 
@@ -308,13 +308,13 @@ def test_many_scorers_are_all_drawn() -> None:
     assert chart.alt.startswith("scorer1 0")
 
 
-@pytest.mark.parametrize("suspicion", [None, "possible reward hacking: shapes rises, redness falls"])
-def test_a_suspicion_is_said_at_the_top(suspicion: str | None) -> None:
-    page = Page(render_report(replace(full_data(), suspicion=suspicion)))
+@pytest.mark.parametrize("doubts", [[], ["after round 4: reward hacking", "after round 5: collapse"]])
+def test_doubts_are_said_at_the_top(doubts: list[str]) -> None:
+    page = Page(render_report(replace(full_data(), doubts=doubts)))
     notes = [attributes for _, attributes in page.tags if attributes.get("role") == "note"]
-    assert len(notes) == (suspicion is not None)
-    if suspicion:
-        assert "Possible reward hacking: shapes rises, redness falls." in page.text.split("Before and after")[0]
+    assert len(notes) == len(doubts)
+    for doubt in doubts:
+        assert f"A{doubt[1:]}." in page.text.split("Before and after")[0]
 
 
 def test_an_older_run_without_these_columns_has_its_report() -> None:
