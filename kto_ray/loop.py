@@ -121,7 +121,7 @@ class _Loop:
         if self.replayed:
             self.replayed.settle(self.run_storage)
         self.evaluation = Evaluation(config, self.run_storage, preflight.held_out_prompts)
-        self.policies.publish_base(preflight.reference_digest)
+        self.policies.publish_base(preflight.reference_digest, preflight.components)
 
         self.walked = 0  # rounds that are trained, logged and evaluated, also by this process
         self.published = asyncio.Condition()  # `walked` or `stopped` changed

@@ -2,7 +2,7 @@
 
 The train worker publishes, generator replicas load. A version is `policies/00003/policy.safetensors` and its marker
 `policy.json`, written last: without marker, no version. Version 0 is the base model; its digest is the reference
-digest and it has no weights of its own.
+digest, beside which its marker has those of all components, and it has no weights of its own.
 """
 
 import hashlib
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BASE_MARKER = "00000/policy.json"
+
+
 class DigestError(RuntimeError):
     """Bytes, weights or a model are not what their digest says."""
 
@@ -27,9 +30,48 @@ class PolicyStore:
     def __init__(self, run: Storage) -> None:
         self.storage = run / "policies"
 
-    def publish_base(self, reference_digest: str) -> PolicyRef:
-        """Make the base model version 0. Raises DigestError when the run began with another: it stands still."""
-        return self._mark(PolicyRef(0, reference_digest))
+    def publish_base(self, reference_digest: str, components: Mapping[str, str]) -> PolicyRef:
+        """Make the base model version 0.
+
+        Args:
+            components: digest of each component of the base model; a run that knows none yet is given these.
+
+        Raises:
+            DigestError: the run began with another base model, which stands still.
+        """
+        self.require_base(reference_digest, components)
+        if self.base_components() is None:
+            self.storage.write_json(
+                BASE_MARKER, {"version": 0, "digest": reference_digest, "components": dict(components)}
+            )
+        return PolicyRef(0, reference_digest)
+
+    def require_base(self, reference_digest: str, components: Mapping[str, str]) -> None:
+        """Raises DigestError, with what `base_differs` says."""
+        if differs := self.base_differs(reference_digest, components):
+            raise DigestError(differs)
+
+    def base_differs(self, reference_digest: str, components: Mapping[str, str]) -> str | None:
+        """In words, which components are not those of the base model that the run began with; None: all are."""
+        if not self.storage.exists(BASE_MARKER):
+            return None
+        began = self.base_components() or {}
+        changed = [name for name in began if began[name] != components.get(name)]
+        if not changed and self.resolve(0).digest != reference_digest:
+            changed = ["denoiser"]
+        if not changed:
+            return None
+        verb = "is" if len(changed) == 1 else "are"
+        return (
+            f"the base model has changed since the run began: {', '.join(sorted(changed))} {verb} not what policy 0 of "
+            f"{self.storage} stands for"
+        )
+
+    def base_components(self) -> dict[str, str] | None:
+        """Digests of the base model's components; None: there is no base, or a run of version 0.1.0 has begun it."""
+        marker = self.storage.read_json(BASE_MARKER) if self.storage.exists(BASE_MARKER) else {}
+        components: dict[str, str] | None = marker.get("components")
+        return components
 
     def publish(self, version: int, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> PolicyRef:
         """Store weights as the given version, marker last. Publishing the same weights again changes nothing.
@@ -50,10 +92,9 @@ class PolicyStore:
         if self.storage.exists(marker):
             published = self.resolve(policy.version)
             if published != policy:
-                what = "the base model has changed since the run began" if policy.version == 0 else "it is immutable"
                 raise DigestError(
                     f"policy {policy.version} of {self.storage} has digest {published.digest}, "
-                    f"not {policy.digest}: {what}"
+                    f"not {policy.digest}: it is immutable"
                 )
         else:
             self.storage.write_json(marker, {"version": policy.version, "digest": policy.digest})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kto_ray.config import RunConfig, implied, require_same, to_yaml
-from kto_ray.config.resuming import Marks, write_down
+from kto_ray.config.resuming import Change, Marks, write_down
 from kto_ray.diffusion import source
 from kto_ray.diffusion.layouts import layout_of
 from kto_ray.errors import UserError
@@ -21,6 +21,7 @@ from kto_ray.people.clock import Clock
 from kto_ray.people.gold import load_gold
 from kto_ray.people.people import People
 from kto_ray.people.tables import open_database
+from kto_ray.policies import PolicyStore
 from kto_ray.prompts import load_prompts
 from kto_ray.records import Prompt
 from kto_ray.relabel import Replayed, saved_config
@@ -37,6 +38,7 @@ class Preflight:
     train_prompts: list[Prompt]
     held_out_prompts: list[Prompt]
     reference_digest: str
+    components: dict[str, str]
 
     @classmethod
     def check(cls, config: RunConfig) -> "Preflight":
@@ -49,24 +51,34 @@ class Preflight:
                 "held-out prompts must not be in prompts.train"
             )
         _check_label(config, held_out)
-        folder = source.resolve(config.model)
-        source.check(folder, config.model.variant)
+        folder, variant = source.resolve(config.model), config.model.variant
+        source.check(folder, variant)
         _check_scheduler(config, folder)
         run = Storage(config.runs_folder) / config.run
-        changes = require_same(config, _saved(run), _argument_marks(config)) if run.exists("config.yaml") else []
+        base = source.reference_digest(folder, variant), source.component_digests(folder, variant)
+        changes = _changes(config, run, base) if run.exists("config.yaml") else []
         run.require_room(disk_bytes(config, folder, len(held_out)))
         if config.label.labeler == "human":
             _check_people(config, run)
         write_down(changes, run, sum(run.exists(f"rounds/{name}/training.json") for name in run.names("rounds")))
         run.write("config.yaml", to_yaml(config).encode())
-        return cls(run, train, held_out, source.reference_digest(folder, config.model.variant))
+        return cls(run, train, held_out, *base)
 
 
-def _saved(run: Storage) -> RunConfig:
+def _changes(config: RunConfig, run: Storage, base: tuple[str, dict[str, str]]) -> list[Change]:
+    """In what a run differs from its folder. Raises UserError where it must not."""
+    policies, another = PolicyStore(run), "another `run` name to begin a new one"
     try:
-        return saved_config(run)
+        saved = saved_config(run)
     except UserError as error:
-        raise UserError(f"{error}\nGive another `run` name to begin a new one.") from error
+        raise UserError(f"{error}\nGive {another}.") from error
+    differs = policies.base_differs(*base)
+    # Of a model that has moved, only its digests can tell that it is the same.
+    same_content = [] if differs or policies.base_components() is None else ["model"]
+    changes = require_same(config, saved, _argument_marks(config), same_content)
+    if differs:
+        raise UserError(f"model.name: {differs}; give the model that the run began with, or {another}")
+    return changes
 
 
 def _argument_marks(config: RunConfig) -> dict[str, Marks]:

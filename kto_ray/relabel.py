@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from kto_ray.config import Replay, RunConfig, from_tree, override, yaml12
+from kto_ray.config import Model, Replay, RunConfig, from_tree, override, yaml12
 from kto_ray.config.moved import upgraded
+from kto_ray.diffusion import source
 from kto_ray.errors import UserError
 from kto_ray.label.judging import judge_round
+from kto_ray.policies import PolicyStore
 from kto_ray.records import VERDICT_SCHEMA, Verdict, table_to_verdicts, verdicts_to_table
 from kto_ray.rounds import Round, RoundStore, by_sample
 from kto_ray.storage import Storage
@@ -98,7 +100,7 @@ class Replayed:
     def __init__(self, settings: Replay, config: RunConfig) -> None:
         self.settings, self.run = settings, Storage(settings.run)
         model = saved_config(self.run, "replay.run").model
-        if model != config.model:
+        if model != config.model and not self._is_made_by(config.model):
             raise UserError(
                 f"replay.run: the rounds of {self.run} are latents of another model ({model}) "
                 f"than the one this run trains ({config.model})"
@@ -114,6 +116,11 @@ class Replayed:
                 )
             # The run may have gone on since.
             self.rounds = self._labels.read_json("labels.json")["rounds"]
+
+    def _is_made_by(self, model: Model) -> bool:
+        """Whether a model of another name is known to be the earlier run's, to the last byte."""
+        made_by, folder = PolicyStore(self.run).base_components(), source.local_folder(model)
+        return folder is not None and made_by == source.component_digests(folder, model.variant)
 
     def settle(self, run: Storage) -> None:
         """Write down in the run that replays how many rounds there are; from then on they are so many.

@@ -1,12 +1,13 @@
 """Where a base model lies, whether it is whole, and its digest. Cheap: reads headers and bytes, loads no weights.
 
 `resolve` turns `model.name` of the configuration ("shapes", a folder, a hub name) into a local diffusers folder;
-`check` names what is missing or broken before machine time is spent; `reference_digest` is the proof of identity that
-every replica and train worker compares with the run's.
+`check` names what is missing or broken before machine time is spent; `reference_digest` and `component_digests` are the
+proof of identity that every replica and train worker compares with the run's.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,42 @@ def weight_files(component: Path, variant: str | None) -> list[Path]:
     return files
 
 
-@cache
 def reference_digest(folder: Path, variant: str | None = None) -> str:
     """SHA-256 over the denoiser's weight files: who the reference is, whatever precision it is loaded in."""
+    return _sha256(weight_files(folder / layout_of(folder).denoiser, variant))
+
+
+def component_digests(folder: Path, variant: str | None = None) -> dict[str, str]:
+    """SHA-256 of everything an image or a training step depends on, by component: "unet", "vae", "tokenizer", ...
+
+    Of a component with weights these are its config.json and the weights that are loaded, of any other all its files.
+    """
+    layout = layout_of(folder)
+    components = {*layout.weights, *(config.partition("/")[0] for config in layout.configs)}
+    return {name: _component_digest(folder / name, variant, name in layout.weights) for name in sorted(components)}
+
+
+def _component_digest(component: Path, variant: str | None, has_weights: bool) -> str:
+    if has_weights:
+        parts = {"config.json": [component / "config.json"], "weights": weight_files(component, variant)}
+    else:
+        files = sorted(path for path in component.rglob("*") if path.is_file() and not path.name.startswith("."))
+        parts = {path.relative_to(component).as_posix(): [path] for path in files}
+    lines = (f"{name} {_sha256(files)}\n" for name, files in parts.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    """Of the files as one; read once a process, unless they have changed."""
+    states = ((file, file.stat()) for file in files)
+    return _read_sha256(tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
+
+
+@cache
+def _read_sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for file in weight_files(folder / layout_of(folder).denoiser, variant):
-        with file.open("rb") as stream:
+    for path, _size, _mtime in files:
+        with path.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()

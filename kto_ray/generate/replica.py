@@ -48,6 +48,7 @@ class Generator:
         self.store = PolicyStore(run)
         folder = source.resolve(config.model)
         self.reference_digest = source.reference_digest(folder, config.model.variant)
+        self.components = source.component_digests(folder, config.model.variant)
         device = pick_device(config.generate.device, resources.num_gpus)
         self.family = load_family(folder, config.model.variant, device, DTYPES[config.generate.dtype])
         use_scheduler(self.family.pipeline, config.generate.scheduler)
@@ -87,11 +88,14 @@ class Generator:
     def _load(self, policy: PolicyRef) -> None:
         self.holds = None
         base = self.store.resolve(0)
-        if base.digest != self.reference_digest or (policy.version == 0 and policy != base):
+        try:
+            self.store.require_base(self.reference_digest, self.components)
+        except DigestError as error:
             raise DigestError(
-                f"this replica's base model has digest {self.reference_digest}, the run's has {base.digest}: "
-                "every node must load the same weights"
-            )
+                f"this replica holds another model: {error}; every node must load the same weights"
+            ) from error
+        if policy.version == 0 and policy != base:
+            raise DigestError(f"asked for policy 0 of digest {policy.digest}, the run's has {base.digest}")
         tensors = self.store.load(policy)
         self.policy.load(tensors)
         if not self.policy.proves(tensors):

@@ -45,7 +45,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
     learner = build_learner(config, rank, ranks, distributed=True)
     store, rounds = PolicyStore(run), RoundStore(run)
-    store.publish_base(source.reference_digest(source.resolve(config.model), config.model.variant))
+    base = source.resolve(config.model), config.model.variant
+    store.publish_base(source.reference_digest(*base), source.component_digests(*base))
     version = 0
     if checkpoint := ray.train.get_checkpoint():
         version, report = load_checkpoint(checkpoint, learner)

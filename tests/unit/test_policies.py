@@ -116,24 +116,47 @@ def test_weights_that_are_not_there_are_file_not_found(run: Storage) -> None:
         PolicyStore(run).load(PolicyRef(5, "f" * 64))
 
 
+COMPONENTS = {"unet": "1" * 64, "vae": "2" * 64}
+
+
 def test_the_base_is_version_0_without_weights(run: Storage) -> None:
     store = PolicyStore(run)
-    base = store.publish_base("0" * 64)
+    base = store.publish_base("0" * 64, COMPONENTS)
     assert base == store.resolve(0) == PolicyRef(0, "0" * 64)
     assert store.load(base) is None
-    assert store.publish_base("0" * 64) == base
+    assert store.publish_base("0" * 64, COMPONENTS) == base
 
 
 def test_the_reference_stands_still(run: Storage) -> None:
-    PolicyStore(run).publish_base("0" * 64)
+    PolicyStore(run).publish_base("0" * 64, COMPONENTS)
     with pytest.raises(DigestError, match="base model has changed"):
-        PolicyStore(run).publish_base("1" * 64)
+        PolicyStore(run).publish_base("1" * 64, COMPONENTS)
     assert PolicyStore(run).resolve(0).digest == "0" * 64
+
+
+def test_a_component_that_changed_is_named(run: Storage) -> None:
+    PolicyStore(run).publish_base("0" * 64, COMPONENTS)
+    for others in ({**COMPONENTS, "vae": "3" * 64}, {"unet": "1" * 64}):
+        with pytest.raises(DigestError, match="base model has changed since the run began: vae is not"):
+            PolicyStore(run).publish_base("0" * 64, others)
+    assert PolicyStore(run).base_components() == COMPONENTS
+
+
+def test_a_run_that_knows_the_denoiser_only_learns_the_other_components(run: Storage) -> None:
+    run.write_json("policies/00000/policy.json", {"version": 0, "digest": "0" * 64})
+    store = PolicyStore(run)
+    assert store.base_components() is None
+    with pytest.raises(DigestError, match="denoiser is not"):
+        store.publish_base("1" * 64, COMPONENTS)
+    assert store.publish_base("0" * 64, COMPONENTS) == PolicyRef(0, "0" * 64)
+    assert store.base_components() == COMPONENTS
+    with pytest.raises(DigestError, match="vae is not"):
+        store.require_base("0" * 64, {**COMPONENTS, "vae": "3" * 64})
 
 
 def test_versions_ascend_past_ten(run: Storage) -> None:
     store = PolicyStore(run)
-    store.publish_base("0" * 64)
+    store.publish_base("0" * 64, COMPONENTS)
     for version in (11, 2, 1, 10):
         store.publish(version, weights(version), METADATA)
     assert store.versions() == [0, 1, 2, 10, 11]

@@ -14,6 +14,7 @@ from kto_ray.config import RunConfig, load, recipe_names, to_yaml
 from kto_ray.config.resuming import changes_of
 from kto_ray.diffusion import source
 from kto_ray.errors import UserError
+from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight, describe, disk_bytes
 from kto_ray.records import Prompt
 from kto_ray.relabel import relabel, saved_config
@@ -180,6 +181,12 @@ def test_a_replay_of_another_model(base: list[str], tmp_path: Path, model: Path,
     assert str(other) in text
 
 
+def test_a_replay_of_the_same_model_elsewhere(base: list[str], tmp_path: Path, model: Path, earlier: Storage) -> None:
+    PolicyStore(earlier).publish_base(source.reference_digest(model), source.component_digests(model))
+    moved = shutil.copytree(model, tmp_path / "moved")
+    Preflight.check(load("shapes_demo", [*base, f"model={moved}", f"replay.run={earlier}", "run=again"]))
+
+
 def test_a_replay_of_an_unknown_label_set(base: list[str], earlier: Storage) -> None:
     text = message(base, f"replay={{run: {earlier}, labels: strickt}}")
     assert text.startswith("replay.labels: ")
@@ -325,6 +332,53 @@ def test_a_run_folder_that_nothing_opens(base: list[str]) -> None:
     text = message(base, "runs_folder=bogus://here")
     assert "runs_folder" in text
     assert "bogus://here" in text
+
+
+# -- the base model of a run that goes on ------------------------------------------------------------------------------
+
+
+def begin(base: list[str]) -> Storage:
+    found = Preflight.check(load("shapes_demo", base))
+    PolicyStore(found.run).publish_base(found.reference_digest, found.components)
+    return found.run
+
+
+def test_a_model_may_move(base: list[str], tmp_path: Path, model: Path) -> None:
+    run = begin(base)
+    moved = shutil.copytree(model, tmp_path / "moved")
+    Preflight.check(load("shapes_demo", [*base, f"model={moved}"]))
+    assert saved_config(run).model.name == str(moved)
+    assert [row["field"] for row in changes_of(run)] == ["model.name"]
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "unet"])
+def test_a_model_that_changed_is_refused_with_the_component(
+    base: list[str], tmp_path: Path, model: Path, component: str
+) -> None:
+    own = shutil.copytree(model, tmp_path / "own")
+    begin([*base, f"model={own}"])
+    (own / component / "config.json").write_text((own / component / "config.json").read_text() + " ")
+    text = message(base, f"model={own}")
+    assert text.startswith(f"model.name: the base model has changed since the run began: {component} is not")
+    assert "give the model that the run began with, or another `run` name" in text
+
+
+def test_another_model_is_another_configuration(base: list[str], tmp_path: Path, model: Path) -> None:
+    begin(base)
+    other = shutil.copytree(model, tmp_path / "other")
+    (other / "vae" / "config.json").write_text((other / "vae" / "config.json").read_text() + " ")
+    text = message(base, f"model={other}")
+    assert f"model.name: the run has {str(model)!r}, this command says {str(other)!r}" in text
+
+
+def test_a_run_of_an_older_version_cannot_tell_whether_its_model_moved(
+    base: list[str], tmp_path: Path, model: Path
+) -> None:
+    run = begin(base)
+    run.write_json("policies/00000/policy.json", {"version": 0, "digest": source.reference_digest(model)})
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert "model.name: the run has" in message(base, f"model={moved}")
+    Preflight.check(load("shapes_demo", base))
 
 
 # -- estimates --------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def make_config(folder: Path, kind: Kind = "lora", **generate: Any) -> RunConfig
 def publish(run: Storage, folder: Path, kind: Kind, versions: int) -> list[PolicyRef]:
     """Version 0, the base, and policies that differ from it and from each other."""
     store = PolicyStore(run)
-    policies = [store.publish_base(source.reference_digest(folder))]
+    policies = [store.publish_base(source.reference_digest(folder), source.component_digests(folder))]
     policy = make_policy(load_family(folder, None, torch.device("cpu"), torch.float32), Adapter(kind=kind, rank=2))
     for version in range(1, versions + 1):
         generator = torch.Generator().manual_seed(version)

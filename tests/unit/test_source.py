@@ -160,3 +160,42 @@ def test_the_digest_is_the_denoisers(tmp_path: Path, folder: Path, change: Calla
     copy = shutil.copytree(folder, tmp_path / "copy")
     change(copy)
     assert (source.reference_digest(copy) == source.reference_digest(folder)) is same
+
+
+def change_tokenizer(folder: Path) -> None:
+    with (folder / "tokenizer" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+
+
+def change_scheduler(folder: Path) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text() + "\n")
+
+
+def change_text_encoder_config(folder: Path) -> None:
+    file = folder / "text_encoder" / "config.json"
+    file.write_text(file.read_text() + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "component"),
+    [
+        (nothing, None),
+        (change_unet, "unet"),
+        (change_vae, "vae"),
+        (change_tokenizer, "tokenizer"),
+        (change_scheduler, "scheduler"),
+        (change_text_encoder_config, "text_encoder"),
+    ],
+)
+def test_each_component_has_a_digest(
+    tmp_path: Path, folder: Path, change: Callable[[Path], None], component: str | None
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "README.md").write_text("not a part of the model")
+    before = source.component_digests(folder)
+    assert before.keys() == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+    assert source.component_digests(copy) == before
+    change(copy)
+    after = source.component_digests(copy)
+    assert [name for name in before if before[name] != after[name]] == ([component] if component else [])
