@@ -37,6 +37,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,7 @@ from kto_ray.telling import evaluation_sentence, progress_bars, round_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask
 from kto_ray.train.job import Training
+from kto_ray.train.sampler import imbalance
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +228,9 @@ class _Loop:
     async def _train_round(self, index: int, round_: Round) -> None:
         verdicts = round_.verdicts()
         train = worth_training(self.config.label, index, verdicts)
+        labels = Counter(verdict.label for verdict in verdicts)
+        if train and (uneven := imbalance(labels["desirable"], labels["undesirable"], self.config.train)):
+            logger.warning("round %d: %s", index, uneven)
         bar = self.progress.add_task(f"round {index}: train", total=None)
 
         async def show() -> None:
@@ -249,10 +254,11 @@ class _Loop:
                 index,
                 self.config.max_policy_lag,
             )
+        if report.left_out:
+            logger.warning("round %d: %d samples whose error is not finite were left out", index, len(report.left_out))
         policy = self.policies.resolve(report.version)
-        round_.record_training(
-            report.draws, {"policy_version": policy.version, "policy_digest": policy.digest, "figures": report.figures}
-        )
+        facts = {"policy_version": policy.version, "policy_digest": policy.digest, "figures": report.figures}
+        round_.record_training(report.draws, facts | ({"left_out": report.left_out} if report.left_out else {}))
 
     async def _evaluate(self, version: int) -> EvaluationSummary:
         async with self.stage.turn("evaluating"):

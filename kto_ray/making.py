@@ -19,6 +19,7 @@ from kto_ray.concurrency import cancelled, together
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.pictures import picture_figures
 from kto_ray.generate.client import Generators
+from kto_ray.generate.drawn import BY_DRAWING, failed_draws, failed_verdicts, require_drawn
 from kto_ray.label.protocol import Labeler
 from kto_ray.prompts import round_requests
 from kto_ray.records import PolicyRef, Prompt, Sample, Score
@@ -62,7 +63,8 @@ class Making:
             async with together() as group:
                 collecting = group.create_task(self._collect(round_, images, bars))
                 # What a crash left; verdicts that are there already stay.
-                left = [s for s in round_.samples() if self.labeler.whole_rounds or s.id not in round_.judged_ids]
+                there = self._store(round_, round_.samples())
+                left = [s for s in there if self.labeler.whole_rounds or s.id not in round_.judged_ids]
                 await self.labeler.submit(left)
                 size = config.generate.batch_size
                 scoring = [
@@ -70,12 +72,16 @@ class Making:
                     for start in range(0, len(left), size)
                 ]
                 async with contextlib.aclosing(self.generators.stream(round_.missing(requests), policy)) as batches:
-                    async for samples in batches:
-                        round_.add_samples(samples)
-                        await self.labeler.submit(samples)
-                        scoring.append(group.create_task(self._score(round_, samples, bars)))
+                    async for drawn_now in batches:
+                        if samples := self._store(round_, drawn_now):
+                            await self.labeler.submit(samples)
+                            scoring.append(group.create_task(self._score(round_, samples, bars)))
                         self._show(round_, bars)
                 drawn = time.monotonic()
+                if round_.sample_ids <= round_.judged_ids and not collecting.done():
+                    # It waits for a last verdict, which a failed draw has made unnecessary.
+                    await cancelled([collecting])
+                    collecting = group.create_task(self._collect(round_, images, bars))
 
                 def awaited() -> str:
                     is_scored = all(task.done() for task in scoring)
@@ -109,6 +115,20 @@ class Making:
             },
         )
 
+    def _store(self, round_: Round, samples: Sequence[Sample]) -> list[Sample]:
+        """Store what was drawn, with a verdict on what is no image; gives the images.
+
+        Failures past the limit are not stored: continued with another setting, the run draws them anew.
+        """
+        if failed := failed_draws(samples):
+            before = {verdict.sample_id for verdict in round_.verdicts() if verdict.labeler == BY_DRAWING}
+            all_failed, images = before | {sample.id for sample in failed}, self.config.generate.images_per_round
+            round_.add_samples([sample for sample in samples if sample.error is None])
+            require_drawn(self.config, round_.stage, len(all_failed), images)
+        round_.add_samples(samples)
+        round_.add_verdicts(failed_verdicts(failed))
+        return [sample for sample in samples if sample.error is None]
+
     async def _score(self, round_: Round, samples: Sequence[Sample], bars: Sequence[TaskID]) -> None:
         """Score samples (again only what a crash left unscored), store the scores, and hand them to the labeler."""
         ids = {sample.id for sample in samples}
@@ -141,7 +161,8 @@ class Making:
     async def seal(self, index: int, round_: Round, more: dict[str, Any]) -> None:
         """Close a round, with the figures of what is in it and `more`."""
         samples = round_.samples()
-        pixels_NHWC = np.stack([sample.pixels_HWC for sample in samples])
+        pictures = [sample.pixels_HWC for sample in samples if sample.error is None]
+        failed = len(samples) - len(pictures)
         labels = Counter(verdict.label for verdict in round_.verdicts())
         facts = {
             "round": index,
@@ -153,7 +174,8 @@ class Making:
             "failed": labels["failed"],
             "pending": len(round_.sample_ids - round_.judged_ids),
             **score_figures(round_.scores()),
-            **await asyncio.to_thread(picture_figures, pixels_NHWC),
+            **({"failed_draws": failed} if failed else {}),
+            **(await asyncio.to_thread(picture_figures, np.stack(pictures)) if pictures else {}),
             **self.labeler.figures(round_.stage),
             **more,
         }

@@ -76,6 +76,9 @@ class Sample:
     policy: PolicyRef
     latents_CHW: npt.NDArray[np.float32]
     pixels_HWC: npt.NDArray[np.uint8]
+    error: str | None = None
+    """Why this is no image: its numbers are not finite. Its pixels are black then; nobody is shown them, no scorer
+    scores them, its verdict is "failed"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,7 @@ def samples_to_table(samples: Sequence[Sample]) -> pa.Table:
             "policy_digest": [s.policy.digest for s in samples],
             "latents": _tensors([s.latents_CHW for s in samples]),
             "pixels": _tensors([s.pixels_HWC for s in samples]),
+            "error": pa.array([s.error for s in samples], pa.string()),
         }
     )
 
@@ -184,6 +188,7 @@ def table_to_samples(table: pa.Table) -> list[Sample]:
             policy=PolicyRef(row["policy_version"], row["policy_digest"]),
             latents_CHW=latents_CHW,
             pixels_HWC=pixels_HWC,
+            error=row.get("error"),  # rounds of older versions have no such column
         )
         for row, latents_CHW, pixels_HWC in zip(rows, latents_NCHW, pixels_NHWC, strict=True)
     ]

@@ -7,6 +7,7 @@ manifest, a policy's marker) is simply written last.
 
 import io
 import json
+import math
 import os
 import shutil
 from functools import cached_property
@@ -18,6 +19,19 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from kto_ray.errors import UserError
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: a number that is not finite, for which JSON has no word, becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Storage:
@@ -102,7 +116,8 @@ class Storage:
         return [name for name in names if name.endswith(suffix)]
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
+        """See `to_json`."""
+        self.write(name, (to_json(value, indent=1) + "\n").encode())
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))

@@ -1,8 +1,9 @@
 """Where figures go: `metrics.jsonl` always; TensorBoard, W&B and MLflow as configured.
 
 The loop logs one flat row an event; `metrics.jsonl` is the record that summary and report are made from, also on a
-resumed run, so a row for a (kind, step) that is there already replaces nothing and is not written again. From there
-rows go to each tracker through an `outbox.py`, which waits for servers that are away.
+resumed run, so a row for a (kind, step) that is there already replaces nothing and is not written again. A figure that
+is not finite is null in it. From there rows go to each tracker through an `outbox.py`, which waits for servers that are
+away.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ from typing import Any
 from kto_ray.config import RunConfig, Tracking
 from kto_ray.errors import UserError
 from kto_ray.outbox import Outbox, Row, join_all
-from kto_ray.storage import Storage
+from kto_ray.storage import Storage, to_json
 
 KINDS = ("round", "evaluation")
 """Of rows; a round's step is its number, an evaluation's the version of the policy."""
@@ -129,9 +130,10 @@ class Metrics:
         """Add the row of one event; `kind` is "round" or "evaluation", `step` the round or policy version."""
         if any(row["kind"] == kind and row["step"] == step for row in self.rows):
             return
-        row = {"kind": kind, "step": step, "time": time.time(), **figures}
+        # As it will be read again: what is null on disk is None here.
+        row = json.loads(to_json({"kind": kind, "step": step, "time": time.time(), **figures}))
         self.rows.append(row)
-        self.run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self.run.write("metrics.jsonl", "".join(to_json(row) + "\n" for row in self.rows).encode())
         self._post([row])
 
     def of(self, kind: str) -> list[Row]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,13 @@ def make_sample(request: SampleRequest, policy: PolicyRef = BASE) -> Sample:
         latents_CHW=rng.normal(size=(4, 2, 3)).astype(np.float32),
         pixels_HWC=rng.integers(0, 256, (16, 24, 3), np.uint8),
     )
+
+
+def ruined(sample: Sample) -> Sample:
+    """As a replica gives it whose numbers overflowed."""
+    latents_CHW, pixels_HWC = np.full_like(sample.latents_CHW, np.nan), np.zeros_like(sample.pixels_HWC)
+    error = "its latents or pixels, in float16, are not finite"
+    return replace(sample, latents_CHW=latents_CHW, pixels_HWC=pixels_HWC, error=error)
 
 
 def make_samples(stage: str, count: int, policy: PolicyRef = BASE) -> list[Sample]:

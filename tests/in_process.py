@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from kto_ray.records import PolicyRef, Sample, SampleRequest, Score
-from tests.factories import make_sample
+from tests.factories import make_sample, ruined
 
 Value = Callable[[Sample], float | None]
 
@@ -21,6 +21,7 @@ class InProcess:
         self.values, self.batch_size = values, batch_size
         self.drawn: list[str] = []
         self.scored: list[tuple[str, str]] = []
+        self.ruined: set[str] = set()  # prompts whose images are none
         self.busy_seconds = 0.0
         self.shrunk = 0
         self.answering = asyncio.Event()
@@ -31,7 +32,11 @@ class InProcess:
             await asyncio.sleep(0)
             batch = requests[start : start + self.batch_size]
             self.drawn += [request.id for request in batch]
-            yield [make_sample(request, policy) for request in batch]
+            yield [self._draw(request, policy) for request in batch]
+
+    def _draw(self, request: SampleRequest, policy: PolicyRef) -> Sample:
+        sample = make_sample(request, policy)
+        return ruined(sample) if request.prompt.id in self.ruined else sample
 
     async def score(self, samples: Sequence[Sample], known: Iterable[Score] = ()) -> list[Score]:
         await self.answering.wait()

@@ -17,7 +17,7 @@ from kto_ray.config.run import RunConfig
 from kto_ray.errors import UserError
 from kto_ray.identity import OnResume
 from kto_ray.section import Section
-from kto_ray.storage import Storage
+from kto_ray.storage import Storage, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def write_down(changes: Sequence[Change], run: Storage, round_index: int) -> Non
     ]
     known = changes_of(run)
     if known[-len(rows) :] != rows:  # a start that came no further than this wrote the same
-        run.write(CHANGES, "".join(json.dumps(row) + "\n" for row in [*known, *rows]).encode())
+        run.write(CHANGES, "".join(to_json(row) + "\n" for row in [*known, *rows]).encode())
     if noted := [change.field for change in changes if change.mark is OnResume.NOTED]:
         logger.warning(
             "%s changed: from round %d on, results are not to the last bit what they would have been (%s/%s says what)",

@@ -57,6 +57,9 @@ class Train(Section):
     """Samples a worker takes through the model at once."""
     epochs: Fixed[Positive] = 2
     """Draws of a round as a multiple of its verdicts."""
+    max_draws: Fixed[Count] = 32
+    """How often a sample may be drawn in a round of both classes. Where one class has so few samples that `gamma` would
+    draw them more often, the other class is drawn instead, and the run says so."""
     learning_rate: Fixed[Positive] = 1e-5
     warmup_steps: Fixed[Annotated[int, Field(ge=0)]] = 0
     decay: Fixed[Literal["constant", "cosine"]] = "constant"
@@ -73,6 +76,10 @@ class Train(Section):
     gradient_checkpointing: Noted[bool] = False
     workers: Noted[Count] = 1
     resources: Resources = Resources()
+    on_nonfinite: Free[Literal["stop", "leave_out"]] = "stop"
+    """What to do when an optimizer step's error, loss or gradient is not finite; the step is taken in no case. Stop the
+    run, which names the samples to blame and goes on from the last good policy when the command is given again; or
+    leave those samples out of the round. Where no single sample is to blame, the run stops."""
     max_failures: Free[int] = 3
     """How often Ray Train restarts the workers after a crash; -1: always."""
     keep_checkpoints: Free[Annotated[int, Field(ge=2)]] = 2

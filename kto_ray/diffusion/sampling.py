@@ -41,14 +41,16 @@ def use_scheduler(pipeline: Any, name: str) -> None:
 @torch.inference_mode()
 def draw(
     family: Family, texts: Sequence[str], seeds: Sequence[int], settings: Generate
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     """Draw one image a (text, seed).
 
     Every image has a noise generator of its own, on the CPU whatever the model's device, so that its noise follows from
     its seed alone: not from the batch, the replica or the GPU that it was drawn on.
 
     Returns:
-        Clean latents float32 (B, C, h, w), scaled as the denoiser was trained, and pixels uint8 (B, H, W, 3).
+        Clean latents float32 (B, C, h, w), scaled as the denoiser was trained; pixels uint8 (B, H, W, 3); and whether
+        all of an image's latents and decoded pixels are finite numbers, bool (B,). Where they are not, as happens in
+        float16, pixels are 0.
     """
     pipeline: Any = family.pipeline
     latents_BCHW = pipeline(
@@ -61,5 +63,8 @@ def draw(
         output_type="latent",
     ).images
     decoded_BCHW = pipeline.vae.decode(latents_BCHW / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    # Looked at before pixels are clamped, which would hide an infinity.
+    finite_B = (latents_BCHW.isfinite().flatten(1).all(1) & decoded_BCHW.isfinite().flatten(1).all(1)).cpu().numpy()
     images_BHWC = pipeline.image_processor.postprocess(decoded_BCHW, output_type="np")
-    return latents_BCHW.float().cpu().numpy(), np.rint(images_BHWC * 255).astype(np.uint8)
+    images_BHWC[~finite_B] = 0
+    return latents_BCHW.float().cpu().numpy(), np.rint(images_BHWC * 255).astype(np.uint8), finite_B

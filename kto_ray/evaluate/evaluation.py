@@ -18,6 +18,7 @@ from kto_ray.config import RunConfig
 from kto_ray.evaluate.report import Pair
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval, mean_interval, median_win_rate, pass_rate
 from kto_ray.generate.client import Generators
+from kto_ray.generate.drawn import failed_draws, require_drawn
 from kto_ray.label.judging import rule_of, table_of
 from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest, Score
 from kto_ray.rounds import Round, by_sample
@@ -50,10 +51,17 @@ class Evaluation:
         """Draw and score what is not there yet, then sum up."""
         folder = self._round(policy.version)
         if not folder.sealed:
+            what, failed = f"evaluation of policy {policy.version}", failed_draws(folder.samples())
             async with contextlib.aclosing(generators.stream(folder.missing(self.requests), policy)) as batches:
                 async for drawn in batches:
+                    failed += failed_draws(drawn)
+                    require_drawn(self.config, what, len(failed), len(self.requests))
                     folder.add_samples(drawn)
-            samples, size = folder.samples(), self.config.generate.batch_size
+            folder.add_scores(
+                [Score(s.id, name, "", None, s.error) for s in failed for name in self.config.label.scorers]
+            )
+            samples = [sample for sample in folder.samples() if sample.error is None]
+            size = self.config.generate.batch_size
             known = [score for score in folder.scores() if score.value is not None]
 
             async def score(batch: Sequence[Sample]) -> None:
@@ -62,7 +70,7 @@ class Evaluation:
             async with together() as group:
                 for start in range(0, len(samples), size):
                     group.create_task(score(samples[start : start + size]))
-            require_scored(self.config.label, f"evaluation of policy {policy.version}", folder.failures, len(samples))
+            require_scored(self.config.label, what, folder.failures, len(self.requests))
             folder.seal(policy_version=policy.version, policy_digest=policy.digest)
         return self.summary(policy.version)
 

@@ -50,7 +50,7 @@ def write_results(
     last = int(evaluation_rows[-1]["step"])
     ledger = rounds.ledger()
     roles = {
-        name: sum(row.get(key, 0.0) for row in round_rows)
+        name: sum(row.get(key) or 0.0 for row in round_rows)
         for name, key in {
             "generate": "seconds/generate",
             "label": "seconds/label",

@@ -3,7 +3,7 @@
 Every request names the policy it wants. A replica that holds another one loads it from the policy store first, on the
 one thread that ever touches the pipeline, and proves it: bytes against the digest, then the weights that sit in the
 model against the bytes. Every sample is stamped with the policy that made it. A replica that cannot prove its digest
-makes no samples.
+makes no samples. An image whose numbers are not finite is a sample with an `error`.
 """
 
 import asyncio
@@ -73,15 +73,18 @@ class Generator:
         began = time.monotonic()
         if self.holds != policy:
             self._load(policy)
-        latents_BCHW, pixels_BHWC = draw(
+        latents_BCHW, pixels_BHWC, finite_B = draw(
             self.family,
             [request.prompt.text for request in requests],
             [request.seed for request in requests],
             self.config.generate,
         )
         samples = [
-            Sample(r.id, r.stage, r.prompt, r.index, r.seed, policy, latents_CHW, pixels_HWC)
-            for r, latents_CHW, pixels_HWC in zip(requests, latents_BCHW, pixels_BHWC, strict=True)
+            Sample(
+                *(r.id, r.stage, r.prompt, r.index, r.seed, policy, latents_CHW, pixels_HWC),
+                error=None if finite else f"its latents or pixels, in {self.config.generate.dtype}, are not finite",
+            )
+            for r, latents_CHW, pixels_HWC, finite in zip(requests, latents_BCHW, pixels_BHWC, finite_B, strict=True)
         ]
         return Drawn(samples, time.monotonic() - began)
 

@@ -20,7 +20,10 @@ from kto_ray.config import Train, steps_for
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import Family
 from kto_ray.records import derive_seed
+from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.sampler import plan_round
+
+TEXTS_AT_ONCE = 32  # through the text encoder, whose memory would grow with the round
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,13 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Batch]: ...
+
+    def leave_out(self, error: NotFiniteError) -> None:
+        """The batch given last was not trained on: give another one in its place, without the samples to blame.
+
+        Raises:
+            NotFiniteError: that is not wanted, or cannot be done; says which samples they are.
+        """
 
 
 @dataclass(frozen=True)
@@ -79,11 +89,14 @@ class RoundBatches:
     ) -> None:
         self.data, self.config, self.seed, self.device = data, config, seed, device
         self.mismatched, self.rank, self.ranks = mismatched, rank, ranks
-        steps = steps_for(len(data.desirable_N), config)
-        self.plan = plan_round(data.desirable_N, config.gamma, steps, config.global_batch, seed, data.round_index)
+        self.left_out: set[int] = set()
+        self.step = 0
+        self.plan = self._plan(steps_for(len(data.desirable_N), config))
         texts = sorted(set(data.prompts))
         place_of = {text: place for place, text in enumerate(texts, start=1)}  # the first is the empty prompt
-        self.text_P = family.encode_prompts(["", *texts])
+        known = ["", *texts]
+        chunks = (known[start : start + TEXTS_AT_ONCE] for start in range(0, len(known), TEXTS_AT_ONCE))
+        self.text_P = Conditioning.cat([family.encode_prompts(chunk) for chunk in chunks])
         self.text_index_N = torch.tensor([place_of[prompt] for prompt in data.prompts], dtype=torch.int64)
 
     @property
@@ -95,8 +108,30 @@ class RoundBatches:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        for step, picks_G in enumerate(self.plan):
-            yield self._batch(picks_G, derive_seed(self.seed, self.data.round_index, step))
+        self.step = 0
+        while self.step < len(self.plan):
+            self.step += 1  # `leave_out` takes it back
+            seed = derive_seed(self.seed, self.data.round_index, self.step - 1)
+            yield self._batch(self.plan[self.step - 1], seed)
+
+    def leave_out(self, error: NotFiniteError) -> None:
+        """See `Batches`."""
+        picks_G = self.plan[self.step - 1]
+        guilty = set(picks_G[error.samples].tolist())
+        self.left_out |= guilty
+        nobody_left = len(self.left_out) == len(self.data.desirable_N)
+        if not guilty or nobody_left or self.config.on_nonfinite == "stop":
+            raise NotFiniteError(error.what, self.step - 1, guilty, picks_G.tolist()) from error
+        self.step -= 1
+        self.plan[self.step :] = self._plan(len(self.plan) - self.step)
+
+    def _plan(self, steps: int) -> npt.NDArray[np.int64]:
+        """See `plan_round`; over the samples that are not left out."""
+        config, index = self.config, self.data.round_index
+        members = np.array([n for n in range(len(self.data.desirable_N)) if n not in self.left_out], np.int64)
+        desirable = self.data.desirable_N[members]
+        plan = plan_round(desirable, config.gamma, steps, config.global_batch, self.seed, index, config.max_draws)
+        return members[plan]
 
     def _batch(self, picks_G: npt.NDArray[np.int64], seed: int) -> Batch:
         """This rank's slice of the global batch; everything random is drawn for all of it."""

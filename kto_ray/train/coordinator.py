@@ -6,7 +6,7 @@ after a crash.
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -28,6 +28,15 @@ class TrainingReport:
     version: int
     figures: dict[str, float]
     draws: dict[str, int]
+    left_out: list[str] = field(default_factory=list)
+    """Samples that `train.on_nonfinite` left out."""
+
+
+@dataclass(frozen=True)
+class GaveUp:
+    """The workers have ended, and would end again: a sentence for the user."""
+
+    why: str
 
 
 class Coordinator:
@@ -37,6 +46,7 @@ class Coordinator:
         self._tasks: dict[int, RoundTask] = {}
         self._reports: dict[int, TrainingReport] = {}
         self._closed = False
+        self._gave_up: GaveUp | None = None
         self._workers_came = asyncio.Event()
         self._changed = asyncio.Condition()
         self._progress: tuple[int, int, int] = (0, 0, 0)
@@ -73,10 +83,17 @@ class Coordinator:
             self._reports[report.version] = report
             self._changed.notify_all()
 
-    async def wait_trained(self, version: int) -> TrainingReport:
+    async def give_up(self, why: str) -> None:
+        """Called by every worker that finds what a restart would find again; the first reason stands."""
+        self._workers_came.set()
         async with self._changed:
-            await self._changed.wait_for(lambda: version in self._reports)
-            return self._reports[version]
+            self._gave_up = self._gave_up or GaveUp(why)
+            self._changed.notify_all()
+
+    async def wait_trained(self, version: int) -> TrainingReport | GaveUp:
+        async with self._changed:
+            await self._changed.wait_for(lambda: version in self._reports or self._gave_up)
+            return self._reports.get(version) or self._gave_up  # type: ignore[return-value]
 
     async def set_progress(self, round_index: int, step: int, steps: int) -> None:
         self._progress = (round_index, step, steps)

@@ -12,8 +12,9 @@ from ray.train.torch import TorchTrainer
 
 from kto_ray.cluster import noisily
 from kto_ray.config import RunConfig
+from kto_ray.errors import UserError
 from kto_ray.storage import Storage
-from kto_ray.train.coordinator import RoundTask, TrainingReport, start_coordinator
+from kto_ray.train.coordinator import GaveUp, RoundTask, TrainingReport, start_coordinator
 from kto_ray.train.worker import train_worker
 
 
@@ -56,6 +57,7 @@ class Training:
         """Hand the workers a sealed round and wait for its report.
 
         Raises:
+            UserError: what is wrong would be wrong again after a restart.
             TrainingFailedError: the workers failed more often than `train.max_failures` allows.
         """
         await self.coordinator.offer.remote(task)
@@ -63,7 +65,10 @@ class Training:
             "train workers", self.config.cluster, self.config.train.resources, self.config.train.workers
         ):
             await self._unless_failed(self.coordinator.wait_workers.remote())
-        report: TrainingReport = await self._unless_failed(self.coordinator.wait_trained.remote(task.round_index + 1))
+        version = task.round_index + 1
+        report: TrainingReport | GaveUp = await self._unless_failed(self.coordinator.wait_trained.remote(version))
+        if isinstance(report, GaveUp):
+            raise UserError(report.why)
         return report
 
     async def _unless_failed(self, reference: "ray.ObjectRef[Any]") -> Any:

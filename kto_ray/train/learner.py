@@ -24,6 +24,7 @@ from kto_ray.diffusion.families import DTYPES, Family
 from kto_ray.diffusion.policy import Policy
 from kto_ray.objective import Health, denoising_error, make_objective
 from kto_ray.train.batches import Batch, Batches, RoundBatches, RoundData
+from kto_ray.train.finite import NotFiniteError, require_finite_step, require_finite_weights
 
 
 class Learner:
@@ -78,16 +79,24 @@ class Learner:
         self.scheduler.load_state_dict(state["scheduler"])
 
     def train_round(
-        self, data: RoundData, on_step: Callable[[int, int], None] = lambda step, steps: None
+        self,
+        data: RoundData,
+        on_step: Callable[[int, int], None] = lambda step, steps: None,
+        on_left_out: Callable[[list[int]], None] = lambda samples: None,
     ) -> tuple[dict[str, float], npt.NDArray[np.int64]]:
         """Take the optimizer steps of one round.
 
         Args:
             on_step: called after each step with (steps done, steps in all).
+            on_left_out: called at the end with those of the N samples, by index, that `train.on_nonfinite` left out.
 
         Returns:
             Health figures (see `Health.summary`; empty when the round has no samples), and how often each of the N
             samples was drawn, by all ranks together.
+
+        Raises:
+            NotFiniteError: a step would have ruined the policy, and nobody is left out for it; it was not taken. Or
+                the weights are ruined.
         """
         batches = RoundBatches(
             data,
@@ -99,16 +108,27 @@ class Learner:
             self.rank,
             self.ranks,
         )
-        return self.train(batches, on_step), batches.draws_N
+        figures = self.train(batches, on_step)
+        if batches.left_out:
+            on_left_out(sorted(batches.left_out))
+            figures["left_out"] = float(len(batches.left_out))
+        return figures, batches.draws_N
 
     def train(
         self, batches: Batches, on_step: Callable[[int, int], None] = lambda step, steps: None
     ) -> dict[str, float]:
-        """Take an optimizer step for each batch; `on_step` and what is returned are as in `train_round`."""
-        health = Health()
-        for step, batch in enumerate(batches, start=1):
-            self._optimizer_step(batch, health)
-            on_step(step, len(batches))
+        """Take an optimizer step for each batch; `on_step`, errors and what is returned are as in `train_round`."""
+        health, step = Health(), 0
+        require_finite_weights(self.policy.parameters())
+        for batch in batches:
+            try:
+                self._optimizer_step(batch, health)
+            except NotFiniteError as error:
+                batches.leave_out(error)
+            else:
+                step += 1
+                on_step(step, len(batches))
+        require_finite_weights(self.policy.parameters())
         return health.summary()
 
     def _errors(self, model: nn.Module, batch: Batch, text_B: Conditioning) -> Tensor:
@@ -130,7 +150,9 @@ class Learner:
             ]
 
     def _optimizer_step(self, batch: Batch, health: Health) -> None:
-        """One step. The reference point is taken over the whole step before any gradient, whatever the micro-batches.
+        """One step, or NotFiniteError and none; its `samples` are places in the global batch then.
+
+        The reference point is taken over the whole step before any gradient, whatever the micro-batches.
 
         With one micro-batch the policy's forward pass serves reference point and gradient both; with several, z must be
         known before the first backward pass, so the policy looks at them once more, without gradient.
@@ -170,9 +192,10 @@ class Learner:
             rewards_and_losses.append((reward_M.detach(), loss_M.detach()))
         assert z is not None
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        reward_B, loss_B = (torch.cat(parts) for parts in zip(*rewards_and_losses, strict=True))
+        require_finite_step(reward_B, loss_B, gradient_norm, self.rank, self.ranks)
         self.optimizer.step()
         self.scheduler.step()
-        reward_B, loss_B = (torch.cat(parts) for parts in zip(*rewards_and_losses, strict=True))
         health.add(self.objective, reward_B, batch.desirable_B, z, loss_B, batch.level_B, gradient_norm)
 
     @contextlib.contextmanager

@@ -9,17 +9,25 @@ Shape suffixes: S optimizer steps, B global batch, N samples of the round.
 import numpy as np
 import numpy.typing as npt
 
+from kto_ray.config import Train, steps_for
 from kto_ray.records import derive_seed
 
 
 def plan_round(
-    desirable_N: npt.NDArray[np.bool_], gamma: float, steps: int, global_batch: int, seed: int, round_index: int
+    desirable_N: npt.NDArray[np.bool_],
+    gamma: float,
+    steps: int,
+    global_batch: int,
+    seed: int,
+    round_index: int,
+    max_draws: int | None = None,
 ) -> npt.NDArray[np.int64]:
     """Indices of the samples of every step, (S, B).
 
     The class of each place is drawn with probability `gamma` for desirable (Section 4 of the paper); within a class,
     samples come in shuffled passes, so that none is drawn a second time before all were drawn once. A round of one
-    class fills all places from it.
+    class fills all places from it. Where the samples of one class would be drawn more than `max_draws` times, places
+    go to the other class instead, as far as that has room.
 
     Args:
         desirable_N: the verdicts of the samples that may be trained on; at least one, unless `steps` is 0.
@@ -30,6 +38,8 @@ def plan_round(
     wants_desirable = rng.random(places) < gamma
     if desirable_N.all() or not desirable_N.any():
         wants_desirable[:] = desirable_N.any()
+    elif max_draws is not None:
+        _hold(wants_desirable, desirable_N, max_draws, rng)
     plan = np.empty(places, np.int64)
     for desirable in (True, False):
         chosen = np.flatnonzero(wants_desirable == desirable)
@@ -37,3 +47,32 @@ def plan_round(
         passes = [rng.permutation(members) for _ in range(-(-len(chosen) // max(1, len(members))))]
         plan[chosen] = np.concatenate([*passes, members[:0]])[: len(chosen)]
     return plan.reshape(steps, global_batch)
+
+
+def _hold(
+    wants_desirable: npt.NDArray[np.bool_], desirable_N: npt.NDArray[np.bool_], max_draws: int, rng: np.random.Generator
+) -> None:
+    """Give places of the class that has too many to the other one, by chance; leaves alone what is within the limit."""
+    for desirable in (True, False):
+        chosen = np.flatnonzero(wants_desirable == desirable)
+        too_many = len(chosen) - max_draws * int((desirable_N == desirable).sum())
+        room = max_draws * int((desirable_N != desirable).sum()) - (len(wants_desirable) - len(chosen))
+        if too_many > 0 and room > 0:
+            wants_desirable[rng.choice(chosen, min(too_many, room), replace=False)] = not desirable
+            return
+
+
+def imbalance(desirable: int, undesirable: int, train: Train) -> str | None:
+    """Says so when the few samples of one class would be drawn more than `train.max_draws` times; else None."""
+    places = steps_for(desirable + undesirable, train) * train.global_batch
+    for name, count, others, share in (
+        ("desirable", desirable, undesirable, train.gamma),
+        ("undesirable", undesirable, desirable, 1 - train.gamma),
+    ):
+        if count and others and (draws := share * places / count) > train.max_draws:
+            return (
+                f"only {count} of {count + others} verdicts are {name}: by train.gamma ({train.gamma:g}) each such "
+                f"image would be drawn about {draws:.0f} times; train.max_draws holds it at {train.max_draws}, and the "
+                "other class is drawn instead. A label.threshold that leaves more of both classes teaches more"
+            )
+    return None

@@ -5,10 +5,14 @@
 
 A round counts as trained only after its checkpoint is committed; policy and report follow from the checkpoint, so a
 worker that died in between publishes and reports again when it comes back, with the same bytes.
+
+A crash is answered by a restart. What a restart would find again (numbers that are not finite, a full disk) is a
+UserError, which the coordinator is told instead.
 """
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,19 +28,30 @@ from kto_ray.config import RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.families import load_family, pick_device
 from kto_ray.diffusion.policy import Policy, make_policy
-from kto_ray.policies import PolicyStore
+from kto_ray.errors import UserError
+from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from kto_ray.train.batches import RoundData
 from kto_ray.train.coordinator import RoundTask, TrainingReport
+from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.learner import Learner
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """The train loop that Ray Train calls on every worker, with "config", "run" and "coordinator"."""
-    config: RunConfig = arguments["config"]
-    run: Storage = arguments["run"]
-    coordinator = arguments["coordinator"]
+    try:
+        train_rounds(arguments["config"], arguments["run"], arguments["coordinator"])
+    except (UserError, DigestError) as error:
+        ray.get(arguments["coordinator"].give_up.remote(str(error)))
+
+
+def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
+    """Round after round, until there are no more.
+
+    Raises:
+        UserError, DigestError: what a restart would not mend.
+    """
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     resources = config.train.resources
@@ -66,18 +81,56 @@ def train_worker(arguments: dict[str, Any]) -> None:
             if rank == 0:
                 coordinator.set_progress.remote(index, step, steps)
 
-        figures, draws = learner.train_round(data, on_step) if data else ({}, np.zeros(0, np.int64))
+        left_out: list[str] = []
+
+        def on_left_out(samples: list[int], ids: list[str] = ids, left_out: list[str] = left_out) -> None:
+            left_out += [ids[sample] for sample in samples]
+
+        try:
+            figures, draws = learner.train_round(data, on_step, on_left_out) if data else ({}, np.zeros(0, np.int64))
+        except NotFiniteError as error:
+            raise UserError(not_finite_sentence(error, task.round_index, ids, run)) from error
         version += 1
         report = TrainingReport(
             version=version,
             figures={f"objective/{name}": value for name, value in figures.items()}
             | {"seconds/load": loaded - began, "seconds/train": time.monotonic() - loaded},
             draws={sample_id: int(count) for sample_id, count in zip(ids, draws, strict=True)},
+            left_out=left_out,
         )
-        commit_checkpoint(learner, version, report, rank)
+        commit_checkpoint(learner, version, report, rank, run)
         if rank == 0:
             publish(store, learner.policy, version)
             ray.get(coordinator.report.remote(report))
+
+
+def not_finite_sentence(error: NotFiniteError, index: int, ids: Sequence[str], run: Storage) -> str:
+    """What was not finite, and how to go on.
+
+    Args:
+        ids: of the samples of the round.
+    """
+    if error.step is None:
+        return (
+            f"round {index}: the weights of the policy are not finite; nothing was committed. Take up an earlier "
+            f"policy with: kto-ray rewind {run} --to VERSION"
+        )
+    head = f"round {index}, step {error.step}: the {error.what} is not finite; the step was not taken"
+    if error.samples:
+        return (
+            f"{head}, policy {index} is the last good one. It comes from: {_some([ids[i] for i in error.samples])}. "
+            "Give the same command with train.on_nonfinite=leave_out to go on without these samples"
+        )
+    return (
+        f"{head}, policy {index} is the last good one. No single sample is to blame; the step drew: "
+        f"{_some([ids[i] for i in error.drawn])}. A smaller train.learning_rate, or train.dtype=float32, keeps numbers "
+        f"in their range; to change them: kto-ray rewind {run} --to {index} train.learning_rate=..."
+    )
+
+
+def _some(ids: Sequence[str], most: int = 20) -> str:
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return ", ".join(ids[:most]) + more
 
 
 def read_round(
@@ -128,14 +181,27 @@ def load_checkpoint(checkpoint: Checkpoint, learner: Learner) -> tuple[int, Trai
     return state["version"], TrainingReport(**state["report"])
 
 
-def commit_checkpoint(learner: Learner, version: int, report: TrainingReport, rank: int) -> None:
-    """Report a checkpoint and wait until Ray Train's controller has committed it. Called by every rank."""
+def commit_checkpoint(learner: Learner, version: int, report: TrainingReport, rank: int, run: Storage) -> None:
+    """Report a checkpoint and wait until Ray Train's controller has committed it. Called by every rank.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if rank == 0:
             state = {"learner": learner.state_dict(), "version": version, "report": asdict(report)}
-            torch.save(state, Path(folder) / "state.pt")
+            try:
+                torch.save(state, Path(folder) / "state.pt")
+            except (OSError, RuntimeError) as error:  # torch says RuntimeError where the disk is full
+                raise UserError(f"the checkpoint of policy {version} cannot be written to {folder}: {error}") from error
             checkpoint = Checkpoint.from_directory(folder)
-        ray.train.report({"version": version, **report.figures}, checkpoint=checkpoint)
+        try:
+            ray.train.report({"version": version, **report.figures}, checkpoint=checkpoint)
+        except OSError as error:
+            raise UserError(
+                f"runs_folder: cannot write the checkpoint of policy {version} to {run}/checkpoints: {error}; "
+                "give a folder that can be written and has room. The same command then goes on"
+            ) from error
     # report() returns before the commit; a crash in between would train this round twice.
     ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)

@@ -92,6 +92,19 @@ async def test_too_many_failed_scores_stop_the_run_with_the_scorer_s_error(tmp_p
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
+async def test_what_is_no_image_gets_no_score(tmp_path: Path) -> None:
+    lenient = evaluation(tmp_path, {"max_failed_fraction": 0.5})
+    workers = InProcess({"shapes": lambda sample: 0.7})
+    workers.ruined = {"p0"}
+    summary = await lenient.run_for(POLICIES[0], cast(Any, workers), cast(Any, workers))
+    assert len(workers.scored) == (PROMPTS - 1) * IMAGES
+    assert summary.failed == IMAGES
+    assert summary.pass_rate.value == 1
+    strict = evaluation(tmp_path / "strict", {"max_failed_fraction": 0.1})
+    with pytest.raises(UserError, match=r"evaluation of policy 0: \d of 20 images have .* not finite"):
+        await strict.run_for(POLICIES[0], cast(Any, workers), cast(Any, workers))
+
+
 async def test_figures_are_those_of_the_scores(tmp_path: Path) -> None:
     held_out = evaluation(tmp_path, {"threshold": 0.5})
     for version in (0, 2):

@@ -21,10 +21,11 @@ from kto_ray.people.address import database_url
 from kto_ray.people.desk import Desk
 from kto_ray.people.labeler import HumanLabeler
 from kto_ray.preflight import Preflight
+from kto_ray.prompts import round_requests
 from kto_ray.records import Prompt, Sample, Score, Verdict
 from kto_ray.rounds import Round
 from kto_ray.storage import Storage
-from tests.factories import make_score, make_verdict
+from tests.factories import make_sample, make_score, make_verdict, ruined
 from tests.in_process import InProcess, Value
 
 IMAGES = 6
@@ -239,6 +240,60 @@ async def test_failed_scores_stop_the_run_past_the_limit(make_loop: Make, tolera
         assert (round_.manifest["failed"], round_.manifest["score_failed/shapes"]) == (2, 2)
         assert loop.rounds.ledger().failed == 2
         assert loop.rounds.ledger().balances
+
+
+async def test_what_is_no_image_is_a_counted_failure_that_nobody_sees(make_loop: Make) -> None:
+    loop, workers = make_loop({"scorers": TWO, "max_failed_fraction": 0.2}, shapes=half, other=coin)
+    workers.ruined = {"p5"}
+    round_ = await make_round(loop)
+    (failed,) = (sample for sample in round_.samples() if sample.error)
+    assert failed.prompt.id == "p5"
+    assert np.isnan(failed.latents_CHW).all()
+    assert failed.id not in {sample_id for sample_id, _ in workers.scored}
+    (verdict,) = (verdict for verdict in round_.verdicts() if verdict.sample_id == failed.id)
+    assert (verdict.label, verdict.labeler, verdict.rule) == ("failed", "drawing", failed.error)
+    facts, ledger = round_.manifest, loop.rounds.ledger()
+    assert (facts["desirable"], facts["undesirable"], facts["failed"], facts["failed_draws"]) == (3, 2, 1, 1)
+    assert (ledger.generated, ledger.labeled, ledger.failed, ledger.pending) == (6, 5, 1, 0)
+    assert ledger.balances
+    assert failed.id not in {sample.id for sample in loop.rounds.trainable(0, 0, 0)[0]}
+    # Pictures are measured on what is one.
+    assert facts["pictures/brightness"] > 0.4
+
+
+async def test_a_labeler_is_not_given_what_is_no_image_and_does_not_wait_for_it(make_loop: Make) -> None:
+    loop, workers = make_loop({**PATIENT, "max_failed_fraction": 0.2}, shapes=coin)
+    labeler = cast(Patient, loop.labeler)
+    workers.ruined = {f"p{IMAGES - 1}"}
+    stage = loop.rounds.stage(0)
+    sound = [s.id for s in round_requests(loop.prompts, 0, stage, 0, IMAGES, 1) if s.prompt.id not in workers.ruined]
+    labeler.answer(sound)  # every verdict is there before the last image fails
+    round_ = await make_round(loop)
+    assert labeler.given.keys() == set(sound)
+    assert round_.manifest["failed"] == 1
+
+
+async def test_too_many_failed_draws_stop_the_run_and_are_drawn_anew_with_another_setting(make_loop: Make) -> None:
+    loop, workers = make_loop({"max_failed_fraction": 0.2}, shapes=half)
+    workers.ruined = {"p1", "p4"}
+    with pytest.raises(
+        UserError, match=r"round-00000: 2 of 6 images have latents or pixels that are not finite.*rewind"
+    ):
+        await make_round(loop)
+    loop, workers = make_loop({"max_failed_fraction": 0.2}, shapes=half)
+    round_ = await make_round(loop)
+    assert round_.manifest["failed"] == 1  # the one that was within the limit
+    assert loop.rounds.ledger().balances
+
+
+async def test_a_crash_between_a_failed_draw_and_its_verdict_loses_neither(make_loop: Make) -> None:
+    loop, workers = make_loop({"max_failed_fraction": 0.2}, shapes=half)
+    request = round_requests(loop.prompts, 0, loop.rounds.stage(0), 0, IMAGES, 1)[0]
+    loop.rounds.round(0).add_samples([ruined(make_sample(request, loop.policies.resolve(0)))])
+    round_ = await make_round(loop)
+    assert request.id not in workers.drawn
+    assert labels(round_)[request.id] == "failed"
+    assert round_.manifest["failed"] == 1
 
 
 async def test_what_breaks_the_labeler_ends_the_round(make_loop: Make) -> None:

@@ -27,7 +27,7 @@ from kto_ray.records import (
     tensor_column,
     verdicts_to_table,
 )
-from tests.factories import make_requests, make_sample, make_samples, make_score, same_sample
+from tests.factories import make_requests, make_sample, make_samples, make_score, ruined, same_sample
 
 
 def through_parquet(table: pa.Table, folder: Path) -> pa.Table:
@@ -143,3 +143,13 @@ def test_ids_follow_from_run_seed_stage_prompt_and_index() -> None:
 
 def test_an_id_begins_with_its_stage() -> None:
     assert all(request.id.startswith("round-00007-") for request in make_requests("round-00007", 3))
+
+
+def test_why_a_sample_is_no_image_survives_parquet_and_older_tables_know_of_none(tmp_path: Path) -> None:
+    samples = make_samples("round-00000", 3)
+    samples[1] = ruined(samples[1])
+    table = through_parquet(samples_to_table(samples), tmp_path)
+    again = table_to_samples(table)
+    assert [sample.error for sample in again] == [None, samples[1].error, None]
+    assert np.isnan(again[1].latents_CHW).all()
+    assert [sample.error for sample in table_to_samples(table.drop_columns(["error"]))] == [None] * 3

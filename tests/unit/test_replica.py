@@ -246,3 +246,16 @@ def test_unknown_versions_are_not_found(tiny_sd1_folder: Path, run: Storage) -> 
     publish(run, tiny_sd1_folder, "lora", versions=0)
     with pytest.raises(FileNotFoundError):
         draw(Generator(make_config(tiny_sd1_folder), run), PolicyRef(7, "0" * 64))
+
+
+def test_an_image_that_overflows_is_a_sample_with_an_error(tiny_sd1_folder: Path, run: Storage) -> None:
+    (base,) = publish(run, tiny_sd1_folder, "lora", versions=0)
+    generator = Generator(make_config(tiny_sd1_folder), run)
+
+    def overflow(_module: Any, _inputs: Any, outputs: Any) -> None:
+        outputs[0][1, 0, 0, 0] = torch.inf
+
+    with generator.policy.module.register_forward_hook(overflow):
+        samples = draw(generator, base)
+    assert [sample.error for sample in samples] == [None, "its latents or pixels, in float32, are not finite", None]
+    assert not samples[1].pixels_HWC.any()

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kto_ray.train.sampler import plan_round
+from kto_ray.config import Train
+from kto_ray.train.sampler import imbalance, plan_round
 
 
 def verdicts(desirable: int, undesirable: int) -> npt.NDArray[np.bool_]:
@@ -72,3 +73,33 @@ def test_everybody_finds_the_same_plan() -> None:
     assert np.array_equal(plan_SB, plan_round(**arguments, seed=1, round_index=2))  # type: ignore[arg-type]
     assert not np.array_equal(plan_SB, plan_round(**arguments, seed=2, round_index=2))  # type: ignore[arg-type]
     assert not np.array_equal(plan_SB, plan_round(**arguments, seed=1, round_index=3))  # type: ignore[arg-type]
+
+
+def test_a_rare_class_is_not_drawn_more_often_than_the_limit() -> None:
+    rare = verdicts(1, 63)
+    draws = [
+        np.bincount(plan_round(rare, 0.8, 2, 64, 0, 0, max_draws).ravel(), minlength=64) for max_draws in (None, 16)
+    ]
+    assert draws[0][rare].item() > 90
+    assert draws[1][rare].item() == 16
+    assert draws[1].sum() == 128
+    assert draws[1][~rare].max() <= 16
+
+
+def test_the_limit_changes_nothing_where_it_is_kept_or_cannot_be() -> None:
+    for desirable_N, limit in ((verdicts(20, 20), 32), (verdicts(1, 1), 8), (verdicts(0, 2), 8)):
+        plans = [plan_round(desirable_N, 0.8, 2, 32, 0, 0, max_draws) for max_draws in (None, limit)]
+        assert np.array_equal(*plans)
+
+
+@pytest.mark.parametrize(
+    ("desirable", "undesirable", "rare"),
+    [(1, 63, "only 1 of 64 verdicts are desirable"), (63, 1, None), (32, 32, None), (0, 64, None)],
+)
+def test_imbalance_is_told_with_the_draws_that_it_means(desirable: int, undesirable: int, rare: str | None) -> None:
+    said = imbalance(desirable, undesirable, Train(global_batch=64, epochs=2))
+    assert (said is None) == (rare is None)
+    if rare is not None:
+        assert rare in str(said)
+        assert "about 102 times" in str(said)
+        assert "train.max_draws holds it at 32" in str(said)

@@ -31,7 +31,11 @@ def sample(
     guidance_scale: float = 3.0,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     use_scheduler(family.pipeline, scheduler)
-    return draw(family, texts, seeds, Generate(scheduler=scheduler, guidance_scale=guidance_scale, steps=4))
+    latents_BCHW, pixels_BHWC, finite_B = draw(
+        family, texts, seeds, Generate(scheduler=scheduler, guidance_scale=guidance_scale, steps=4)
+    )
+    assert finite_B.all()
+    return latents_BCHW, pixels_BHWC
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
@@ -124,3 +128,26 @@ def test_prompts_are_encoded_for_training_as_for_sampling(family: Family) -> Non
     texts = ["", *TEXTS, "a " * 50]
     encoded_BTD, _ = family.pipeline.encode_prompt(texts, torch.device("cpu"), 1, False)
     assert torch.equal(family.encode_prompts(texts).tensors["text"], encoded_BTD)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_numbers_that_are_not_finite_are_told_of_one_image_and_spoil_no_other(
+    family: Family, part: str, value: float
+) -> None:
+    """As half precision gives them; an infinite pixel would otherwise be clamped to a white one."""
+    expected_BCHW, expected_BHWC = sample(family)
+    module: Any = getattr(family.pipeline, part)
+    decoder = module.decoder if part == "vae" else module
+
+    def overflow(_module: Any, _inputs: Any, outputs: Any) -> None:
+        tensor_BCHW = outputs if part == "vae" else outputs[0]
+        tensor_BCHW[1, 0, 0, 0] = value
+
+    with decoder.register_forward_hook(overflow):
+        latents_BCHW, pixels_BHWC, finite_B = draw(family, TEXTS, SEEDS, Generate(guidance_scale=3, steps=4))
+    assert finite_B.tolist() == [True, False, True]
+    assert not pixels_BHWC[1].any()
+    for whole in (0, 2):
+        assert np.array_equal(latents_BCHW[whole], expected_BCHW[whole])
+        assert np.array_equal(pixels_BHWC[whole], expected_BHWC[whole])

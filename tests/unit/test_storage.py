@@ -1,12 +1,15 @@
 """Whole files or none, local and remote alike; what cannot be written is said in the user's words."""
 
 import errno
+import json
+import math
 import os
 import pickle
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -162,3 +165,20 @@ def test_too_little_room_is_told_in_numbers(tmp_path: Path, monkeypatch: pytest.
     assert "1.00 GB free" in str(caught.value)
     assert "3.00 GB" in str(caught.value)
     assert "make room" in str(caught.value)
+
+
+def test_json_is_valid_whatever_figures_come(storage: Storage) -> None:
+    value = {
+        "fit": [math.nan, 1.5, {"cut": math.inf}],
+        "loss": np.float64("nan"),
+        "name": "NaN",
+        "pair": (1, -math.inf),
+    }
+    storage.write_json("figures.json", value)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = storage.read("figures.json").decode()
+    expected = {"fit": [None, 1.5, {"cut": None}], "loss": None, "name": "NaN", "pair": [1, None]}
+    assert json.loads(text, parse_constant=refuse) == storage.read_json("figures.json") == expected

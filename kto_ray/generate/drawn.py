@@ -1,0 +1,40 @@
+"""What of that which was drawn is an image. `making.py` and `evaluate/` ask before they store and score anything.
+
+A replica's numbers may overflow, above all in float16. Such a sample is stored with its `error`: a counted failure that
+nobody is shown, no scorer scores and no training sees.
+"""
+
+from collections.abc import Sequence
+
+from kto_ray.config import RunConfig
+from kto_ray.errors import UserError
+from kto_ray.records import Sample, Verdict
+
+BY_DRAWING = "drawing"
+"""Whose verdicts these are, in the record."""
+
+
+def failed_draws(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.error is not None]
+
+
+def failed_verdicts(samples: Sequence[Sample]) -> list[Verdict]:
+    """On samples that are no images."""
+    return [Verdict(sample.id, "failed", BY_DRAWING, str(sample.error)) for sample in failed_draws(samples)]
+
+
+def require_drawn(config: RunConfig, what: str, failed: int, images: int) -> None:
+    """Raises UserError when more of so many images failed to be drawn than `label.max_failed_fraction` allows."""
+    if failed <= config.label.max_failed_fraction * images:
+        return
+    dtype = config.generate.dtype
+    remedy = (
+        "float16 overflows; draw in generate.dtype=bfloat16 or =float32"
+        if dtype == "float16"
+        else f"they were drawn in {dtype}, so the policy itself may be ruined; an earlier one is taken up again by: "
+        f"kto-ray rewind {config.runs_folder}/{config.run} --to VERSION"
+    )
+    raise UserError(
+        f"{what}: {failed} of {images} images have latents or pixels that are not finite, more than "
+        f"label.max_failed_fraction ({config.label.max_failed_fraction:g}) allows: {remedy}"
+    )
