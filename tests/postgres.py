@@ -20,11 +20,43 @@ START_S = 60.0
 
 
 class Server:
-    """Gives empty databases; whoever can open the folder may use them."""
+    """Gives empty databases; whoever can open the folder may use them. It may be stopped, and started again."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.log = folder, folder / "log"
         self._numbers, self._names = count(), []
+        self._process: subprocess.Popen[bytes] | None = None
+        data = ["-D", str(folder / "data")]
+        making = [str(programs() / "initdb"), *data, "--auth=trust", "--username=tests", "--encoding=UTF8"]
+        self._run([*making, "--locale=C", "--no-sync"]).wait()
+        quick = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_wal_size=64MB")
+        options = (*quick, "listen_addresses=", f"unix_socket_directories={folder}")
+        self._command = [str(programs() / "postgres"), *data, *(word for option in options for word in ("-c", option))]
+
+    def _run(self, command: list[str]) -> "subprocess.Popen[bytes]":
+        root = os.geteuid() == 0  # as whom the server refuses to run
+        owner = {"user": "postgres", "group": "postgres", "extra_groups": []} if root else {}
+        with self.log.open("ab") as output:
+            return subprocess.Popen(command, cwd=self.folder, stdout=output, stderr=subprocess.STDOUT, **owner)
+
+    def start(self) -> None:
+        self._process = self._run(self._command)
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                self.connect().close()
+                return
+            except psycopg.OperationalError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"the PostgreSQL server does not start:\n{self.log.read_text()}", pytrace=False)
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Connections that are still open are closed."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait()
+            self._process = None
 
     def connect(self) -> psycopg.Connection:
         return psycopg.connect(host=str(self.folder), user="tests", dbname="postgres", autocommit=True)
@@ -55,41 +87,17 @@ def programs() -> Path:
 @contextmanager
 def running() -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # short: a socket's path has at most 107 characters
-    root = os.geteuid() == 0  # as whom the server refuses to run
-    owner = {"user": "postgres", "group": "postgres", "extra_groups": []} if root else {}
-    if root:
+    if os.geteuid() == 0:
         shutil.chown(folder, "postgres", "postgres")
-    log = folder / "log"
-    data = ["-D", str(folder / "data")]
-    making = [str(programs() / "initdb"), *data, "--auth=trust", "--username=tests", "--encoding=UTF8", "--locale=C"]
-    quick = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_wal_size=64MB", "listen_addresses=")
-    options = [word for setting in (*quick, f"unix_socket_directories={folder}") for word in ("-c", setting)]
-    process = None
     try:
-        with log.open("wb") as output:
-            places = {"cwd": folder, "stdout": output, "stderr": subprocess.STDOUT}
-            subprocess.run([*making, "--no-sync"], check=True, **places, **owner)
-            process = subprocess.Popen([str(programs() / "postgres"), *data, *options], **places, **owner)
         server = Server(folder)
-        _await(process, server, log)
-        yield server
-    finally:
-        if process is not None:
-            process.send_signal(signal.SIGINT)  # closes connections that are still open
-            process.wait()
-        shutil.rmtree(folder)
-
-
-def _await(process: subprocess.Popen[bytes], server: Server, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while True:
         try:
-            server.connect().close()
-            return
-        except psycopg.OperationalError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the PostgreSQL server does not start:\n{log.read_text()}", pytrace=False)
-            time.sleep(0.1)
+            server.start()
+            yield server
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

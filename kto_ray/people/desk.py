@@ -21,7 +21,7 @@ from kto_ray.people.intake import Intake
 from kto_ray.people.overview import Overview, answers_table, export, overview
 from kto_ray.people.people import Badge, People, Role
 from kto_ray.people.queue import Queue
-from kto_ray.people.tables import open_database
+from kto_ray.people.tables import PATIENCE_S, open_database
 from kto_ray.people.terms import Judged, NewItem, Offer, Progress, Standing
 
 Result = TypeVar("Result")
@@ -47,7 +47,7 @@ class Desk:
     """
 
     def __init__(self, url: str, run: str, settings: Human, max_policy_lag: int) -> None:
-        self.engine = open_database(url, run)
+        self.engine = open_database(url, run, PATIENCE_S)
         self.clock = clock_of(self.engine)
         self.intake = Intake(self.engine, settings, self.clock)
         self.queue = Queue(self.engine, settings, self.clock, max_policy_lag)

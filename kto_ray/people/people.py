@@ -129,18 +129,18 @@ class People:
         if (name == OPERATOR) != (role == "operator"):
             raise UserError(f"name: {OPERATOR!r} is the name of whoever runs this; give labelers another")
         days = self.settings.link_days if days is None else days
-        badge = Badge(secrets.token_urlsafe(16), self.clock() + days * 24 * 3600)
 
-        def work(connection: sa.Connection) -> None:
+        def work(connection: sa.Connection) -> Badge:
+            badge = Badge(secrets.token_urlsafe(16), self.clock() + days * 24 * 3600)
             labeler = connection.scalar(select(labelers.c.id).where(labelers.c.name == name))
             if labeler is None:
                 adding = labelers.insert().values(name=name, role=role).returning(labelers.c.id)
                 labeler = connection.scalar(adding)
             values = {"id": badge.id, "labeler": labeler, "expires_at": badge.expires_at}
             connection.execute(badges.insert().values(values))
+            return badge
 
-        in_transaction(self.engine, work)
-        return badge
+        return in_transaction(self.engine, work)
 
     def badges_of(self, name: str) -> list[Badge]:
         """Those that work, the one that works longest first; none for somebody unknown."""

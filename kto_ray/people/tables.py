@@ -8,17 +8,29 @@
     labelers  people and the operator      badges  their links: expiring, revocable
     rounds    stages of the loop           meta    facts about the whole
 
-Times are seconds since 1970, as the queue's clock has them.
+Times are seconds since 1970, as the queue's clock has them. A server that is away for a while is waited for: whatever
+is done here is a transaction, and may be repeated.
 """
 
+import logging
 import re
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 from sqlalchemy import Column, ForeignKey, Index, Table, UniqueConstraint
 
 from kto_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FIELD = "label.human.database"
+PATIENCE_S = 300.0
+"""So long a database that was there before may be away."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
+"""Before it is asked again; doubles from the first to the longest."""
 
 LAYOUT = "1"
 """Version of these tables; a database of another one is refused."""
@@ -112,23 +124,23 @@ Index(
 )
 
 
-def open_database(url: str, run: str) -> sa.Engine:
+def open_database(url: str, run: str, patience_s: float = 0) -> sa.Engine:
     """Connect, and make the tables where they are missing.
 
     Args:
         url: of SQLAlchemy.
         run: whose database it is, for instance the URI of the run's folder.
+        patience_s: how long a server may be away; not at all where somebody waits to hear of a mistake.
 
     Raises:
         UserError: a URL that cannot be read, a driver that is not installed, a server that does not answer, a file
             that cannot be written, or the database of another run or version.
     """
-    field = "label.human.database"
     try:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError) as error:  # ValueError: a port that is no number
         raise UserError(
-            f"{field}: {_without_password(url)!r} is not a database URL; write for instance "
+            f"{FIELD}: {_without_password(url)!r} is not a database URL; write for instance "
             "postgresql+psycopg://user@host/name, or leave it out for a SQLite file in the run's folder"
         ) from error
     shown = parsed.render_as_string(hide_password=True)
@@ -136,7 +148,7 @@ def open_database(url: str, run: str) -> sa.Engine:
         engine = sa.create_engine(parsed, **_options(parsed))
     except (ImportError, sa.exc.NoSuchModuleError) as error:
         raise UserError(
-            f"{field}: no driver for {shown}: {error}; for PostgreSQL install kto-ray[postgres] "
+            f"{FIELD}: no driver for {shown}: {error}; for PostgreSQL install kto-ray[postgres] "
             "and write postgresql+psycopg://"
         ) from error
     _one_after_the_other(engine)
@@ -149,17 +161,17 @@ def open_database(url: str, run: str) -> sa.Engine:
                 connection.execute(meta.insert().values(key=key, value=value))
             elif found[key] != value:
                 raise UserError(
-                    f"{field}: {shown} belongs to {key} {found[key]!r}, not {value!r}; give each run a database"
+                    f"{FIELD}: {shown} belongs to {key} {found[key]!r}, not {value!r}; give each run a database"
                 )
 
     try:
-        in_transaction(engine, claim)
+        in_transaction(engine, claim, patience_s)
     except UserError:
         engine.dispose()
         raise
     except sa.exc.DBAPIError as error:
         engine.dispose()
-        raise UserError(f"{field}: cannot use {shown}: {str(error.orig).strip()}") from error
+        raise _unusable(engine, error) from error
     return engine
 
 
@@ -176,7 +188,10 @@ def _options(url: sa.URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": WAIT_S}}
     # A stricter level would show a transaction the rows from before its turn.
-    return {"isolation_level": "READ COMMITTED", "pool_pre_ping": True}
+    options: dict[str, Any] = {"isolation_level": "READ COMMITTED", "pool_pre_ping": True}
+    if url.get_driver_name() == "psycopg" and "connect_timeout" not in url.query:
+        options["connect_args"] = {"connect_timeout": int(LONGEST_WAIT_S)}  # for ever, where a machine is gone
+    return options
 
 
 def _one_after_the_other(engine: sa.Engine) -> None:
@@ -201,8 +216,48 @@ def _one_after_the_other(engine: sa.Engine) -> None:
 
 Result = TypeVar("Result")
 
+_away_since: WeakKeyDictionary[sa.Engine, float] = WeakKeyDictionary()
+"""Of engines whose database is away: who calls after its time is up is told at once."""
 
-def in_transaction(engine: sa.Engine, work: Callable[[sa.Connection], Result]) -> Result:
-    """Do work in one transaction: all of it or, where it raises, nothing."""
-    with engine.begin() as connection:
-        return work(connection)
+
+def in_transaction(
+    engine: sa.Engine, work: Callable[[sa.Connection], Result], patience_s: float = PATIENCE_S
+) -> Result:
+    """Do work in one transaction: all of it or, where it raises, nothing.
+
+    When the database is away it is waited for, and the work is done anew: also when it is not known whether the work
+    before was kept, so work must be such that doing it twice does no harm.
+
+    Raises:
+        UserError: the database was away for `patience_s`.
+    """
+    wait_s = FIRST_WAIT_S
+    while True:
+        try:
+            with engine.begin() as connection:
+                result = work(connection)
+        except sa.exc.DBAPIError as error:
+            if not _is_away(error):
+                raise
+            now = time.monotonic()
+            since = _away_since.setdefault(engine, now)
+            if now - since >= patience_s:
+                raise _unusable(engine, error) from error
+            if since == now:
+                logger.warning("%s; waiting for up to %.0f s", _unusable(engine, error), patience_s)
+            time.sleep(wait_s)
+            wait_s = min(LONGEST_WAIT_S, 2 * wait_s)
+        else:
+            if _away_since.pop(engine, None) is not None:
+                logger.warning("%s: the database answers again", FIELD)
+            return result
+
+
+def _is_away(error: sa.exc.DBAPIError) -> bool:
+    """Whether it is the database's surroundings that failed, which may pass, rather than what it was asked for."""
+    return error.connection_invalidated or isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+
+
+def _unusable(engine: sa.Engine, error: sa.exc.DBAPIError) -> UserError:
+    shown = engine.url.render_as_string(hide_password=True)
+    return UserError(f"{FIELD}: cannot use {shown}: {' '.join(str(error.orig).split())}")

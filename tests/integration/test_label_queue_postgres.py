@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,25 @@ def test_the_command_line_works_while_the_queue_does(
     check_promises(facts, "majority", desk.clock())
     assert [row["void"] for row in facts.answers] == [None if command == "revoke" else "excluded"] * told
     desk.engine.dispose()
+
+
+def test_a_server_that_is_away_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with postgres.running() as own, ThreadPoolExecutor(1) as thread:
+        desk = Desk(write_run(tmp_path, f"label.human.database={own.fresh()}"), images=2)
+        ann = desk.people.admit("ann").id
+        (offer,) = desk.queue.lease(ann)
+        own.stop()
+        answering = thread.submit(desk.queue.answer, ann, offer.item, "desirable")
+        while "waiting for up to" not in caplog.text:
+            assert not answering.done()
+            time.sleep(0.05)
+        own.start()
+        answering.result()
+        assert [row["void"] for row in Facts.read(desk.engine).answers] == [None]
+        desk.engine.dispose()
+    said = [record.getMessage() for record in caplog.records if record.name == "kto_ray.people.tables"]
+    assert len(said) == 2
+    assert "the database answers again" in said[1]
 
 
 def test_without_a_server_the_tests_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
