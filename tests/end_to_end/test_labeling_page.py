@@ -18,6 +18,7 @@ from kto_ray.people.terms import NewItem
 from kto_ray.shapes.world import Scene
 from tests.browser import (
     CONTRAST,
+    TOO_FAST_MS,
     LabelingSite,
     Visitor,
     is_good,
@@ -335,6 +336,57 @@ def test_prompts_are_text_whatever_they_look_like(site: LabelingSite, new_contex
 # -- keys, fingers, eyes
 
 
+PRESS = """([code, key]) => document.body.dispatchEvent(
+    new KeyboardEvent("keydown", { code, key, bubbles: true, cancelable: true })
+)"""
+"""As from a keyboard with another layout, which Playwright has none of."""
+OTHER_KEYBOARDS = [
+    *[("KeyL", "д", "desirable"), ("KeyD", "в", "undesirable"), ("KeyU", "Г", "unsure")],  # Cyrillic
+    *[("KeyL", "λ", "desirable"), ("KeyD", "δ", "undesirable"), ("KeyU", "θ", "unsure")],  # Greek
+    *[("KeyL", "ך", "desirable"), ("KeyD", "ג", "undesirable"), ("KeyU", "ו", "unsure")],  # noqa: RUF001  Hebrew
+    *[("KeyL", "Process", "desirable"), ("Space", "\u3000", "skip")],  # while Japanese is written
+    *[("KeyP", "l", "desirable"), ("KeyH", "d", "undesirable"), ("KeyF", "u", "unsure")],  # Dvorak
+]
+
+
+def test_keys_of_other_keyboards_judge_by_their_letter_or_place(site: LabelingSite, new_context: OpenContext) -> None:
+    site.add_round(0, pictures("round-00000", len(OTHER_KEYBOARDS) + 1))
+    anna = Visitor(new_context(), site.link("anna"))
+    anna.wait_for_image()
+    for code, key, _ in OTHER_KEYBOARDS:
+        before = anna.item
+        anna.page.wait_for_timeout(TOO_FAST_MS)
+        for other in ("n", "e", "g"):  # a Latin letter that is none of ours, wherever it lies
+            anna.page.evaluate(PRESS, ["KeyL", other])
+        assert anna.item == before
+        anna.page.evaluate(PRESS, [code, key])
+        anna.until(lambda before=before: anna.item != before)  # type: ignore[misc]
+    expected = [answer for _, _, answer in OTHER_KEYBOARDS]
+    anna.until(lambda: [row["answer"] for row in site.answers()] == expected)
+    assert anna.complaints == []
+
+
+HEBREW = 'חתול (שחור) קורא את "Moby Dick" בלילה!'
+
+
+def test_prompts_run_in_the_direction_of_their_language(
+    site: LabelingSite, new_context: OpenContext, shoot: Shoot
+) -> None:
+    png = png_of(Scene("red", "circle", "black"))
+    site.add_round(0, [NewItem("s-0", "p0", HEBREW, png), NewItem("s-1", "p1", "a black cat", png)])
+    anna = Visitor(new_context(), site.link("anna"))
+    seen = {}
+    for _ in range(2):
+        anna.wait_for_image()
+        prompt = anna.page.locator("#prompt")
+        seen[prompt.inner_text()] = prompt.evaluate("(element) => getComputedStyle(element).direction")
+        if prompt.inner_text() == HEBREW:
+            shoot(anna, "right_to_left")
+        anna.press("u")
+    assert seen == {HEBREW: "rtl", "a black cat": "ltr"}
+    assert anna.complaints == []
+
+
 def test_keys_do_only_what_they_should(site: LabelingSite, new_context: OpenContext) -> None:
     site.add_round(0, pictures("round-00000", 10))
     anna = Visitor(new_context(), site.link("anna"))
@@ -355,7 +407,8 @@ def test_keys_do_only_what_they_should(site: LabelingSite, new_context: OpenCont
     anna.until(lambda: [row["answer"] for row in site.answers()] == ["unsure"])
     page.evaluate("document.activeElement.blur()")
     expected = ["unsure"]
-    for key, verdict in {"l": "desirable", "d": "undesirable", "L": "desirable", " ": "skip", "u": "unsure"}.items():
+    keys = {"l": "desirable", "d": "undesirable", "L": "desirable", " ": "skip", "u": "unsure", "ArrowDown": "unsure"}
+    for key, verdict in keys.items():
         anna.press(key)
         expected.append(verdict)
     anna.until(lambda: [row["answer"] for row in site.answers()] == expected)
@@ -483,7 +536,7 @@ def work_a_while(site: LabelingSite) -> None:
                     clock[0] += 1.2 + given % 5 / 4
                     queue.answer(badge, offer.item, "unsure" if given % 17 == 0 else verdict, 1.1 + given % 7 / 5)
         if number < 3:
-            queue.seal(stage)
+            site.desk.intake.seal(stage)
     site.desk.clock = site.desk.queue.clock = site.desk.people.clock = time.time
 
 

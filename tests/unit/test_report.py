@@ -229,6 +229,11 @@ def test_pictures_travel_unchanged() -> None:
     np.testing.assert_array_equal(np.asarray(sent), picture)
 
 
+def test_a_prompt_runs_in_the_direction_of_its_language() -> None:
+    page = render_report(replace(without_charts(), pairs=[a_pair("חתול שחור!"), a_pair("a black cat")]))
+    assert [f'<h3 dir="auto">{prompt}</h3>' in page for prompt in ("חתול שחור!", "a black cat")] == [True, True]
+
+
 def test_text_from_the_run_is_escaped() -> None:
     attack = '<script>alert("1")</script>" onerror="x'
     evaluations = [evaluated(0, 0.5, scores={attack: 0.5})]

@@ -27,9 +27,13 @@ const KEYS = {
   l: "desirable",
   ArrowLeft: "undesirable",
   d: "undesirable",
+  ArrowDown: "unsure",
   u: "unsure",
   " ": "skip",
 };
+// The same keys by their place, for keyboards that write other letters than Latin ones.
+const PLACES = { KeyL: "desirable", KeyD: "undesirable", KeyU: "unsure", Space: "skip" };
+const ASCII = /^[ -~]$/;
 
 let progress = null; // as the server said last
 let shut = null; // the refusal after which nothing works any more
@@ -304,11 +308,16 @@ function stopWatch() {
 
 // -- keys, buttons, the page itself
 
+function verdictOf({ key, code }) {
+  return KEYS[key] ?? KEYS[key.toLowerCase()] ?? (ASCII.test(key) ? undefined : PLACES[code]);
+}
+
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || element("help").open) return;
   const isOnButton = event.target instanceof Element && event.target.closest("button, a, summary");
-  if (isOnButton && (event.key === " " || event.key === "Enter")) return; // that presses the button
-  const verdict = KEYS[event.key] ?? KEYS[event.key.toLowerCase()];
+  if (isOnButton && (event.code === "Space" || event.key === " " || event.key === "Enter")) return; // that presses the button
+  if (event.key === "ArrowDown" && event.target === element("prompt")) return; // that scrolls a long one
+  const verdict = verdictOf(event);
   if (!verdict && event.key !== "Backspace" && event.key !== "?") return;
   event.preventDefault();
   if (event.repeat) return; // a key that is held down judges one image
