@@ -13,7 +13,8 @@ from kto_ray.score.actor import ScorerActor
 from kto_ray.score.protocol import BatchFailed
 from kto_ray.score.scorers import http
 from kto_ray.score.scorers.http import BadReply
-from kto_ray.score.scorers.vlm_judge import VlmJudge, read_number
+from kto_ray.score.scorers.reading import read_number
+from kto_ray.score.scorers.vlm_judge import VlmJudge
 from tests.unit.test_http_scorer import Reply, decode, free_port, make_batch, serving
 
 
@@ -134,6 +135,21 @@ def test_never_more_than_allowed_at_a_time() -> None:
         ("Score: 7 / 10.", 7),
         ("Score: 3\nNo, on second thoughts:\n\n**Score: 4**\n\n", 4),
         ("<think>2? 9?</think>\r\nIt has 3 legs.\r\nScore: 6\r\n", 6),
+        ("2? <think>\nScore: 3</think> no <think>Score: 4</think>\n5", 5),  # a template may have begun the thought
+        ("Score: 3\n◁/think▷Score: 5", 5),
+        *((text, 8) for text in ("8/10", "8 out of 10", "8.0 / 10.0", '"8"', "`8`")),
+        *((f"It is {{8}}.\n{line}", 8) for line in ("## Score: 8", "- Score: 8", "> Score: 8", "* **Score**: 8")),
+        *((f"It has 3 legs.\n{line}", 8) for line in ("`Score: 8`", '"Score: 8"', "_Score: 8_", "Score: 8 out of 10")),
+        *((f"{name}: 8", 8) for name in ("Rating", "Final score", "Overall Rating", "TOTAL SCORE", "分数", "评分")),
+        *((text, 8) for text in ("Score\uff1a8", "分数\uff1a\uff18", "Score: 8 \u200b", "\ufeffScore: 8")),
+        *((f"Score: 8{token}", 8) for token in ("<|im_end|>", "</s>", "\n<|eot_id|><|eot_id|>\n", "<end_of_turn>")),
+        *((f"```{kind}\nScore: 8\n```", 8) for kind in ("", "text")),
+        ('{"score": 8}', 8),
+        ('It is well made.\n{"Rating": "8/10"}', 8),
+        ('It is well made.\n```json\n{"reason": "3 legs",\n "score": 8.0}\n```\n', 8),
+        *((f"It has 3 legs. {end}", 8) for end in ("<answer>8</answer>", "<answer>\nScore: 8\n</answer>\n")),
+        *((f"It has 3 legs. {end}", 8) for end in (r"\boxed{8}", r"$\boxed{8/10}$.", "Rating: [[8]]")),
+        ("<answer>3</answer><score>8</score>", 8),
     ],
 )
 def test_a_number_is_read(text: str, value: float) -> None:
@@ -157,11 +173,47 @@ def test_a_number_is_read(text: str, value: float) -> None:
         "Score:",
         "Reasons:\n1. legs\n2",
         "Score: \u0667",
+        "Score - 8",
+        "Score: 8 (of 100)",
+        "Score: 8*2",
+        "Score: 8²",
+        "8 of 9 legs",
+        "Composition score: 8",
+        '{"score": 8, "Score": 3}',
+        '{"score": true}',
+        '{"score": [8]}',
+        '{"score": 8',
+        '{"legs": 8}',
+        "<answer>8</answer> or so",
+        r"\boxed{8}, \boxed{3} or so",
+        "Score: 8" + " " * 100_000 + "x",
     ],
 )
 def test_what_may_mean_something_else_is_not_read(text: str) -> None:
     with pytest.raises(BadReply, match="does not end with 'Score: <number>'"):
         read_number(text, 0, 10)
+
+
+@pytest.mark.parametrize("text", ["<think>maybe\nScore: 3", "<think>a</think>b<THINKING>\nScore: 3", "◁think▷Score: 3"])
+def test_a_thought_that_does_not_end_is_no_answer(text: str) -> None:
+    with pytest.raises(BadReply, match="thought has no end"):
+        read_number(text, 0, 10)
+
+
+def test_a_pattern_reads_answers_of_another_form() -> None:
+    pattern = r"(?i)verdict (\S+) points"
+    assert read_number("Score: 3. Verdict 2 points? No: verdict 8/10 points, I think", 0, 10, pattern) == 8
+    assert read_number("<think>verdict 3 points</think> verdict 8 points", 0, 10, pattern) == 8
+    for text in ("Score: 8", "verdict eight points", "<think>verdict 3 points</think>"):
+        with pytest.raises(BadReply, match=r"has no number where .*verdict.* looks for one"):
+            read_number(text, 0, 10, pattern)
+    with pytest.raises(BadReply, match="not on the scale"):
+        read_number("verdict 11 points", 0, 10, pattern)
+
+
+def test_a_judge_is_given_its_pattern() -> None:
+    with serving(lambda turn, body: completion("I give it 7 stars!")) as server:
+        assert VlmJudge(server.url, "m", pattern=r"(\d+) stars").score(*make_batch(1)) == [0.7]
 
 
 @pytest.mark.parametrize("text", ["11", "Score: -1", "Score: 10.01", "Score: 70/100", "Score: 4/5"])
@@ -185,6 +237,7 @@ def test_any_scale_becomes_0_to_1() -> None:
         (completion("No idea."), "'No idea.'"),
         (completion("Score: 12"), "not on the scale from 0 to 10: 'Score: 12'"),
         (completion("Score: 1", "length"), "cut off"),
+        (completion("Score: 1", "content_filter"), "filtered by its server: 'Score: 1'"),
         (completion(None), "no text"),
         ({"error": "overloaded"}, "no chat completion.*overloaded"),
         ({"choices": []}, "no chat completion"),
@@ -243,6 +296,7 @@ def test_those_under_way_are_given_up_too() -> None:
         ({"scale": [1, 2, 3]}, "scale"),
         ({"scale": 10}, "scale"),
         ({"concurrency": 0}, "concurrency"),
+        *(({"pattern": pattern}, "pattern must be a regular expression with a") for pattern in ("(", "stars", 7)),
         ({"api_key_env": "KTO_RAY_NOT_SET"}, "Authorization .*'KTO_RAY_NOT_SET', which is not set"),
         ({"api_key_env": "sk-123"}, "api_key_env must be the name .*not the key$"),
         ({"url": "localhost"}, "url"),

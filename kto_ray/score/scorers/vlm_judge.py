@@ -1,4 +1,4 @@
-"""A vision-language model as judge: shows it an image, asks for a number, and reads the number strictly.
+"""A vision-language model as judge: shows it an image, asks for a number, and reads it (`reading.py`).
 
 Any server with OpenAI's chat completions will do, on a machine of one's own (vLLM, llama.cpp) or rented. The way there
 is `http.py`'s, and so is the rule: an answer that is no good costs one score, no answer costs the batch.
@@ -15,6 +15,7 @@ from kto_ray.errors import UserError
 from kto_ray.identity import Free, Noted
 from kto_ray.records import Prompt
 from kto_ray.score.scorers.http import BadReply, Endpoint, RemoteScorer, base64_png, excerpt, is_number, require
+from kto_ray.score.scorers.reading import read_number
 
 TEMPLATE = """This image was made for the following text:
 
@@ -27,14 +28,12 @@ Score: N
 
 where N is a number from {low} (worst) to {high} (best)."""
 
-NUMBER = r"([+-]?\d+(?:\.\d+)?)"
-LAST_LINE = re.compile(rf"score\s*[:=]\s*{NUMBER}(?:\s*/\s*{NUMBER})?\.?", re.ASCII | re.IGNORECASE)
-
 
 class VlmJudge(RemoteScorer):
     """What a vision-language model says of an image: 0 (worst) to 1 (best); 0.5 is the natural threshold.
 
-    The answer must be a bare number or end with a line "Score: 7" (see `read_number`). The licence is the model's.
+    The answer must be a bare number or end with a line "Score: 7" or its like (see `read_number`). The licence is the
+    model's.
 
     Args:
         url: of the endpoint, for instance "http://localhost:8000/v1/chat/completions".
@@ -43,6 +42,7 @@ class VlmJudge(RemoteScorer):
             else is taken as it stands, other braces too.
         api_key_env: environment variable, where the scorer runs, with the key that is sent as "Authorization: Bearer".
         scale: the numbers that become 0 and 1.
+        pattern: regular expression for answers of another form; the first group of its last match is the number.
         temperature: None leaves it to the server.
         extra: further fields of the request, for instance {"max_tokens": 200}.
         concurrency: how many images are asked about at a time.
@@ -60,6 +60,7 @@ class VlmJudge(RemoteScorer):
         template: str = TEMPLATE,
         api_key_env: Free[str | None] = None,
         scale: Sequence[float] = (0, 10),
+        pattern: str | None = None,
         temperature: float | None = 0,
         extra: Mapping[str, Any] | None = None,
         concurrency: Free[int] = 4,
@@ -74,10 +75,14 @@ class VlmJudge(RemoteScorer):
         two_numbers = isinstance(scale, list | tuple) and len(scale) == 2 and all(map(is_number, scale))
         require(two_numbers and scale[0] < scale[1], "scale", scale, "two numbers, the lower first")
         require(type(concurrency) is int and concurrency > 0, "concurrency", concurrency, "a whole number, 1 or more")
+        require(
+            pattern is None or _has_a_group(pattern), "pattern", pattern, "a regular expression with a (group) in it"
+        )
         if api_key_env is not None and not api_key_env.isidentifier():
             raise UserError("api_key_env must be the name of an environment variable with the key in it, not the key")
         self.name, self.version = name, model if version is None else version
         self.low, self.high, self.concurrency = float(scale[0]), float(scale[1]), concurrency
+        self.pattern = pattern
         self.template = template.replace("{low}", f"{self.low:g}").replace("{high}", f"{self.high:g}")
         self.fields = (
             {"model": model} | ({} if temperature is None else {"temperature": temperature}) | dict(extra or {})
@@ -101,13 +106,14 @@ class VlmJudge(RemoteScorer):
         if isinstance(reply, BadReply):
             return reply
         try:
-            return (read_number(read_answer(reply), self.low, self.high) - self.low) / (self.high - self.low)
+            number = read_number(read_answer(reply), self.low, self.high, self.pattern)
+            return (number - self.low) / (self.high - self.low)
         except BadReply as error:
             return error
 
 
 def read_answer(reply: Any) -> str:
-    """The text of a chat completion. Raises BadReply when there is none, or one that was cut off."""
+    """The text of a chat completion. Raises BadReply when there is none, or one that was cut off or filtered."""
     try:
         choice = reply["choices"][0]
         text, reason = choice["message"]["content"], choice.get("finish_reason")
@@ -117,23 +123,13 @@ def read_answer(reply: Any) -> str:
         raise BadReply(f"the judge gave no text: {excerpt(str(choice))}")
     if reason == "length":  # "Score: 1" may have been about to become "Score: 10"
         raise BadReply(f"the judge's answer was cut off at its longest: {excerpt(text)}")
+    if reason == "content_filter":
+        raise BadReply(f"the judge's answer was filtered by its server: {excerpt(text)}")
     return text
 
 
-def read_number(text: str, low: float, high: float) -> float:
-    """The number a judge gives: all of the text is a number, or its last line is "Score: <number>".
-
-    Upper and lower case, asterisks, a full stop, "=" for ":" and "/<high>" after the number make no difference.
-    Anything else could be a number that means something else.
-
-    Raises:
-        BadReply: no such number, or one outside of low..high.
-    """
-    plain = text.replace("*", "").strip()
-    found = re.fullmatch(NUMBER, plain, re.ASCII) or LAST_LINE.fullmatch(plain.rpartition("\n")[2].strip())
-    if found is None:
-        raise BadReply(f"the judge's answer does not end with 'Score: <number>': {excerpt(text)}")
-    value, *top = (float(group) for group in found.groups() if group is not None)
-    if not low <= value <= high or top not in ([], [high]):
-        raise BadReply(f"the judge's number is not on the scale from {low:g} to {high:g}: {excerpt(text)}")
-    return value
+def _has_a_group(pattern: object) -> bool:
+    try:
+        return isinstance(pattern, str) and re.compile(pattern).groups > 0
+    except re.error:
+        return False
