@@ -284,12 +284,12 @@ def test_a_reply_that_is_too_large_is_not_read_to_its_end() -> None:
 def test_compressed_replies_are_neither_asked_for_nor_unfolded() -> None:
     """A megabyte could become a gigabyte."""
     zipped = Reply(gzip.compress(b'{"scores": [1]}'), headers={"Content-Encoding": "gzip"})
-    with serving(lambda turn, body: zipped) as server, pytest.raises(BatchFailed, match="no JSON"):
+    with serving(lambda turn, body: zipped) as server, pytest.raises(BatchFailed, match="Content-Encoding 'gzip'"):
         Http(server.url, headers={"accept-encoding": "gzip"}).score(*make_batch(1))
     assert server.headers[0]["Accept-Encoding"] == "identity"
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422])
+@pytest.mark.parametrize("status", [400, 401, 404, 409, 422])
 def test_a_refusal_is_final_and_quoted(status: int) -> None:
     refused = pytest.raises(BatchFailed, match=rf"/score gave status {status} .*not like this")
     with serving(lambda turn, body: Reply({"detail": "not like this"}, status)) as server, refused:
@@ -313,7 +313,7 @@ def test_redirects_are_not_followed(status: int) -> None:
 # -- no answer, and trying again --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503])
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 529])
 def test_what_may_pass_is_tried_again(status: int) -> None:
     images_BHWC, prompts = make_batch(2)
     with serving(lambda turn, body: Reply(b"busy", status) if turn < 2 else brightness(turn, body)) as server:

@@ -31,6 +31,7 @@ from kto_ray.records import Prompt
 from kto_ray.score.protocol import BatchFailed
 
 FIRST_WAIT_S = 0.5  # before the first retry; doubles with every further one
+PASSING = (408, 425, 429)  # statuses beside 5xx by which a server says "not now" rather than "no"
 LONGEST_WAIT_S = 30.0  # whatever a server's Retry-After asks for: the actor that waits has a time-out itself
 EXCERPT = 100  # characters that a message quotes of either end of a server's answer
 
@@ -42,7 +43,7 @@ class BadReply(ValueError):  # noqa: N818  it says what came
 class Endpoint:
     """A url that takes JSON by POST and answers with JSON.
 
-    Connection errors, time-outs and the statuses 429 and 5xx are tried again, after a wait that doubles or as long as
+    Connection errors, time-outs and the statuses 408, 425, 429 and 5xx are tried again, after a wait that doubles or as long as
     Retry-After says, at most `LONGEST_WAIT_S`. Redirects are not followed: images and keys go nowhere else.
 
     Args:
@@ -118,11 +119,11 @@ class Endpoint:
                 failure = f"{type(error).__name__}: {error}"
             else:
                 if response.is_success:
-                    return self._parse(reply)
+                    return self._parse(reply, response.headers.get("content-encoding", "identity"))
                 failure = f"status {response.status_code} {response.reason_phrase}, {excerpt(reply)}"
                 if response.has_redirect_location:
                     failure += f", to {response.headers['location']!r}: redirects are not followed, give that as url"
-                if response.status_code != 429 and not response.is_server_error:
+                if response.status_code not in PASSING and not response.is_server_error:
                     raise BadReply(f"{self.url} gave {failure}")
                 wait = max(wait, min(LONGEST_WAIT_S, retry_after(response.headers.get("retry-after"))))
             if retry < self.max_retries:
@@ -140,9 +141,14 @@ class Endpoint:
                     break
         return response, bytes(reply)
 
-    def _parse(self, reply: bytes) -> Any:
+    def _parse(self, reply: bytes, encoding: str) -> Any:
         if len(reply) > self.max_reply_bytes:
             raise BadReply(f"{self.url} gave more than {self.max_reply_bytes} bytes (max_reply_bytes)")
+        if encoding.lower() != "identity":
+            raise BadReply(
+                f"{self.url} gave a reply with Content-Encoding {encoding!r}, though none was asked for "
+                "(Accept-Encoding: identity); let it, or the proxy before it, answer uncompressed"
+            )
         try:
             return json.loads(reply, parse_int=float)
         except (ValueError, RecursionError) as error:
