@@ -1,10 +1,12 @@
 """Weights of scorers: read whole or refused, with a message that names the file."""
 
 import pickle
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -58,12 +60,48 @@ def test_a_truncated_file_is_named(written: Path, share: float) -> None:
 
 
 @pytest.mark.parametrize("suffix", SAVERS)
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\n", b"\x80"])
-def test_another_file_under_that_name_is_named(tmp_path: Path, suffix: str, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\n<!DOCTYPE html><html>", "is a web page.*download the file again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer.*git lfs pull"),
+        (b"\x80" * 20, "cannot be read; it is truncated or not a file of weights"),
+    ],
+)
+def test_another_file_under_that_name_is_named(tmp_path: Path, suffix: str, content: bytes, problem: str) -> None:
     path = tmp_path / f"weights{suffix}"
-    path.write_bytes(content * 20)
-    with pytest.raises(UserError, match=rf"checkpoint {path} cannot be read"):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"checkpoint {path} {problem}"):
         read_weights(path)
+
+
+@pytest.mark.parametrize(("save", "suffix"), [(save_file, ".pth"), (torch.save, ".safetensors")])
+def test_an_ending_of_another_format_does_not_matter(tmp_path: Path, save: Save, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    save(WEIGHTS, path)
+    assert same(read_weights(path), WEIGHTS)
+
+
+@pytest.mark.parametrize("save", [torch.save, save_legacy])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (nn.Sequential(nn.Linear(3, 2)), r"torch\.nn\.modules\.container\.Sequential"),
+        ({"state_dict": WEIGHTS, "hyper_parameters": Namespace(lr=1)}, r"argparse\.Namespace"),
+        ({"state_dict": WEIGHTS, "best": np.float64(0.5)}, r"numpy\.\S+"),
+    ],
+)
+def test_what_is_more_than_weights_is_named_with_what_to_do(
+    tmp_path: Path, save: Save, content: Any, what: str
+) -> None:
+    path = tmp_path / "more.pth"
+    save(content, path)
+    with pytest.raises(
+        UserError, match=rf"checkpoint {path} holds more than weights \({what}\).*model\.state_dict\(\)"
+    ) as caught:
+        read_weights(path)
+    assert "weights_only" not in str(caught.value)
+    assert "truncated" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +111,7 @@ def test_another_file_under_that_name_is_named(tmp_path: Path, suffix: str, cont
         (torch.zeros(2), "holds a Tensor, not tensors by name"),
         ({"weight": torch.zeros(2), "epoch": 3}, "holds a dict, not tensors by name"),
         ({0: torch.zeros(2)}, "holds a dict, not tensors by name"),
+        ({"model": WEIGHTS, "epoch": 3}, "holds a dict, not tensors by name; they are under 'model': save that alone"),
     ],
 )
 def test_what_holds_no_tensors_by_name_is_refused(tmp_path: Path, content: Any, problem: str) -> None:
@@ -100,7 +139,7 @@ def save_pickle(content: Any, path: Path) -> None:
 def test_a_pickle_is_not_executed(tmp_path: Path, save: Save) -> None:
     path, trace = tmp_path / "evil.pt", tmp_path / "trace"
     save({"weight": torch.zeros(2), "x": Payload(trace)}, path)
-    with pytest.raises(UserError, match=f"checkpoint {path} cannot be read"):
+    with pytest.raises(UserError, match=f"checkpoint {path} (cannot be read|holds more than weights)"):
         read_weights(path)
     assert not trace.exists()
 
@@ -140,7 +179,15 @@ def test_weights_get_into_the_module_and_others_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("weights", "problem"),
     [
-        ({"weight": WEIGHTS["weight"]}, r"x\.pt has no 'bias'"),
+        ({"weight": WEIGHTS["weight"]}, r"x\.pt has no 'bias': it is not a checkpoint of this model"),
+        ({"a.weight": WEIGHTS["weight"]}, r"x\.pt has no 'weight': it is not a checkpoint of this model"),
+        *(
+            (
+                {f"{prefix}{name}": value for name, value in WEIGHTS.items()} | {"step": torch.zeros(1)},
+                rf"x\.pt has no 'weight': its weights are named '{prefix}weight'.*without '{prefix}'",
+            )
+            for prefix in ("module.", "model.", "_orig_mod.module.")
+        ),
         ({**WEIGHTS, "weight": torch.zeros(2, 4)}, r"x\.pt: 'weight' has shape \(2, 4\), this model wants \(2, 3\)"),
     ],
 )

@@ -43,8 +43,8 @@ class BadReply(ValueError):  # noqa: N818  it says what came
 class Endpoint:
     """A url that takes JSON by POST and answers with JSON.
 
-    Connection errors, time-outs and the statuses 408, 425, 429 and 5xx are tried again, after a wait that doubles or as long as
-    Retry-After says, at most `LONGEST_WAIT_S`. Redirects are not followed: images and keys go nowhere else.
+    Connection errors, time-outs and the statuses 408, 425, 429 and 5xx are tried again, after a wait that doubles or as
+    long as Retry-After says, at most `LONGEST_WAIT_S`. Redirects are not followed: images and keys go nowhere else.
 
     Args:
         url: http or https, without user and password in it.

@@ -5,8 +5,8 @@ Whatever is wrong with a file is a `UserError` that names it, before the first i
 in scorers' own environments, too: it needs torch and nothing newer.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from kto_ray.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGE = re.compile(rb"\s*<(?:!doctype|html|head|body)", re.IGNORECASE)
+PICKLES = (b"PK\x03\x04", b"\x80")
+FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed|Unsupported (?:global|class):? (?:GLOBAL )?(\S+)")
+CAUSE = re.compile(r"WeightsUnpickler error: (.*)")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,29 +80,54 @@ def find_file(checkpoint: str | None, repository: str, filename: str, argument: 
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a torch pickle, by name; a pickle's "state_dict" is unwrapped.
+    """The tensors of a safetensors file or a torch pickle, whatever its ending, by name; "state_dict" is unwrapped.
 
     Raises:
-        UserError: the file is truncated, or holds anything but tensors by name.
+        UserError: the file is truncated, or another thing than weights, or holds anything but tensors by name.
     """
-    read: Callable[[Path], Any] = partial(torch.load, map_location="cpu", weights_only=True)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    with path.open("rb") as file:
+        head = file.read(512)
+        if head.startswith(LFS_POINTER):
+            raise UserError(f"checkpoint {path} is a Git LFS pointer, not the file it stands for; run: git lfs pull")
+        if WEB_PAGE.match(head):
+            raise UserError(f"checkpoint {path} is a web page, a login or an error perhaps; download the file again")
+        try:
+            content: Any
+            if head[8:9] == b"{" or (path.suffix == ".safetensors" and not head.startswith(PICKLES)):
+                from safetensors.torch import load_file
 
-        read = load_file
-    try:
-        content = read(path)
-    except Exception as error:  # half a pickle raises nearly anything
-        raise UserError(
-            f"checkpoint {path} cannot be read; it is truncated or not a file of weights: {error}"
-        ) from error
+                content = load_file(path)
+            else:
+                file.seek(0)  # by its path, torch would look at the ending
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # half a pickle raises nearly anything
+            raise UserError(f"checkpoint {path} {_why(error)}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not tensors by name")
+    if not _are_tensors_by_name(content):
+        parts = [key for key, value in content.items() if _are_tensors_by_name(value)] if type(content) is dict else []
+        where = f"; they are under {', '.join(map(repr, parts))}: save that alone" if parts else ""
+        raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not tensors by name{where}")
     return dict(content)
+
+
+def _are_tensors_by_name(content: object) -> bool:
+    return isinstance(content, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )
+
+
+def _why(error: Exception) -> str:
+    """What torch or safetensors say, without torch's advice to run whatever is in the file."""
+    text = str(error)
+    if forbidden := FORBIDDEN.search(text):
+        return (
+            f"holds more than weights ({forbidden[1] or forbidden[2]}), and reading that could run code. Where it was "
+            "made, save the weights alone: torch.save(model.state_dict(), path), or with safetensors"
+        )
+    cause = CAUSE.search(text)
+    said = cause[1] if cause else text.partition("\n")[0]
+    return f"cannot be read; it is truncated or not a file of weights: {type(error).__name__}: {said}"
 
 
 def load_weights(module: nn.Module, path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -108,10 +139,21 @@ def load_weights(module: nn.Module, path: Path, weights: Mapping[str, Tensor]) -
     own = module.state_dict()
     for name, value in own.items():
         if name not in weights:
-            raise UserError(f"checkpoint {path} has no {name!r}: it is not a checkpoint of this model")
+            raise UserError(f"checkpoint {path} has no {name!r}: {_why_not(own, weights)}")
         if weights[name].shape != value.shape:
             raise UserError(
                 f"checkpoint {path}: {name!r} has shape {tuple(weights[name].shape)}, "
                 f"this model wants {tuple(value.shape)}"
             )
     module.load_state_dict({name: weights[name] for name in own})
+
+
+def _why_not(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    first = next(iter(own))
+    for prefix in (name.removesuffix(first) for name in weights if name.endswith(f".{first}")):
+        if all(prefix + name in weights for name in own):
+            return (
+                f"its weights are named {prefix + first!r} and so on, as a wrapper of the model saves them; save them "
+                f"without {prefix!r}: {{name.removeprefix({prefix!r}): value for name, value in weights.items()}}"
+            )
+    return "it is not a checkpoint of this model"
