@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import pyarrow.parquet as pq
@@ -41,11 +42,12 @@ class Site:
     def token(self, name: str = "anna", role: Role = "labeler", days: float | None = None) -> str:
         return self.signer.token(self.desk.people.admit(name, role, days))
 
-    def client(self, token: str | None = None, address: str = "192.0.2.1") -> httpx2.AsyncClient:
+    def client(self, token: str | None = None, address: str = "192.0.2.1", prefix: str = PREFIX) -> httpx2.AsyncClient:
         """One that sends the token with every request."""
-        transport = httpx2.ASGITransport(app=self.app, root_path=PREFIX, client=(address, 1))
+        transport = httpx2.ASGITransport(app=self.app, root_path=prefix, client=(address, 1))
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        client = httpx2.AsyncClient(transport=transport, base_url=f"http://labels.test{PREFIX}/", headers=headers)
+        base_url = f"http://labels.test{quote(prefix)}/"
+        client = httpx2.AsyncClient(transport=transport, base_url=base_url, headers=headers)
         self.clients.append(client)
         return client
 
@@ -214,6 +216,17 @@ async def test_the_cookie_is_for_this_run_only(
     assert 2 * 86400 - 60 < max_age <= 2 * 86400
     operators = await site.client().get(f"enter/{site.token('operator', 'operator')}")
     assert operators.headers["location"] == "../overview"
+
+
+@pytest.mark.parametrize("name", ["my run", "Läufe", "x?y#z", "a%b", "a;b, c", "%20"])
+async def test_a_run_may_lie_under_any_name(site: Site, name: str) -> None:
+    """A browser sends a cookie where its path is that of the address as it is written, quoted."""
+    browser = site.client(prefix=f"/{name}")
+    reply = await browser.get(f"enter/{site.token()}")
+    assert f"Path=/{quote(name)}" in reply.headers["set-cookie"].split("; ")
+    assert (await browser.get("")).status_code == 200
+    reply = await browser.get(f"http://labels.test/{quote(name)}")
+    assert (reply.status_code, reply.headers["location"]) == (307, f"./{quote(name)}/")
 
 
 async def test_the_run_is_found_without_the_slash_at_its_end(site: Site) -> None:

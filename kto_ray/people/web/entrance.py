@@ -7,7 +7,7 @@ are right. Whether it was revoked since, and whether it opens this door, the des
 import time
 from http import HTTPStatus
 from typing import Annotated, Literal, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from fastapi import Depends, HTTPException, Request, Response, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
@@ -88,7 +88,8 @@ class Entrance:
             COOKIES[role],
             token,
             max_age=max(0, int(badge.expires_at - time.time())),
-            path=self._public.path.rstrip("/") + request.scope.get("root_path", "") or "/",
+            # Quoted, for a browser compares it with the path as it is sent.
+            path=quote(self._public.path.rstrip("/"), safe="/%") + quote(request.scope.get("root_path", "")) or "/",
             secure=self._public.scheme == "https",
             httponly=True,
             samesite="lax",  # strict would lose it on the redirect that follows a link in a mail

@@ -6,6 +6,7 @@ Plain ASGI, so that it holds for error pages, images and static files alike.
 import json
 import logging
 from http import HTTPStatus
+from urllib.parse import quote
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -63,7 +64,7 @@ class Guard:
                     send_guarded, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "size", f"send {MOST_BYTES} bytes at most"
                 )
             elif scope["path"] == scope.get("root_path"):  # relative addresses need the slash at the end
-                await _redirect(send_guarded, f"./{scope['path'].rsplit('/', 1)[-1]}/")
+                await _redirect(send_guarded, f"./{quote(scope['path'].rsplit('/', 1)[-1])}/")
             else:
                 await self.app(scope, _replay(body, receive), send_guarded)
         except Exception:
