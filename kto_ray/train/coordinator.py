@@ -1,8 +1,9 @@
-"""Where the loop and the long-lived train workers meet: the loop offers rounds, the workers take them in turn.
+"""Where the loop and the long-lived train workers meet: the loop hands over rounds, the workers take them in turn.
 
-An async Ray actor without a thread of its own. The worker at policy version v asks for the round that leads to v + 1
-and waits here; the loop waits here for the report. Both sides ask by version, so an answer may be asked for again
-after a crash.
+An async Ray actor without a thread of its own, on the driver's node, that may die at any time. It knows nothing but
+what calls that wait in it brought along: the loop waits with the round it wants trained, the workers wait for the next
+one with the report of the last. Ray makes such calls again when it has started the actor anew, and so it knows
+everything again.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,67 @@ class Coordinator:
     def __init__(self) -> None:
         self._tasks: dict[int, RoundTask] = {}
         self._reports: dict[int, TrainingReport] = {}
-        self._closed = False
         self._gave_up: GaveUp | None = None
-        self._workers_came = asyncio.Event()
+        self._told = self._closed = False
+        self._working = False
+        self._failure = ""
         self._changed = asyncio.Condition()
         self._progress: tuple[int, int, int] = (0, 0, 0)
 
-    async def offer(self, task: RoundTask) -> None:
+    # -- asked by the loop ----------------------------------------------------------------------------------------
+
+    async def train(self, task: RoundTask) -> TrainingReport | GaveUp:
+        """Hand over a round, and wait for what comes of it."""
+        version = task.round_index + 1
         async with self._changed:
             self._tasks[task.round_index] = task
             self._changed.notify_all()
+            await self._changed.wait_for(lambda: version in self._reports or self._gave_up)
+            if report := self._reports.get(version):
+                return report
+            assert self._gave_up
+            self._told = True
+            self._changed.notify_all()
+            return self._gave_up
 
-    async def next_round(self, version: int) -> RoundTask | None:
+    async def wait_workers(self) -> None:
+        """Until the train workers have loaded their model and asked for a round, after their last failure, if any."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._working)
+
+    async def wait_failure(self) -> str:
+        """Until workers have failed that were at work; says why."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._working and bool(self._failure))
+            return self._failure
+
+    async def progress(self) -> tuple[int, int, int]:
+        """(round, optimizer steps done, steps in all) of the round in work."""
+        return self._progress
+
+    async def close(self) -> None:
+        """Let the workers end. Never returns: a call that is still there is what a restarted actor knows it by."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        await asyncio.Event().wait()
+
+    # -- asked by the workers, and by Ray Train about them ----------------------------------------------------------
+
+    async def next_round(self, version: int, report: TrainingReport | None = None) -> RoundTask | None:
         """The round for workers whose policy has this version; waits for it. Every rank gets the same answer.
+
+        Args:
+            report: of the round that led to this version, from the one rank that tells it.
 
         Raises:
             RuntimeError: the loop has moved beyond this version, so the workers' checkpoint is older than the run.
         """
-        self._workers_came.set()
         async with self._changed:
+            if report:
+                self._reports[report.version] = report
+            self._working = True
+            self._changed.notify_all()
             await self._changed.wait_for(lambda: self._closed or any(index >= version for index in self._tasks))
             if version in self._tasks:
                 return self._tasks[version]
@@ -74,41 +118,36 @@ class Coordinator:
                 "the checkpoints of this run are missing or older than its policies"
             )
 
-    async def wait_workers(self) -> None:
-        """Until the train workers have loaded their model and asked for a round."""
-        await self._workers_came.wait()
-
-    async def report(self, report: TrainingReport) -> None:
-        async with self._changed:
-            self._reports[report.version] = report
-            self._changed.notify_all()
-
     async def give_up(self, why: str) -> None:
-        """Called by every worker that finds what a restart would find again; the first reason stands."""
-        self._workers_came.set()
-        async with self._changed:
-            self._gave_up = self._gave_up or GaveUp(why)
-            self._changed.notify_all()
+        """Called by every worker that finds what a restart would find again; the first reason stands.
 
-    async def wait_trained(self, version: int) -> TrainingReport | GaveUp:
+        Returns when the loop has been told, or will not ask any more.
+        """
         async with self._changed:
-            await self._changed.wait_for(lambda: version in self._reports or self._gave_up)
-            return self._reports.get(version) or self._gave_up  # type: ignore[return-value]
+            self._gave_up, self._working = self._gave_up or GaveUp(why), True
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._told or self._closed)
 
     async def set_progress(self, round_index: int, step: int, steps: int) -> None:
         self._progress = (round_index, step, steps)
-
-    async def progress(self) -> tuple[int, int, int]:
-        """(round, optimizer steps done, steps in all) of the round in work."""
-        return self._progress
-
-    async def close(self) -> None:
         async with self._changed:
-            self._closed = True
+            self._working = True
+            self._changed.notify_all()
+
+    async def workers_failed(self, why: str) -> None:
+        """They are being started again."""
+        async with self._changed:
+            self._working, self._failure = False, why
             self._changed.notify_all()
 
 
 def start_coordinator() -> Any:
-    """The actor; it computes nothing, so it asks for no CPU."""
+    """The actor; it computes nothing, so it asks for no CPU.
+
+    It lives and dies with the node of the driver: elsewhere it would keep a node that nobody needs, and go with it.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Coordinator)
-    return actor.options(num_cpus=0, max_concurrency=1000).remote()
+    return actor.options(
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000, scheduling_strategy=here
+    ).remote()

@@ -1,21 +1,38 @@
 """The driver's side of training: one Ray Train job for the whole run, fed by rounds through the coordinator."""
 
 import asyncio
+import contextlib
+import logging
 import threading
-from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, UserCallback
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
 
 from kto_ray.cluster import noisily
+from kto_ray.concurrency import cancelled, together
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
+from kto_ray.lost import last_words
 from kto_ray.storage import Storage
 from kto_ray.train.coordinator import GaveUp, RoundTask, TrainingReport, start_coordinator
 from kto_ray.train.worker import train_worker
+
+logger = logging.getLogger(__name__)
+
+
+class Watching(UserCallback):
+    """Tells the coordinator of workers that failed; Ray Train calls it where it decides what to do about them."""
+
+    def __init__(self, coordinator: Any) -> None:
+        self.coordinator = coordinator
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        rank, error = min(worker_exceptions.items(), key=lambda item: item[0])
+        self.coordinator.workers_failed.remote(f"rank {rank}: {last_words(error)}")
 
 
 class Training:
@@ -39,19 +56,25 @@ class Training:
                 storage_path=run.uri,
                 failure_config=FailureConfig(max_failures=train.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+                callbacks=[Watching(self.coordinator)],  # type: ignore[list-item]  # named for an older Ray Train
             ),
         )
-        self._fit: Future[Result] = Future()
+        self._ended: asyncio.Future[Result]  # what `fit()` came to; one for all who wait
 
     def start(self) -> None:
         """Begin `fit()`, which lasts as long as the run, in a daemon thread: a failing driver does not wait for it."""
-        threading.Thread(target=self._run_fit, name="ray-train", daemon=True).start()
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        self._ended.add_done_callback(lambda ended: ended.exception())  # nobody may be waiting at that moment
+        threading.Thread(target=self._run_fit, args=[loop], name="ray-train", daemon=True).start()
 
-    def _run_fit(self) -> None:
+    def _run_fit(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            self._fit.set_result(self._trainer.fit())
+            tell = partial(self._ended.set_result, self._trainer.fit())
         except BaseException as error:  # noqa: BLE001  handed to whoever waits for a round
-            self._fit.set_exception(error)
+            tell = partial(self._ended.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the run has ended before, and its event loop with it
+            loop.call_soon_threadsafe(tell)
 
     async def train(self, task: RoundTask) -> TrainingReport:
         """Hand the workers a sealed round and wait for its report.
@@ -60,28 +83,53 @@ class Training:
             UserError: what is wrong would be wrong again after a restart.
             TrainingFailedError: the workers failed more often than `train.max_failures` allows.
         """
-        await self.coordinator.offer.remote(task)
-        async with noisily(
-            "train workers", self.config.cluster, self.config.train.resources, self.config.train.workers
-        ):
-            await self._unless_failed(self.coordinator.wait_workers.remote())
-        version = task.round_index + 1
-        report: TrainingReport | GaveUp = await self._unless_failed(self.coordinator.wait_trained.remote(version))
+        async with together() as group:
+            telling = group.create_task(self._tell_of_workers())
+            report: TrainingReport | GaveUp = await self._unless_ended(self.coordinator.train.remote(task))
+            telling.cancel()
         if isinstance(report, GaveUp):
             raise UserError(report.why)
         return report
 
-    async def _unless_failed(self, reference: "ray.ObjectRef[Any]") -> Any:
+    async def _tell_of_workers(self) -> None:
+        """While a round waits for workers, say so; and when they fail, why."""
+        train = self.config.train
+        while True:
+            async with noisily("train workers", self.config.cluster, train.resources, train.workers):
+                await _answer(self.coordinator.wait_workers.remote())
+            why = await _answer(self.coordinator.wait_failure.remote())
+            logger.warning(
+                "the train workers failed (%s); they start again from the last checkpoint, up to train.max_failures "
+                "(%d) times in all",
+                *(why, train.max_failures),
+            )
+
+    async def _unless_ended(self, reference: "ray.ObjectRef[Any]") -> Any:
         """What a call to the coordinator gives, or the error of the Ray Train job that was to bring it about."""
-        answer, fit = asyncio.wrap_future(reference.future()), asyncio.wrap_future(self._fit)
-        await asyncio.wait({answer, fit}, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-        answer.cancel()
-        fit.result()
-        raise RuntimeError("the train workers ended although the run goes on")
+        answer = asyncio.create_task(_answer(reference))
+        try:
+            await asyncio.wait({answer, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            self._ended.result()
+            raise RuntimeError("the train workers ended although the run goes on")
+        finally:
+            await cancelled([answer])
 
     async def close(self) -> None:
         """Let the workers end, once all rounds are trained."""
-        await self.coordinator.close.remote()
-        await asyncio.wrap_future(self._fit)
+        closing = asyncio.create_task(_answer(self.coordinator.close.remote()))
+        try:
+            await asyncio.wait({self._ended})
+        finally:
+            await cancelled([closing])
+        self._ended.result()
+
+
+async def _answer(reference: "ray.ObjectRef[Any]") -> Any:
+    """What a call to the coordinator gives; when nobody wants to know any more, the coordinator stops waiting, too."""
+    try:
+        return await reference
+    except asyncio.CancelledError:
+        ray.cancel(reference)
+        raise

@@ -1,7 +1,7 @@
 """What runs on every Ray Train worker: round after round, with model, optimizer and process group hot.
 
-    checkpoint? -> load -> [ ask the coordinator for the round after my version -> train -> checkpoint committed
-                             -> publish the policy -> report ] ...
+    checkpoint? -> load -> [ publish the policy -> report it to the coordinator and ask for the round after it
+                             -> train -> checkpoint committed ] ...
 
 A round counts as trained only after its checkpoint is committed; policy and report follow from the checkpoint, so a
 worker that died in between publishes and reports again when it comes back, with the same bytes.
@@ -62,15 +62,14 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
     store, rounds = PolicyStore(run), RoundStore(run)
     base = source.resolve(config.model), config.model.variant
     store.publish_base(source.reference_digest(*base), source.component_digests(*base))
-    version = 0
+    version, report = 0, None
     if checkpoint := ray.train.get_checkpoint():
         version, report = load_checkpoint(checkpoint, learner)
-        if rank == 0:
-            publish(store, learner.policy, version)
-            ray.get(coordinator.report.remote(report))
 
     while True:
-        task: RoundTask | None = ray.get(coordinator.next_round.remote(version))
+        if rank == 0 and report:
+            publish(store, learner.policy, version)
+        task: RoundTask | None = ray.get(coordinator.next_round.remote(version, report if rank == 0 else None))
         if task is None:
             return
         began = time.monotonic()
@@ -99,9 +98,6 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
             left_out=left_out,
         )
         commit_checkpoint(learner, version, report, rank, run)
-        if rank == 0:
-            publish(store, learner.policy, version)
-            ray.get(coordinator.report.remote(report))
 
 
 def not_finite_sentence(error: NotFiniteError, index: int, ids: Sequence[str], run: Storage) -> str:

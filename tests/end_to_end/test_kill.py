@@ -33,7 +33,7 @@ def assert_whole(run: Path, undisturbed: Path) -> None:
         assert {sample.policy for sample in round_.samples()} == {policies.resolve(index)}
 
 
-def test_a_killed_replica_scorer_and_train_worker_cost_nothing(
+def test_a_killed_replica_scorer_train_worker_and_coordinator_cost_nothing(
     tmp_path: Path, tiny_sd1_folder: Path, undisturbed: Path
 ) -> None:
     # So that there is something under way when it is killed, on a fast machine, too.
@@ -46,12 +46,15 @@ def test_a_killed_replica_scorer_and_train_worker_cost_nothing(
     job.actors("ScorerActor")[0].kill()
     job.wait_until(lambda: (job.run / "rounds/00000/manifest.json").exists())
     job.wait_until(lambda: job.actors("RayTrainWorker"))[0].kill()
+    job.wait_until(lambda: job.actors("ray::Coordinator"))[0].kill()
     job.wait_until(lambda: (job.run / "rounds/00001/manifest.json").exists())
+    job.wait_until(lambda: job.actors("ray::Coordinator"))[0].kill()
     job.wait_until(lambda: job.actors("RayTrainWorker"))[0].kill()
 
     assert job.wait() == 0, job.output()
     assert "a generator replica died" in job.output()
     assert "scorer CoinScorer: scorer actor died" in job.output()
+    assert "the train workers failed (rank 0: " in job.output()
     assert_whole(job.run, undisturbed)
 
 
