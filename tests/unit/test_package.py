@@ -47,7 +47,7 @@ def test_importing_is_cheap() -> None:
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "identity", "images", "objective", "records", "stage"),
     ("concurrency", "lost", "plugins", "section", "shapes", "storage", "text"),
-    ("prompt_files", "verdicts"),
+    ("outbox", "prompt_files", "verdicts"),
     ("config",),
     ("cluster", "serving", "policies", "rounds", "prompts", "tracking", "diffusion"),
     ("generate", "score", "train"),
