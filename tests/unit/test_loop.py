@@ -111,7 +111,7 @@ def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
             }
         )
         prompts = [Prompt(f"p{place}", f"prompt {place}") for place in range(IMAGES)]
-        preflight = Preflight(Storage(str(tmp_path)), prompts, prompts, "b" * 64)
+        preflight = Preflight(Storage(str(tmp_path)), prompts, prompts, "b" * 64, {"unet": "b" * 64})
         return _Loop(config, preflight, Console(file=io.StringIO(), width=1000)), workers
 
     return make
