@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from kto_ray.config import Model, Replay, RunConfig, from_tree, override, yaml12
+from kto_ray.config import Model, Replay, RunConfig, from_tree, override, public, yaml12
 from kto_ray.config.moved import upgraded
 from kto_ray.diffusion import source
 from kto_ray.errors import UserError
@@ -68,7 +68,7 @@ def relabel(run: Storage, name: str, overrides: Sequence[str]) -> list[Relabeled
         (folder / f"{index:05}").write_table("verdicts.parquet", verdicts_to_table(judged.verdicts))
         labels = Counter(str(verdict.label) for verdict in judged.verdicts)
         report.append(RelabeledRound(index, labels, changed / max(1, len(judged.verdicts))))
-    folder.write_json("labels.json", {"label": config.label.model_dump(mode="json"), "rounds": len(rounds)})
+    folder.write_json("labels.json", {"label": public(config.label), "rounds": len(rounds)})
     return report
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from kto_ray.config import RunConfig, Tracking
+from kto_ray.config import RunConfig, Tracking, public
 from kto_ray.errors import UserError
 from kto_ray.outbox import Outbox, Row, join_all
 from kto_ray.storage import Storage, to_json
@@ -55,7 +55,7 @@ class WandbTracker:
             name=config.run,
             id=config.run,
             resume="allow",
-            config=config.model_dump(mode="json"),
+            config=public(config),
         )
         for kind in KINDS:
             # W&B's own step must grow with every row, also after a continuation: of a row at an earlier one, or of the

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kto_ray.identity import Noted
+from kto_ray.identity import Free, Noted
 from kto_ray.records import Prompt
 
 
@@ -19,13 +19,13 @@ class CoinScorer:
 
     Args:
         seconds: time that a batch takes, to have something to kill.
-        device: does nothing, and may change while a run goes on.
+        device, api_key: do nothing, and may change while a run goes on.
     """
 
     name = "coin"
     version = "1"
 
-    def __init__(self, seconds: float = 0.0, device: Noted[str] = "auto") -> None:
+    def __init__(self, seconds: float = 0.0, device: Noted[str] = "auto", api_key: Free[str | None] = None) -> None:
         self.seconds = seconds
 
     def score(self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[float]:

@@ -12,7 +12,7 @@ from kto_ray.config.generate import Generate
 from kto_ray.config.label import Labeling, ScorerSettings
 from kto_ray.config.machines import Cluster, Device, Dtype, Resources
 from kto_ray.config.people import Human
-from kto_ray.config.reading import from_tree, load, override, recipe_names, to_yaml
+from kto_ray.config.reading import from_tree, load, override, public, recipe_names, to_yaml
 from kto_ray.config.resuming import Change, require_same
 from kto_ray.config.run import Evaluate, Model, Prompts, Replay, RunConfig, Tracking
 from kto_ray.config.train import Adapter, Train, steps_for
@@ -39,6 +39,7 @@ __all__ = [
     "implied",
     "load",
     "override",
+    "public",
     "recipe_names",
     "require_same",
     "steps_for",

@@ -6,6 +6,7 @@ from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from kto_ray.config.run import RunConfig
+from kto_ray.secrets import hide
 from kto_ray.section import Section
 
 UNIONS = (Union, UnionType)
@@ -23,7 +24,7 @@ def explain(detail: Any) -> str:
         known, kind = list(_kinds(_resolve(location)[1])), str(detail.get("ctx", {}).get("tag", detail["input"]))
         return f"{field}: unknown kind {kind!r}{nearest(kind, known)}; known: {', '.join(known)}"
     message = detail["msg"].removeprefix("Value error, ")
-    given = "" if detail["type"] == "value_error" else f" (given: {detail['input']!r})"
+    given = "" if detail["type"] == "value_error" else f" (given: {hide(detail['input'], keys[-1] if keys else '')!r})"
     return f"{field}: {message}{given}" if field else message
 
 

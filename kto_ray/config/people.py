@@ -2,10 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, SecretStr, model_validator
 
 from kto_ray.identity import Fixed, Free, Noted
+from kto_ray.secrets import hide_in_database
 from kto_ray.section import Count, InnerShare, Positive, Section, Share
+
+DatabaseUrl = Annotated[
+    SecretStr, PlainSerializer(lambda url: hide_in_database(url.get_secret_value()), str, when_used="json")
+]
 
 
 class Overlap(Section):
@@ -78,9 +83,10 @@ class Human(Section):
 
     labelers: Free[tuple[str, ...]] = ("me",)
     """Who is given a link when the run starts; `kto-ray labelers add` adds others at any time."""
-    database: Fixed[str | None] = None
-    """SQLAlchemy URL, for instance postgresql+psycopg://user@host/name, one database a run; None: a SQLite file in the
-    run's folder."""
+    database: Fixed[DatabaseUrl | None] = None
+    """SQLAlchemy URL, for instance postgresql+psycopg://user:$PASSWORD@host/name, one database a run; None: a SQLite
+    file in the run's folder. $NAME is an environment variable of whoever starts the run; a password that stands here
+    itself is not kept and has to be given at every start."""
     min_labels: Noted[Count | None] = None
     """A round is sealed as soon as so many of its images are judged; None: all that people are asked about."""
     on_deadline: Noted[Literal["train", "scorer", "wait"]] = "train"

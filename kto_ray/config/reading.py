@@ -12,6 +12,8 @@ from kto_ray.config.explaining import explain, leads_to, nearest
 from kto_ray.config.moved import refuse_moved
 from kto_ray.config.run import SHORT_FORMS, RunConfig
 from kto_ray.errors import UserError
+from kto_ray.secrets import hide
+from kto_ray.section import Section
 from kto_ray.text import read_text
 
 
@@ -36,9 +38,15 @@ def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     return from_tree(_overlay(_read_recipe(recipe) if recipe else {}, overrides))
 
 
+def public(section: Section) -> dict[str, Any]:
+    """A configuration, or a section of one, as it may be written and shown: as JSON has it, without secrets."""
+    shown: dict[str, Any] = hide(section.model_dump(mode="json"))
+    return shown
+
+
 def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """`config` with overrides laid over it; raises as `load`."""
-    return from_tree(_overlay(config.model_dump(mode="json"), overrides))
+    """`config`, but for its secrets, with overrides laid over it; raises as `load`."""
+    return from_tree(_overlay(public(config), overrides))
 
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
@@ -67,7 +75,7 @@ def _overlay(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         try:
             branch[keys[-1]] = yaml12.load_whole(text)
         except yaml12.YAMLError as error:
-            raise UserError(f"override {path}: {text!r} is not a YAML value: {error}") from error
+            raise UserError(f"override {path}: {hide(text)!r} is not a YAML value: {hide(str(error))}") from None
     return tree
 
 
@@ -86,7 +94,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     try:
         tree = yaml12.load(text)
     except yaml12.YAMLError as error:
-        raise UserError(f"recipe {recipe} is not valid YAML: {error}") from error
+        raise UserError(f"recipe {recipe} is not valid YAML: {hide(str(error))}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -95,5 +103,5 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved tree; `load` of this text gives an equal configuration."""
-    return yaml12.dump(config.model_dump(mode="json"))
+    """The resolved tree, without secrets; but for them, `load` of this text gives an equal configuration."""
+    return yaml12.dump(public(config))

@@ -10,12 +10,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from kto_ray.config.run import RunConfig
 from kto_ray.errors import UserError
 from kto_ray.identity import OnResume
+from kto_ray.secrets import hide, hide_in_database, without_credentials
 from kto_ray.section import Section
 from kto_ray.storage import Storage, to_json
 
@@ -90,8 +92,23 @@ def _changes(
         marks = arguments.get(".".join(keys), {})
         for key in old | new:
             yield from _changes(new.get(key), old.get(key), (*keys, key), marks.get(key, mark), arguments)
-    elif new != old:
-        yield Change(".".join(keys), to_jsonable_python(old), to_jsonable_python(new), mark)
+    else:
+        name = "headers" if "headers" in keys else keys[-1]
+        if _compared(new, name) != _compared(old, name):
+            yield Change(".".join(keys), _shown(old, name), _shown(new, name), mark)
+
+
+def _compared(value: Any, name: str) -> Any:
+    """Secrets may change: folders do not have them."""
+    if isinstance(value, SecretStr):
+        return without_credentials(value.get_secret_value())
+    return _shown(value, name)
+
+
+def _shown(value: Any, name: str) -> Any:
+    if isinstance(value, SecretStr):
+        return hide_in_database(value.get_secret_value())
+    return hide(to_jsonable_python(value), name)
 
 
 def write_down(changes: Sequence[Change], run: Storage, round_index: int) -> None:

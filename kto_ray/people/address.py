@@ -6,6 +6,7 @@ import sqlalchemy as sa
 
 from kto_ray.config.people import Human
 from kto_ray.errors import UserError
+from kto_ray.secrets import HIDDEN, fill
 from kto_ray.storage import Storage
 
 
@@ -13,10 +14,17 @@ def database_url(human: Human, run: Storage) -> str:
     """`label.human.database`, or a SQLite file in the run's folder.
 
     Raises:
-        UserError: the folder is not on this machine, where a SQLite file must be.
+        UserError: the folder is not on this machine, where a SQLite file must be, or the password is not at hand.
     """
     if human.database is not None:
-        return human.database
+        field, given = "label.human.database", human.database.get_secret_value()
+        url = fill(given, field)
+        if HIDDEN in url:
+            raise UserError(
+                f"{field}: the password of {given} is not kept in the run's folder; name an environment variable in "
+                "its place, as in postgresql+psycopg://user:$PASSWORD@host/name, when the run is started the next time"
+            )
+        return url
     if run.local is None:
         raise UserError(
             f"label.human.database: {run} is not a local folder, so that people's answers need a database of their "

@@ -13,7 +13,6 @@ is done here is a transaction, and may be repeated.
 """
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy import Column, ForeignKey, Index, Table, UniqueConstraint
 
 from kto_ray.errors import UserError
+from kto_ray.secrets import HIDDEN, hide_in_database
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +138,14 @@ def open_database(url: str, run: str, patience_s: float = 0) -> sa.Engine:
     """
     try:
         parsed = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError) as error:  # ValueError: a port that is no number
+    except (sa.exc.ArgumentError, ValueError):  # ValueError: a port that is no number; it may be half a password
         raise UserError(
-            f"{FIELD}: {_without_password(url)!r} is not a database URL; write for instance "
+            f"{FIELD}: {hide_in_database(url)!r} is not a database URL; write for instance "
             "postgresql+psycopg://user@host/name, or leave it out for a SQLite file in the run's folder"
-        ) from error
-    shown = parsed.render_as_string(hide_password=True)
+        ) from None
+    shown = hide_in_database(url)
     try:
-        engine = sa.create_engine(parsed, **_options(parsed))
+        engine = sa.create_engine(parsed, hide_parameters=True, **_options(parsed))
     except (ImportError, sa.exc.NoSuchModuleError) as error:
         raise UserError(
             f"{FIELD}: no driver for {shown}: {error}; for PostgreSQL install kto-ray[postgres] "
@@ -173,11 +173,6 @@ def open_database(url: str, run: str, patience_s: float = 0) -> sa.Engine:
         engine.dispose()
         raise _unusable(engine, error) from error
     return engine
-
-
-def _without_password(url: str) -> str:
-    """Of a text that need not be a URL."""
-    return re.sub(r"(?<=:)[^:/@]*(?=@)", "***", url)
 
 
 WAIT_S = 30
@@ -259,5 +254,6 @@ def _is_away(error: sa.exc.DBAPIError) -> bool:
 
 
 def _unusable(engine: sa.Engine, error: sa.exc.DBAPIError) -> UserError:
-    shown = engine.url.render_as_string(hide_password=True)
-    return UserError(f"{FIELD}: cannot use {shown}: {' '.join(str(error.orig).split())}")
+    said, password = " ".join(str(error.orig).split()), engine.url.password
+    shown = hide_in_database(engine.url.render_as_string(hide_password=True))
+    return UserError(f"{FIELD}: cannot use {shown}: {said.replace(password, HIDDEN) if password else said}")

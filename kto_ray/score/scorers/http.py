@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import time
@@ -17,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from email.utils import parsedate_to_datetime
-from string import Template
 from typing import Any
 
 import httpx2
@@ -29,6 +27,7 @@ from kto_ray.identity import Free, Noted
 from kto_ray.images import to_png
 from kto_ray.records import Prompt
 from kto_ray.score.protocol import BatchFailed
+from kto_ray.secrets import fill
 
 FIRST_WAIT_S = 0.5  # before the first retry; doubles with every further one
 PASSING = (408, 425, 429)  # statuses beside 5xx by which a server says "not now" rather than "no"
@@ -308,16 +307,7 @@ def fill_header(name: str, value: str) -> str:
     require(isinstance(name, str) and bool(re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.A)), "headers", name, "a name")
     if not isinstance(value, str):
         raise UserError(f"headers: the value of {name} must be text, not a {type(value).__name__}")
-    try:
-        filled = Template(value).substitute(os.environ)
-    except KeyError as error:
-        raise UserError(
-            f"headers: {name} names the environment variable {error}, which is not set where the scorer runs"
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"headers: {name} has a '$' before what is no name of an environment variable; write '$$' for a dollar sign"
-        ) from error
+    filled = fill(value, f"headers: {name}")
     if not (filled.isascii() and filled.isprintable()):
         raise UserError(f"headers: {name} is, once filled in, not one line of printable ASCII")
     return filled
