@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from kto_ray.concurrency import cancelled
 from kto_ray.config import Cluster, Resources
 
 logger = logging.getLogger(__name__)
@@ -89,4 +90,4 @@ async def noisily(
     try:
         yield
     finally:
-        task.cancel()
+        await cancelled([task])

@@ -22,6 +22,7 @@ import httpx2
 import numpy as np
 import numpy.typing as npt
 
+from kto_ray.concurrency import together
 from kto_ray.errors import UserError
 from kto_ray.identity import Free, Noted
 from kto_ray.images import to_png
@@ -97,11 +98,8 @@ class Endpoint:
                 except BadReply as error:
                     return error
 
-        try:
-            async with httpx2.AsyncClient(headers=self._headers, timeout=None) as client, asyncio.TaskGroup() as group:
-                posts = [group.create_task(post(body)) for body in bodies]
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+        async with httpx2.AsyncClient(headers=self._headers, timeout=None) as client, together() as group:
+            posts = [group.create_task(post(body)) for body in bodies]
         return [post.result() for post in posts]
 
     async def _post(self, client: httpx2.AsyncClient, body: bytes) -> Any:
