@@ -123,6 +123,9 @@ class _Loop:
         if self.replayed:
             self.replayed.settle(self.run_storage)
         self.evaluation = Evaluation(config, self.run_storage, preflight.held_out_prompts)
+        goal = config.evaluate.stop_at_pass_rate
+        fresh = Evaluation(config, self.run_storage, preflight.held_out_prompts, fresh=True)
+        self.fresh = fresh if goal is not None else None
         self.policies.publish_base(preflight.reference_digest, preflight.components)
 
         self.walked = 0  # rounds that are trained, logged and evaluated, also by this process
@@ -159,7 +162,8 @@ class _Loop:
             self.metrics.close()
         self.watch.seconds["total"] = time.monotonic() - began
         return write_results(
-            self.config, self.run_storage, self.metrics, self.rounds, self.evaluation, self.watch.seconds
+            *(self.config, self.run_storage, self.metrics, self.rounds),
+            *(self.evaluation, self.fresh, self.watch.seconds),
         )
 
     @property
@@ -209,7 +213,8 @@ class _Loop:
             if version % self.config.evaluate.every == 0 and not last:
                 summary = await self._evaluate(version)
                 goal = self.config.evaluate.stop_at_pass_rate
-                if goal is not None and summary.pass_rate.value >= goal:
+                # Not the rate itself: of the rates of many policies, one is high by chance.
+                if goal is not None and summary.pass_rate.low >= goal:
                     self.stopped = last = True
             if self._doubtful(index) and not last:
                 self.stopped = last = True
@@ -218,6 +223,9 @@ class _Loop:
                 self.published.notify_all()
             if last:
                 await self._evaluate(version)
+                if self.fresh:
+                    await self._evaluate(0, self.fresh)
+                    await self._evaluate(version, self.fresh)
                 return
 
     async def _until_sealed(self, index: int) -> Round:
@@ -260,12 +268,13 @@ class _Loop:
         facts = {"policy_version": policy.version, "policy_digest": policy.digest, "figures": report.figures}
         round_.record_training(report.draws, facts | ({"left_out": report.left_out} if report.left_out else {}))
 
-    async def _evaluate(self, version: int) -> EvaluationSummary:
+    async def _evaluate(self, version: int, evaluation: Evaluation | None = None) -> EvaluationSummary:
+        evaluation = evaluation or self.evaluation
         async with self.stage.turn("evaluating"):
             with self.watch.measure("evaluate"):
-                summary = await self.evaluation.run_for(self.policies.resolve(version), self.generators, self.scorers)
-        self.metrics.log("evaluation", version, evaluation_row(summary))
-        self.console.print(evaluation_sentence(version, summary))
+                summary = await evaluation.run_for(self.policies.resolve(version), self.generators, self.scorers)
+        self.metrics.log(evaluation.stage, version, evaluation_row(summary))
+        self.console.print(evaluation_sentence(version, summary, evaluation.fresh))
         return summary
 
     def _doubtful(self, index: int) -> bool:

@@ -138,7 +138,7 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     native_height, native_width = geometry.pixels or (0, 0)
     height, width = config.generate.height or native_height, config.generate.width or native_width
     image = height * width * 3 + height * width // geometry.shrink**2 * geometry.channels * 4
-    evaluations = 2 + config.rounds // config.evaluate.every
+    evaluations = 2 + config.rounds // config.evaluate.every + 2 * (config.evaluate.stop_at_pass_rate is not None)
     evaluated = evaluations * config.evaluate.prompts_of(held_out_prompts)
     images = config.rounds * config.generate.images_per_round + evaluated * config.evaluate.images_per_prompt
     weights = sum(file.stat().st_size for file in source.weight_files(folder / layout.denoiser, config.model.variant))

@@ -33,11 +33,12 @@ def round_sentence(facts: Mapping[str, Any]) -> str:
     )
 
 
-def evaluation_sentence(version: int, summary: EvaluationSummary) -> str:
-    """One policy on the held-out prompts."""
+def evaluation_sentence(version: int, summary: EvaluationSummary, fresh: bool) -> str:
+    """One policy on the held-out prompts; `fresh`: with seeds by which nothing was decided."""
     win = f", win rate vs base {summary.win_rate.value:.0%}" if summary.win_rate else ""
     passes, mean = summary.pass_rate.value, summary.mean_score.value
     # Where nobody votes, or no bar can be found, there are still the scores themselves.
     scores = ", ".join(f"mean {name} {interval.value:.4g}" for name, interval in summary.scores.items())
     found = f"{passes:.1%} pass, mean score {mean:.3f}{win}" if summary.pass_rate.used else scores or "none judged"
-    return f"  policy {version}: of {summary.images} held-out images {found}"
+    seeds = " with fresh seeds" if fresh else ""
+    return f"  policy {version}: of {summary.images} held-out images{seeds} {found}"

@@ -19,7 +19,7 @@ from kto_ray.errors import UserError
 from kto_ray.outbox import Outbox, Row, join_all
 from kto_ray.storage import Storage, to_json
 
-KINDS = ("round", "evaluation")
+KINDS = ("round", "evaluation", "fresh_evaluation")
 """Of rows; a round's step is its number, an evaluation's the version of the policy."""
 
 

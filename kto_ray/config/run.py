@@ -55,7 +55,8 @@ class Evaluate(Section):
     max_prompts: Fixed[Count | None] = None
     """Take only so many of the held-out prompts."""
     stop_at_pass_rate: Free[Share | None] = None
-    """End the run when so large a share of the held-out images passes the threshold."""
+    """End the run when the pass rate of the held-out prompts is at least this, and so is the low end of its 95 %
+    interval. Base and last policy are then reported on images with other seeds than those that decided."""
 
     def prompts_of(self, held_out: int) -> int:
         """How many of so many held-out prompts are evaluated."""

@@ -331,6 +331,18 @@ def numbers(interval: Interval) -> str:
     return "no interval" if math.isnan(interval.low) else f"{number(interval.low)} to {number(interval.high)}"
 
 
+def points(interval: Interval | None) -> str:
+    """A difference of shares in percentage points, with its bounds."""
+    if interval is None:
+        return MISSING
+    bounds = "no interval" if math.isnan(interval.low) else f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
+    return f"{100 * interval.value:+.1f} ({bounds})"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3g}"
+
+
 def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -1,8 +1,9 @@
 """Held-out evaluation: the same prompts and seeds from any policy, scored, judged, and compared with the base.
 
-The loop asks for an evaluation of a policy version; images and scores are kept under `evaluations/<version>` in the
-form of a round, so that a resumed run does not draw them again. All policies are judged by the run's rule as fitted to
-the base's images: a quantile of the base's scores is the same bar for everybody.
+The loop asks for an evaluation of a policy version; images and scores are kept under `evaluations/<version>` (those
+with fresh seeds under `fresh_evaluations/<version>`) in the form of a round, so that a resumed run does not draw them
+again. All policies are judged by the run's rule as fitted to the base's images: a quantile of the base's scores is the
+same bar for everybody.
 """
 
 import contextlib
@@ -16,7 +17,15 @@ import numpy.typing as npt
 from kto_ray.concurrency import together
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.report import Pair
-from kto_ray.evaluate.statistics import EvaluationSummary, Interval, mean_interval, median_win_rate, pass_rate
+from kto_ray.evaluate.statistics import (
+    EvaluationSummary,
+    Interval,
+    mean_difference,
+    mean_interval,
+    median_win_rate,
+    pass_rate,
+    pass_rate_difference,
+)
 from kto_ray.generate.client import Generators
 from kto_ray.generate.drawn import failed_draws, require_drawn
 from kto_ray.label.judging import rule_of, table_of
@@ -27,25 +36,32 @@ from kto_ray.storage import Storage
 from kto_ray.verdicts.rule import Judgement, RuleFit
 
 STAGE = "evaluation"
+FRESH_STAGE = "fresh_evaluation"
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
 """Nothing was judged: no scorer votes, all failed, or the base's images all score the same and give no bar."""
 
 
 class Evaluation:
-    """Evaluates policies on the held-out prompts of a run."""
+    """Evaluates policies on the held-out prompts of a run.
 
-    def __init__(self, config: RunConfig, run: Storage, held_out: Sequence[Prompt]) -> None:
-        self.config, self.run = config, run
+    Args:
+        fresh: draw from other seeds than those by which the run is ended (`evaluate.stop_at_pass_rate`): whoever stops
+            when the figures are good enough must not report these figures. Everything is apart then, base and bar, too.
+    """
+
+    def __init__(self, config: RunConfig, run: Storage, held_out: Sequence[Prompt], fresh: bool = False) -> None:
+        self.config, self.run, self.fresh = config, run, fresh
+        self.stage = FRESH_STAGE if fresh else STAGE
         self.prompts = held_out[: config.evaluate.max_prompts]
         self.requests = [
-            SampleRequest.make(config.seed, STAGE, prompt, index)
+            SampleRequest.make(config.seed, self.stage, prompt, index)
             for prompt in self.prompts
             for index in range(config.evaluate.images_per_prompt)
         ]
         self.rule = rule_of(config.label)
 
     def _round(self, version: int) -> Round:
-        return Round(self.run / "evaluations" / f"{version:05}", STAGE)
+        return Round(self.run / f"{self.stage}s" / f"{version:05}", self.stage)
 
     async def run_for(self, policy: PolicyRef, generators: Generators, scorers: Scorers) -> EvaluationSummary:
         """Draw and score what is not there yet, then sum up."""
@@ -77,9 +93,8 @@ class Evaluation:
     def summary(self, version: int) -> EvaluationSummary:
         """Figures of a sealed evaluation."""
         judged, prompts_N = self._judged(version), list(self._prompts.values())
-        scores = by_sample(self._round(version).scores())
-        values = {name: [scores[id_][name].value for id_ in self._prompts] for name in self.config.label.scorers}
-        passes_N = self._passes(judged, prompts_N)
+        columns = self._columns(version)
+        passes_N = columns["pass_rate"]
         return EvaluationSummary(
             policy_version=version,
             mean_score=UNKNOWN if np.isnan(judged.values_N).all() else mean_interval(judged.values_N, prompts_N),
@@ -88,11 +103,35 @@ class Evaluation:
             images=len(judged.labels),
             failed=judged.labels.count("failed"),
             scores={
-                name: mean_interval(values_N, prompts_N)
-                for name, values_N in values.items()
-                if any(value is not None for value in values_N)
+                name: mean_interval(columns[f"score/{name}"], prompts_N)
+                for name in self.config.label.scorers
+                if not np.isnan(columns[f"score/{name}"]).all()
             },
+            differences=self._differences(columns) if version else {},
         )
+
+    def _columns(self, version: int) -> dict[str, npt.NDArray[np.float64]]:
+        """What is known of each image, in the order of the requests; NaN for what is not."""
+        judged, scores = self._judged(version), by_sample(self._round(version).scores())
+        return {
+            "pass_rate": self._passes(judged, self._prompts.values()),
+            "mean_score": judged.values_N,
+            **{
+                f"score/{name}": np.array([scores[id_][name].value for id_ in self._prompts], np.float64)
+                for name in self.config.label.scorers
+            },
+        }
+
+    def _differences(self, columns: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Interval]:
+        """Against the base, which drew from the same seeds."""
+        base, prompts_N = self._columns(0), list(self._prompts.values())
+        return {
+            name: pass_rate_difference(values_N, base[name], prompts_N, 0.5)
+            if name == "pass_rate"
+            else mean_difference(values_N, base[name], prompts_N)
+            for name, values_N in columns.items()
+            if not np.isnan(values_N - base[name]).all()
+        }
 
     def _win_rate(self, judged: Judgement) -> Interval | None:
         """Against the base; None when no prompt can be compared."""

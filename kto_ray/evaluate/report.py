@@ -37,6 +37,8 @@ from kto_ray.evaluate.charts import (
     opinion_plots,
     percent,
     percents,
+    points,
+    signed,
 )
 from kto_ray.evaluate.hacking import with_opinions
 from kto_ray.evaluate.people import PeopleSummary
@@ -77,6 +79,7 @@ class ReportData:
     seconds: Mapping[str, float]
     images: int
     scorers: Mapping[str, bool] = field(default_factory=dict)  # name -> held out
+    fresh: Sequence[EvaluationSummary] = ()  # base and last policy with other seeds than those that ended the run
     doubts: Sequence[str] = ()  # why the scores may be gamed, or the policy fall apart
     people: PeopleSummary | None = None  # None: nobody was asked
 
@@ -84,17 +87,18 @@ class ReportData:
 def render_report(data: ReportData) -> str:
     """The page as HTML text; everything that comes from `data` is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    words = {"percent": percent, "number": number, "duration": duration, "percents": percents, "numbers": numbers}
-    environment.filters |= {**words, "picture": picture_uri}
+    words = (percent, number, duration, percents, numbers, points, signed)
+    environment.filters |= {**{word.__name__: word for word in words}, "picture": picture_uri}
     template = environment.from_string((resources.files("kto_ray.evaluate") / "report.html.j2").read_text("utf-8"))
     evaluations = sorted(data.evaluations, key=lambda evaluation: evaluation.policy_version)
+    reported = sorted(data.fresh, key=lambda evaluation: evaluation.policy_version) or evaluations
     rounds = [_with_idle_time(row) for row in with_opinions(data.rounds, data.scorers)]
     plots = {**PLOTS, "opinions": opinion_plots(data.scorers)}
     return template.render(
         data=data,
         evaluations=evaluations,
-        base=next((evaluation for evaluation in evaluations if evaluation.policy_version == 0), None),
-        last=next((evaluation for evaluation in reversed(evaluations) if evaluation.policy_version > 0), None),
+        base=next((evaluation for evaluation in reported if evaluation.policy_version == 0), None),
+        last=next((evaluation for evaluation in reversed(reported) if evaluation.policy_version > 0), None),
         charts={section: [c for p in plots if (c := draw(p, rounds, evaluations))] for section, plots in plots.items()},
         columns=list(dict.fromkeys(key for row in rounds for key in row)),
         rounds=rounds,

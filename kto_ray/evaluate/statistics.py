@@ -1,4 +1,4 @@
-"""Held-out figures with their uncertainty: mean score, pass rate, win rate. Pure numpy and scipy.
+"""Held-out figures with their uncertainty: mean score, pass rate, differences, win rate. Pure numpy and scipy.
 
 Images of one prompt resemble each other, so they are not independent draws: an interval that took them for such would
 be too narrow. What is independent are the prompts, and the uncertainty is taken over them.
@@ -46,6 +46,8 @@ class EvaluationSummary:
     """One policy on the held-out prompts; `win_rate` is against the base, and None for the base itself.
 
     `mean_score`, `pass_rate` and `win_rate` are by the rule that verdicts come from, `scores` by every scorer.
+    `differences` are policy minus base, image by image: of "pass_rate", "mean_score" and "score/NAME" of every scorer;
+    what cannot be compared is not there.
     """
 
     policy_version: int
@@ -55,6 +57,7 @@ class EvaluationSummary:
     images: int
     failed: int
     scores: Mapping[str, Interval] = field(default_factory=dict)
+    differences: Mapping[str, Interval] = field(default_factory=dict)
 
 
 def mean_interval(scores: Scores, groups: Groups) -> Interval:
@@ -103,6 +106,51 @@ def pass_rate(scores: Scores, groups: Groups, threshold: float) -> Interval:
     return Interval(share, *_wilson(share, effective, _student(prompt_N)), images, failed)
 
 
+def mean_difference(policy_scores: Scores, base_scores: Scores, groups: Groups) -> Interval:
+    """Mean of policy minus base over images of the same prompt and seed: `mean_interval` of their differences.
+
+    What the two share, an easy prompt or a lucky seed, cancels out; two intervals side by side would count it twice.
+
+    Args:
+        policy_scores, base_scores: in the same order; an image that failed on either side is left out.
+
+    Raises:
+        ValueError: as `mean_interval`, or lengths that differ.
+    """
+    policy_N, base_N = _paired(policy_scores, base_scores)
+    return mean_interval(policy_N - base_N, groups)
+
+
+def pass_rate_difference(policy_scores: Scores, base_scores: Scores, groups: Groups, threshold: float) -> Interval:
+    """Pass rate of the policy minus that of the base, over images of the same prompt and seed.
+
+        p, b       pass rates of policy and base, with their intervals as in `pass_rate`
+        r          correlation over prompts of the residuals r_p of both, see `mean_interval`; 0 where one has none
+        p - b  -  sqrt((p - p_low)^2 + (b_high - b)^2 - 2 r (p - p_low) (b_high - b))
+        p - b  +  sqrt((p_high - p)^2 + (b - b_low)^2 - 2 r (p_high - p) (b - b_low))
+
+    Newcombe's (1998) interval for paired shares, in the general form of Zou and Donner (2008): it stays within [-1, 1]
+    and keeps its width where all images of a side pass.
+
+    Raises:
+        ValueError: as `pass_rate`, or lengths that differ.
+    """
+    policy_N, base_N = _paired(policy_scores, base_scores)
+    p, b = pass_rate(policy_N, groups, threshold), pass_rate(base_N, groups, threshold)
+    (policy_N, prompt_N, _), (base_N, _, _) = _scored_images(policy_N, groups), _scored_images(base_N, groups)
+    residual_2P = [np.bincount(prompt_N, (side_N >= threshold) - i.value) for side_N, i in ((policy_N, p), (base_N, b))]
+    norm = math.prod(float(np.linalg.norm(residual_P)) for residual_P in residual_2P)
+    r = float(np.dot(*residual_2P)) / norm if norm else 0.0
+
+    def reach(mine: float, other: float) -> float:
+        # Rounding could carry it below 0; NaN (a single prompt) stays NaN.
+        return float(np.sqrt(np.maximum(0.0, mine**2 + other**2 - 2 * r * mine * other)))
+
+    low, high = reach(p.value - p.low, b.high - b.value), reach(p.high - p.value, b.value - b.low)
+    difference = p.value - b.value
+    return Interval(difference, difference - low, difference + high, p.used, p.left_out)
+
+
 def median_win_rate(policy_scores_PK: npt.NDArray[np.floating], base_scores_PK: npt.NDArray[np.floating]) -> Interval:
     """Share of prompts on which the policy's median-scoring image beats the base's: the paper's protocol (K = 5).
 
@@ -134,6 +182,17 @@ def median_win_rate(policy_scores_PK: npt.NDArray[np.floating], base_scores_PK: 
     share = float(((np.sign(difference_P) + 1) / 2).mean())
     normal = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
     return Interval(share, *_wilson(share, prompts, normal), prompts, len(policy_PK) - prompts)
+
+
+def _paired(policy_scores: Scores, base_scores: Scores) -> tuple[Floats, Floats]:
+    """Both sides; NaN where either failed."""
+    policy_N, base_N = np.asarray(policy_scores, np.float64), np.asarray(base_scores, np.float64)
+    if policy_N.shape != base_N.shape:
+        raise ValueError(f"need the same images on both sides, not {len(policy_N)} and {len(base_N)}")
+    if np.isinf(policy_N).any() or np.isinf(base_N).any():
+        raise ValueError("a score is infinite; a failed score is NaN")
+    failed_N = np.isnan(policy_N) | np.isnan(base_N)
+    return np.where(failed_N, np.nan, policy_N), np.where(failed_N, np.nan, base_N)
 
 
 def _scored_images(scores: Scores, groups: Groups) -> tuple[Floats, npt.NDArray[np.int64], int]:

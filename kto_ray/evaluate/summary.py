@@ -11,7 +11,7 @@ from typing import Any
 
 from kto_ray.config import RunConfig, to_yaml
 from kto_ray.evaluate.doubts import doubts_in_all
-from kto_ray.evaluate.evaluation import Evaluation
+from kto_ray.evaluate.evaluation import FRESH_STAGE, STAGE, Evaluation
 from kto_ray.evaluate.hacking import suspicion_of
 from kto_ray.evaluate.people import people_summary
 from kto_ray.evaluate.report import ReportData, render_report, save_png_grid
@@ -26,12 +26,21 @@ PICTURED_PROMPTS = 12
 def evaluation_row(summary: EvaluationSummary) -> dict[str, Any]:
     """An evaluation as a flat row: `pass_rate`, `pass_rate_low`, `pass_rate_high`, ...; without what is not known."""
     row: dict[str, Any] = {"images": summary.images, "failed": summary.failed}
-    for name in ("pass_rate", "mean_score", "win_rate"):
-        interval: Interval | None = getattr(summary, name)
+    intervals: dict[str, Interval | None] = {
+        **{name: getattr(summary, name) for name in ("pass_rate", "mean_score", "win_rate")},
+        **{f"difference/{name}": interval for name, interval in summary.differences.items()},
+    }
+    for name, interval in intervals.items():
         if interval is not None:
             row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
     row |= {f"score/{name}": interval.value for name, interval in summary.scores.items()}
     return {name: value for name, value in row.items() if not math.isnan(value)}
+
+
+def _bounds(interval: Interval) -> dict[str, float]:
+    """Without what is not known."""
+    bounds = {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {name: value for name, value in bounds.items() if not math.isnan(value)}
 
 
 def write_results(
@@ -40,14 +49,20 @@ def write_results(
     metrics: Metrics,
     rounds: RoundStore,
     evaluation: Evaluation,
+    fresh: Evaluation | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Write summary and report; returns the summary.
 
-    `seconds` are this process's; the roles' seconds are added up from the rounds, whoever ran them.
+    Base and last policy are reported by their `fresh` evaluation, if there is one. `seconds` are this process's; the
+    roles' seconds are added up from the rounds, whoever ran them.
     """
-    round_rows, evaluation_rows = metrics.of("round"), metrics.of("evaluation")
+    round_rows, evaluation_rows, fresh_rows = (metrics.of(kind) for kind in ("round", STAGE, FRESH_STAGE))
+    reported, rows = (fresh, fresh_rows) if fresh else (evaluation, evaluation_rows)
     last = int(evaluation_rows[-1]["step"])
+    evaluations = [evaluation.summary(int(row["step"])) for row in evaluation_rows]
+    fresh_evaluations = [fresh.summary(version) for version in (0, last)] if fresh else []
+    differences = (fresh_evaluations or evaluations)[-1].differences
     ledger = rounds.ledger()
     roles = {
         name: sum(row.get(key) or 0.0 for row in round_rows)
@@ -65,16 +80,18 @@ def write_results(
         return {name: value for name, value in row.items() if name not in ("kind", "step", "time")}
 
     doubts = doubts_in_all(config, round_rows)
-    people = people_summary(round_rows, evaluation_rows)
+    people = people_summary(round_rows, rows)
     summary = {
         "run": config.run,
         "model": config.model.name,
         "rounds": len(round_rows),
         "policy_version": last,
-        "base": figures(evaluation_rows[0]),
-        "final": figures(evaluation_rows[-1]),
+        "base": figures(rows[0]),
+        "final": figures(rows[-1]),
+        "difference": {name: _bounds(interval) for name, interval in differences.items()},
+        "fresh_seeds": fresh is not None,
         "images": ledger.generated,
-        "evaluation_images": sum(int(row["images"]) for row in evaluation_rows),
+        "evaluation_images": sum(int(row["images"]) for row in (*evaluation_rows, *fresh_rows)),
         "seconds": all_seconds,
         "ledger": asdict(ledger) | {"balances": ledger.balances},
         "suspicion": suspicion_of(config.label, round_rows),
@@ -82,7 +99,7 @@ def write_results(
         "people": asdict(people) if people else None,
     }
     run.write_json("summary.json", summary)
-    pairs = evaluation.pairs(last, PICTURED_PROMPTS)
+    pairs = reported.pairs(last, PICTURED_PROMPTS)
     report = render_report(
         ReportData(
             run=config.run,
@@ -90,7 +107,8 @@ def write_results(
             config_yaml=to_yaml(config),
             finished=True,
             rounds=round_rows,
-            evaluations=[evaluation.summary(int(row["step"])) for row in evaluation_rows],
+            evaluations=evaluations,
+            fresh=fresh_evaluations,
             pairs=pairs,
             ledger=asdict(ledger),
             seconds=all_seconds,

@@ -11,7 +11,7 @@ import pytest
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import Evaluation
-from kto_ray.evaluate.statistics import mean_interval
+from kto_ray.evaluate.statistics import mean_difference, mean_interval, pass_rate_difference
 from kto_ray.evaluate.summary import evaluation_row
 from kto_ray.records import PolicyRef, Prompt, Sample, Score
 from kto_ray.rounds import Round
@@ -23,10 +23,10 @@ PROMPTS, IMAGES = 5, 4
 POLICIES = [PolicyRef(version, f"{version}" * 64) for version in range(3)]
 
 
-def evaluation(folder: Path, label: dict[str, Any] | None = None, **more: Any) -> Evaluation:
+def evaluation(folder: Path, label: dict[str, Any] | None = None, fresh: bool = False, **more: Any) -> Evaluation:
     tree = {"label": {"scorers": "shapes", **(label or {})}, "evaluate": {"images_per_prompt": IMAGES}, **more}
     prompts = [Prompt(f"p{place}", f"prompt {place}") for place in range(PROMPTS)]
-    return Evaluation(RunConfig.model_validate(tree), Storage(str(folder)), prompts)
+    return Evaluation(RunConfig.model_validate(tree), Storage(str(folder)), prompts, fresh)
 
 
 async def run(evaluation: Evaluation, version: int, **values: Callable[[Sample], float | None]) -> InProcess:
@@ -119,6 +119,14 @@ async def test_figures_are_those_of_the_scores(tmp_path: Path) -> None:
     assert found.win_rate.value == pytest.approx(((better + 1) / 2).mean())
     assert held_out.summary(0).win_rate is None
     assert found.scores == {"shapes": found.mean_score}
+    prompts = [request.prompt.id for request in held_out.requests]
+    of_scores = mean_difference(after.ravel(), before.ravel(), prompts)
+    of_passes = pass_rate_difference(after.ravel(), before.ravel(), prompts, 0.5)
+    assert found.differences == {"pass_rate": of_passes, "mean_score": of_scores, "score/shapes": of_scores}
+    assert held_out.summary(0).differences == {}
+    row = evaluation_row(found)
+    names = ("difference/pass_rate", "difference/pass_rate_low", "difference/pass_rate_high")
+    assert [row[name] for name in names] == [of_passes.value, of_passes.low, of_passes.high]
 
 
 async def test_every_policy_is_judged_by_the_base_s_bar(tmp_path: Path) -> None:
@@ -130,6 +138,22 @@ async def test_every_policy_is_judged_by_the_base_s_bar(tmp_path: Path) -> None:
         passing = (by_hand(held_out, coin, version) >= bar).sum()
         assert some is None or passing == some
         assert held_out.summary(version).pass_rate.value == pytest.approx(passing / 20)
+
+
+async def test_a_fresh_evaluation_has_other_seeds_a_base_and_a_bar_of_its_own(tmp_path: Path) -> None:
+    label = {"threshold": {"kind": "round_quantile", "quantile": 0.7}}
+    decides, reports = evaluation(tmp_path, label), evaluation(tmp_path, label, fresh=True)
+    for held_out in (decides, reports):
+        for version in (0, 2):
+            await run(held_out, version, shapes=coin)
+    assert {r.prompt.id for r in decides.requests} == {r.prompt.id for r in reports.requests}
+    assert not {r.seed for r in decides.requests} & {r.seed for r in reports.requests}
+    for held_out in (decides, reports):
+        bar = np.sort(by_hand(held_out, coin, 0).ravel())[14]
+        assert held_out.summary(0).pass_rate.value == pytest.approx(0.3)
+        passing = (by_hand(held_out, coin, 2) >= bar).mean()
+        assert held_out.summary(2).differences["pass_rate"].value == pytest.approx(passing - 0.3)
+    assert len(Round(Storage(str(tmp_path)) / "fresh_evaluations/00002", "fresh_evaluation").samples()) == 20
 
 
 async def test_prompts_may_have_bars_of_their_own(tmp_path: Path) -> None:
@@ -227,7 +251,8 @@ async def test_where_nobody_votes_nothing_is_known_of_passing(tmp_path: Path, sc
     assert (found.win_rate, found.images, found.failed) == (None, 20, 0)
     assert found.scores.keys() == scorers.keys()
     row = evaluation_row(found)
-    assert row.keys() == {"images", "failed", *(f"score/{name}" for name in scorers)}
+    differences = {f"difference/score/{name}{end}" for name in scorers for end in ("", "_low", "_high")}
+    assert row.keys() == {"images", "failed", *(f"score/{name}" for name in scorers), *differences}
     assert held_out.pass_rate({"a": "p0"}, [Score("a", "shapes", "1", 0.5)]) is None
     (pair,) = held_out.pairs(1, 1)
     assert [*pair.base_scores, *pair.final_passes] == [None] * 2 * IMAGES
@@ -238,7 +263,7 @@ async def test_an_evaluation_whose_scores_all_failed_says_that_nothing_is_known(
     await run(held_out, 0, shapes=coin)
     await run(held_out, 1, shapes=lambda sample: None)
     found = held_out.summary(1)
-    assert (found.failed, found.win_rate, found.scores) == (20, None, {})
+    assert (found.failed, found.win_rate, found.scores, found.differences) == (20, None, {}, {})
     assert evaluation_row(found) == {"images": 20, "failed": 20}
 
 

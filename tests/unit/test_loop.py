@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from kto_ray.config import Labeling, RunConfig
 from kto_ray.errors import UserError
+from kto_ray.evaluate.summary import write_results
 from kto_ray.label.judging import worth_training
 from kto_ray.label.protocol import Labeler
 from kto_ray.loop import _Loop
@@ -96,7 +98,7 @@ def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """A loop of one run folder, again and again; with generators and scorers of this process, and no training."""
 
     def make(
-        label: Mapping[str, Any], train: Mapping[str, Any] | None = None, **values: Value
+        label: Mapping[str, Any], more: Mapping[str, Any] | None = None, **values: Value
     ) -> tuple[_Loop, InProcess]:
         workers = InProcess(values)
         monkeypatch.setattr("kto_ray.loop.Training", lambda *_: None)
@@ -105,7 +107,7 @@ def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         config = RunConfig.model_validate(
             {
                 "label": label,
-                "train": train or {},
+                **(more or {}),
                 "generate": {"images_per_round": IMAGES},
                 "tracking": {"tensorboard": False},
             }
@@ -435,13 +437,79 @@ def test_suspicion_is_said_aloud_and_ends_the_run_if_wanted(
 
 @pytest.mark.parametrize(("watch", "stops", "says"), [("warn", False, 1), ("stop", True, 1), ("off", False, 0)])
 def test_collapse_is_said_aloud_and_ends_the_run_if_wanted(make_loop: Make, watch: str, stops: bool, says: int) -> None:
-    loop, _ = make_loop({}, train={"watch": watch, "objective": {"beta": 75}})
+    loop, _ = make_loop({}, {"train": {"watch": watch, "objective": {"beta": 75}}})
     loop.metrics.log("round", 0, {"objective/g_desirable": 0.01, "objective/g_undesirable": -0.05})
     loop.metrics.log("round", 1, {"objective/g_desirable": -0.05, "objective/g_undesirable": -0.09})
     assert not loop._doubtful(0)  # rows of later rounds, which a continued run has, do not count
     assert loop._doubtful(1) is stops
     said = cast(io.StringIO, loop.console.file).getvalue()
     assert said.count("possible collapse: ") == said.count("train.learning_rate") == says
+
+
+# -- stopping at a pass rate ------------------------------------------------------------------------------------------
+
+
+def three_then_all(sample: Sample) -> float:
+    """Half of the prompts pass by policy 1, all from policy 2 on; by the base none."""
+    return float(sample.policy.version > 1 or (sample.policy.version == 1 and half(sample)))
+
+
+async def trained_to_the_end(loop: _Loop, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Makes and "trains" rounds until the loop has enough, and sums up."""
+
+    async def train(index: int, round_: Round) -> None:
+        loop.policies.publish(index + 1, {"weight": torch.full((1,), float(index))}, {})
+        round_.record_training({}, {"figures": {"seconds/train": 0.0}})
+
+    monkeypatch.setattr(loop, "_train_round", train)
+    making = asyncio.create_task(loop._make_rounds())
+    await asyncio.wait_for(loop._train_rounds(), 120)
+    making.cancel()
+    await asyncio.gather(making, return_exceptions=True)
+    return write_results(loop.config, loop.run_storage, loop.metrics, loop.rounds, loop.evaluation, loop.fresh, {})
+
+
+def stages_of(loop: _Loop, kind: str) -> list[int]:
+    return [int(row["step"]) for row in loop.metrics.of(kind)]
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_pass_rate_counts_once_chance_would_not_reach_it(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    goal = {"rounds": 4, "evaluate": {"every": 1, "images_per_prompt": 2, "stop_at_pass_rate": 0.4}}
+    loop, workers = make_loop({}, goal, shapes=three_then_all)
+    summary = await trained_to_the_end(loop, monkeypatch)
+    drawn = set(workers.drawn)
+    if again:  # the same command
+        loop, workers = make_loop({}, goal, shapes=three_then_all)
+        summary = await trained_to_the_end(loop, monkeypatch)
+        assert not {request.id for request in loop.evaluation.requests + cast(Any, loop.fresh).requests} & set(
+            workers.drawn
+        )
+    else:
+        assert {request.id for request in cast(Any, loop.fresh).requests} <= drawn
+    assert stages_of(loop, "evaluation") == [0, 1, 2]
+    first = loop.evaluation.summary(1).pass_rate
+    assert first.low < 0.4 < first.value  # 50 % would have been enough, but for the interval
+    # What decided is not what is reported.
+    assert stages_of(loop, "fresh_evaluation") == [0, 2]
+    assert not {r.seed for r in loop.evaluation.requests} & {r.seed for r in cast(Any, loop.fresh).requests}
+    assert (summary["fresh_seeds"], summary["policy_version"]) == (True, 2)
+    assert (summary["base"]["pass_rate"], summary["final"]["pass_rate"]) == (0.0, 1.0)
+    assert summary["difference"]["pass_rate"]["value"] == 1.0
+    assert summary["evaluation_images"] == 5 * 2 * IMAGES
+
+
+async def test_without_a_goal_the_evaluations_themselves_are_reported(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, _ = make_loop({}, {"rounds": 2, "evaluate": {"images_per_prompt": 2}}, shapes=three_then_all)
+    summary = await trained_to_the_end(loop, monkeypatch)
+    assert stages_of(loop, "evaluation") == [0, 2]
+    assert stages_of(loop, "fresh_evaluation") == []
+    assert (summary["fresh_seeds"], summary["final"]["pass_rate"]) == (False, 1.0)
+    assert summary["difference"].keys() == {"pass_rate", "mean_score", "score/shapes"}
 
 
 # -- figures and decisions --------------------------------------------------------------------------------------------

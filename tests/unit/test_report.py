@@ -141,6 +141,28 @@ def test_the_headline_says_what_happened(html: str) -> None:
     assert "it is better than the base" in text
 
 
+def test_the_difference_to_the_base_is_said_with_its_interval(html: str) -> None:
+    assert "policy minus base" not in Page(html).text  # nothing is known of it
+    differences = {"pass_rate": Interval(0.35, 0.281, 0.42, 240), "score/redness": Interval(-8.0, -9.5, -6.5, 240)}
+    base, last = evaluated(0, 0.51, scores={"redness": 41.5}), evaluated(3, 0.86, scores={"redness": 33.5})
+    last = replace(last, differences=differences)
+    text = Page(render_report(replace(full_data(), evaluations=[base, last]))).text
+    assert "policy minus base is +35.0 (+28.1 to +42.0) percentage points" in text
+    assert "+35.0 (+28.1 to +42.0)" in text.split("Held-out evaluations in figures")[1]
+    assert "-8-9.5 to -6.5" in text.split("Second opinions")[1]
+
+
+def test_fresh_seeds_are_what_is_reported() -> None:
+    fresh = [evaluated(0, 0.49), evaluated(3, 0.8)]
+    text = Page(render_report(replace(full_data(), fresh=fresh))).text
+    assert "Held-out images that pass: 49 % → 80 %" in text
+    assert "These images have other seeds than those by whose pass rate the run was ended." in text
+    table = text.split("Held-out evaluations in figures")[1]
+    assert "86 %" in table  # what decided is there, too
+    assert "3fresh seeds" in table
+    assert "other seeds" not in Page(render_report(full_data())).text
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [(0.3, 0.45, "it is worse than the base"), (0.4, 0.6, "the two cannot be told apart")],

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kto_ray.evaluate.statistics import mean_interval, median_win_rate, pass_rate
+from kto_ray.evaluate.statistics import (
+    mean_difference,
+    mean_interval,
+    median_win_rate,
+    pass_rate,
+    pass_rate_difference,
+)
 
 
 def grouped(prompts: int, images: int) -> list[str]:
@@ -122,6 +128,106 @@ def test_input_that_cannot_be_summarised_is_refused(scores: list[float], groups:
 def test_pass_rate_refuses_a_threshold_that_is_none() -> None:
     with pytest.raises(ValueError, match="threshold"):
         pass_rate([0.5], ["a"], math.nan)
+
+
+# -- differences ------------------------------------------------------------------------------------------------------
+
+
+def test_a_mean_difference_is_the_paired_t_interval_of_the_prompt_means() -> None:
+    rng = np.random.default_rng(5)
+    policy_PK, base_PK = rng.normal(0.3, 1, (11, 4)), rng.normal(size=(11, 4))
+    found = mean_difference(policy_PK.ravel(), base_PK.ravel(), grouped(11, 4))
+    expected = stats.ttest_rel(policy_PK.mean(1), base_PK.mean(1)).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.value == pytest.approx(policy_PK.mean() - base_PK.mean())
+
+
+def alike_pairs(rng: np.random.Generator, prompts: int, images: int) -> tuple[list[float], list[float]]:
+    """Scores of policy and base that share prompt and seed; the policy's are higher by 0.4."""
+    shared = rng.normal(size=(prompts, 1)) + rng.normal(size=(prompts, images))
+    sides = (shared + shift + rng.normal(scale=0.5, size=(prompts, images)) for shift in (0.4, 0.0))
+    policy, base = (side.ravel().tolist() for side in sides)
+    return policy, base
+
+
+def test_differences_agree_with_a_bootstrap_over_prompts() -> None:
+    rng = np.random.default_rng(6)
+    policy, base = alike_pairs(rng, 200, 5)
+    groups = grouped(200, 5)
+    for found, threshold in (
+        (mean_difference(policy, base, groups), None),
+        (pass_rate_difference(policy, base, groups, 0.5), 0.5),
+    ):
+        sides = [np.array(side) if threshold is None else np.array(side) >= threshold for side in (policy, base)]
+        prompt_P = (sides[0].astype(float) - sides[1]).reshape(200, 5).mean(1)
+        expected = stats.bootstrap((prompt_P,), np.mean, random_state=rng, n_resamples=4000).confidence_interval
+        assert found.value == pytest.approx(prompt_P.mean())
+        width = expected.high - expected.low
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.08 * width)
+
+
+def test_differences_cover_the_truth_and_are_narrower_than_the_two_sides_apart() -> None:
+    rng = np.random.default_rng(7)
+    prompts, images, runs = 24, 5, 400
+    groups, spread = grouped(prompts, images), math.sqrt(2.25)
+    truth = stats.norm.sf((0.5 - 0.4) / spread) - stats.norm.sf(0.5 / spread)
+    covered_mean = covered_share = narrower = 0
+    for _ in range(runs):
+        policy, base = alike_pairs(rng, prompts, images)
+        mean, share = mean_difference(policy, base, groups), pass_rate_difference(policy, base, groups, 0.5)
+        covered_mean += mean.low <= 0.4 <= mean.high
+        covered_share += share.low <= truth <= share.high
+        apart = [pass_rate(side, groups, 0.5) for side in (policy, base)]
+        narrower += share.high - share.low < sum(interval.high - interval.low for interval in apart) / math.sqrt(2)
+    assert 0.92 <= covered_mean / runs <= 0.98
+    assert 0.92 <= covered_share / runs <= 0.99
+    assert narrower / runs > 0.99
+
+
+def test_a_difference_of_all_and_none_keeps_its_width_and_stays_within_one() -> None:
+    found = pass_rate_difference([1.0] * 40, [0.0] * 40, grouped(20, 2), 0.5)
+    assert found.value == found.high == 1
+    reach = pass_rate([1.0] * 40, grouped(20, 2), 0.5).low  # both sides reach as far, and are independent
+    assert found.low == pytest.approx(1 - math.sqrt(2) * (1 - reach))
+
+
+def test_a_difference_turned_round_is_its_mirror_image() -> None:
+    policy, base = alike_pairs(np.random.default_rng(8), 12, 3)
+    there = pass_rate_difference(policy, base, grouped(12, 3), 0.5)
+    back = pass_rate_difference(base, policy, grouped(12, 3), 0.5)
+    assert (back.low, back.high) == pytest.approx((-there.high, -there.low))
+
+
+def test_images_that_failed_on_either_side_are_left_out_of_a_difference() -> None:
+    policy, base = [1.0, None, 0.0, 0.8, 0.2], [0.0, 0.9, math.nan, 0.1, 0.6]
+    for found in (
+        mean_difference(policy, base, ["a", "a", "b", "b", "c"]),
+        pass_rate_difference(policy, base, ["a", "a", "b", "b", "c"], 0.5),
+    ):
+        assert (found.used, found.left_out) == (3, 2)
+    assert mean_difference(policy, base, ["a", "a", "b", "b", "c"]).value == pytest.approx((1 + 0.7 - 0.4) / 3)
+    assert pass_rate_difference(policy, base, ["a", "a", "b", "b", "c"], 0.5).value == pytest.approx((1 + 1 - 1) / 3)
+
+
+def test_a_difference_of_one_prompt_has_no_interval() -> None:
+    for found in (mean_difference([1, 0], [0, 0], ["a", "a"]), pass_rate_difference([1, 0], [0, 0], ["a", "a"], 0.5)):
+        assert found.value == 0.5
+        assert math.isnan(found.low)
+        assert math.isnan(found.high)
+
+
+@pytest.mark.parametrize(
+    ("policy", "base", "complaint"),
+    [([1.0], [1.0, 2.0], "the same images"), ([math.inf], [math.inf], "infinite"), ([None], [1.0], "all 1 scores")],
+)
+def test_what_cannot_be_paired_is_refused(policy: list[float], base: list[float], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        mean_difference(policy, base, ["a"] * len(policy))
+    with pytest.raises(ValueError, match=complaint):
+        pass_rate_difference(policy, base, ["a"] * len(policy), 0.5)
+
+
+# -- win rate ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("wins", "prompts"), [(0, 8), (5, 8), (43, 50), (8, 8)])

@@ -216,7 +216,7 @@ def test_a_continued_run_of_wandb_keeps_every_row(tmp_path: Path, monkeypatch: p
             metrics.log("round", index, {"loss": 0.5})
         metrics.log("evaluation", rounds[-1] + 1, {"pass_rate": 0.5})
         metrics.close()
-    assert wandb.axes == {"round/*": "round/step", "evaluation/*": "evaluation/step"}
+    assert wandb.axes == {f"{kind}/*": f"{kind}/step" for kind in ("round", "evaluation", "fresh_evaluation")}
     kept = [wandb.kept[step] for step in sorted(wandb.kept)]
     assert [row["round/step"] for row in kept if "round/loss" in row] == [0, 1, 2, 3]
     assert [row["evaluation/step"] for row in kept if "evaluation/pass_rate" in row] == [2, 4]
