@@ -86,6 +86,7 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
     if preflight.run.exists("summary.json"):
         summary: dict[str, Any] = preflight.run.read_json("summary.json")
         if summary["policy_version"] >= config.rounds:
+            Metrics(config, preflight.run).close()  # a tracker that was away at the end has missed something
             return summary
     with connected(config.cluster):
         return asyncio.run(_Loop(config, preflight, console or Console()).run())

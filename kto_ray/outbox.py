@@ -36,7 +36,7 @@ class Outbox:
 
     Args:
         name: of the tracker, for messages and files.
-        make: connects to it; is tried again where it raises.
+        make: connects to it, when there is a row for it; is tried again where it raises.
         run: the run's folder.
     """
 
@@ -68,8 +68,8 @@ class Outbox:
         self._thread.join(timeout_s)
         if self._waiting:
             logger.warning(
-                "tracking: %d rows could not be sent to %s; they stand in metrics.jsonl, and are sent when the run is "
-                "continued",
+                "tracking: %d rows could not be sent to %s; they stand in metrics.jsonl, and are sent when the same "
+                "command is run again",
                 *(len(self._waiting), self.name),
             )
         elif self._thread.is_alive():
@@ -77,16 +77,17 @@ class Outbox:
 
     def _work(self) -> None:
         tracker: Tracker | None = None
-        away, told, closing = False, -1, False
+        away, told, closing = False, 0, False
         while not closing:
             with self._changed:
                 while self._told == told and not self._closing:
                     self._changed.wait()
                 told, closing = self._told, self._closing
             try:
-                tracker = tracker or self._make()
-                self._send(tracker)
-                if closing:
+                if self._waiting:
+                    tracker = tracker or self._make()
+                    self._send(tracker)
+                if closing and tracker:
                     tracker.close()
             except Exception as error:  # noqa: BLE001  a tracker's package raises what it likes
                 if not away:

@@ -92,7 +92,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     else:
         raise UserError(f"recipe file {recipe} does not exist; built-in recipes: {', '.join(recipe_names())}")
     try:
-        tree = yaml12.load(text)
+        tree = yaml12.load(text, path.name)
     except yaml12.YAMLError as error:
         raise UserError(f"recipe {recipe} is not valid YAML: {hide(str(error))}") from None
     if tree is None:

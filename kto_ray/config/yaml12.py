@@ -57,14 +57,14 @@ for _tag, (_pattern, _letters) in CORE.items():
 _Loader.add_constructor(f"{PREFIX}int", _Loader.construct_yaml_int)
 
 
-def load(text: str | bytes) -> Any:
-    """The value of one YAML document. Raises YAMLError."""
-    return _load(text, whole=False)
+def load(text: str | bytes, name: str = "text") -> Any:
+    """The value of one YAML document, which errors call by its name. Raises YAMLError."""
+    return _load(text, name)
 
 
 def load_whole(text: str) -> Any:
     """As `load`, but nothing after a value is a comment: all of "2024 #1" is text. Raises YAMLError."""
-    return _load(text, whole=True)
+    return _load(text, "text", whole=True)
 
 
 def dump(tree: Any) -> str:
@@ -72,8 +72,9 @@ def dump(tree: Any) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
-def _load(text: str | bytes, whole: bool) -> Any:
+def _load(text: str | bytes, name: str, whole: bool = False) -> Any:
     loader = _Loader(text)
+    loader.name = name
     try:
         node = loader.get_single_node()
         if whole and len(text.rstrip()) > (node.end_mark.index if node else 0):

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from kto_ray.errors import UserError
 from kto_ray.people.terms import NewItem
+from kto_ray.text import read_text
 
 EXPECTED = 'expected {"image": "gold/1.png", "prompt": "a red circle", "answer": "desirable"} or "undesirable"'
 
@@ -18,14 +19,14 @@ def load_gold(file: str) -> list[NewItem]:
     """Read `label.human.gold.file`.
 
     Raises:
-        UserError: names file and line: no such file, malformed line, image that cannot be read, other answer, or
-            answers of one kind only (who always says yes would be right).
+        UserError: names file and line: no such file, no UTF-8, malformed line, image that cannot be read, other answer,
+            or answers of one kind only (who always says yes would be right).
     """
     path = Path(file)
     if not path.is_file():
         raise UserError(f"label.human.gold.file: no file {file!r}; give a JSONL file: {EXPECTED}")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(path, f"label.human.gold.file: {file}").split("\n"), start=1):
         if line.strip():
             found.append(_parse(line, path, f"label.human.gold.file: {file} line {number}"))
     if len({item.expected for item in found}) < 2:
