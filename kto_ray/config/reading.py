@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from kto_ray.config import yaml12
 from kto_ray.config.explaining import explain, leads_to, nearest
 from kto_ray.config.moved import refuse_moved
-from kto_ray.config.run import SHORT_FORMS, RunConfig
+from kto_ray.config.run import SHORT_FORMS, RunConfig, require_name
 from kto_ray.errors import UserError
 from kto_ray.secrets import hide
 from kto_ray.section import Section
@@ -35,7 +35,9 @@ def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: names the field, the value and what would be right.
     """
-    return from_tree(_overlay(_read_recipe(recipe) if recipe else {}, overrides))
+    config = from_tree(_overlay(_read_recipe(recipe) if recipe else {}, overrides))
+    require_name(config.run)
+    return config
 
 
 def public(section: Section) -> dict[str, Any]:

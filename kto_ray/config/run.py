@@ -3,6 +3,7 @@
 The other sections have a file each beside this one. The text under a field is its documentation.
 """
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from kto_ray.config.machines import Cluster
 from kto_ray.config.people import as_route
 from kto_ray.config.train import Train, as_objective, steps_for
 from kto_ray.config.watching import as_watch
+from kto_ray.errors import UserError
 from kto_ray.identity import ByContent, Fixed, Free
 from kto_ray.section import Count, Section, Share
 from kto_ray.verdicts.thresholds import PromptQuantile, as_combination, as_threshold
@@ -80,11 +82,31 @@ class Replay(Section):
     """A label set that `kto-ray relabel` has made of it; None: its own verdicts."""
 
 
+def as_name(value: Any) -> Any:
+    """Raises ValueError for what YAML takes for something else than a text."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text to YAML; put it in quotes that the shell leaves: run='\"{value}\"'")
+    return value
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def require_name(run: str) -> None:
+    """Raises UserError for a name that cannot be everything a run's name is. Runs that have one already still open."""
+    if not NAME.fullmatch(run):
+        raise UserError(
+            f"run: {run!r} cannot be the name of a run, which is a folder, a part of web addresses and a name in other "
+            "services; use letters, digits, '.', '_' and '-', beginning with a letter or digit, 100 at most"
+        )
+
+
 class RunConfig(Section):
     """Everything that defines a run."""
 
-    run: Fixed[str] = "run"
-    """Name of the run: its folder under `runs_folder`. The same name continues the run."""
+    run: Fixed[Annotated[str, BeforeValidator(as_name)]] = "run"
+    """Name of the run: its folder under `runs_folder`. The same name continues the run. Letters, digits, ".", "_" and
+    "-", beginning with a letter or digit, 100 at most."""
     runs_folder: Free[str] = "runs"
     """Local path, or URI that pyarrow or fsspec opens (s3://..., gs://..., memory://...)."""
     seed: Fixed[int] = 0

@@ -443,6 +443,25 @@ def test_unknown_recipe_names_the_nearest() -> None:
     assert "did you mean 'shapes_demo'" in text
 
 
+@pytest.mark.parametrize(
+    "name", ["", "my run", "team/exp", "../outside", ".hidden", "-x", "Läufe", "a%b", "x?y", "x#y", "a;b", "a" * 101]
+)
+def test_a_name_that_no_run_can_have_is_refused(name: str) -> None:
+    text = message(f"run={name!r}")
+    assert text.startswith(f"run: {name!r} cannot be the name of a run")
+    assert "letters, digits, '.', '_' and '-', beginning with a letter or digit, 100 at most" in text
+
+
+@pytest.mark.parametrize("name", ["demo", "SD1.5_lora-2", "2026-11-25", "a" * 100])
+def test_a_name_that_a_run_can_have(name: str) -> None:
+    assert load(None, [f"run={name}"]).run == name
+
+
+def test_a_name_that_is_a_number_to_yaml_is_to_be_quoted() -> None:
+    assert "run: 42 is not a text to YAML" in message("run=42")
+    assert load(None, ['run="42"']).run == "42"
+
+
 def test_missing_recipe_file_is_named(tmp_path: Path) -> None:
     text = message(recipe=str(tmp_path / "no.yaml"))
     assert str(tmp_path / "no.yaml") in text

@@ -46,7 +46,8 @@ def test_importing_is_cheap() -> None:
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "identity", "images", "objective", "records", "stage"),
-    ("concurrency", "lost", "plugins", "section", "shapes", "storage", "text"),
+    ("concurrency", "lost", "plugins", "secrets", "shapes", "storage", "text"),
+    ("section",),
     ("outbox", "prompt_files", "verdicts"),
     ("config",),
     ("cluster", "serving", "policies", "rounds", "prompts", "tracking", "diffusion"),

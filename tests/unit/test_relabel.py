@@ -99,6 +99,14 @@ def message(run: Storage, *overrides: str, name: str = "strict") -> str:
 # -- label sets -------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_whose_name_is_no_longer_allowed_still_opens(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path / "my run"))
+    run.write("config.yaml", to_yaml(RunConfig(run="my run")).encode())
+    assert saved_config(run).run == "my run"
+    with pytest.raises(UserError, match="has no sealed round yet"):
+        relabel(run, "strict", ["label.threshold=0.9"])
+
+
 def test_old_rounds_are_left_to_the_byte_and_still_verify(run: Storage) -> None:
     before = bytes_of_rounds(run)
     relabel(run, "strict", ["label.threshold=0.75"])
