@@ -204,6 +204,38 @@ def relabel(run: str, name: str, threshold: str, overrides: tuple[str, ...]) -> 
     )
 
 
+# -- kto-ray rewind ---------------------------------------------------------------------------------------------------
+
+
+@main.command("rewind")
+@click.argument("run")
+@click.option("--to", required=True, type=click.IntRange(min=0), help="Policy version that the run goes on from.")
+@click.argument("overrides", nargs=-1, metavar="[train.FIELD=VALUE]...")
+def rewind(run: str, to: int, overrides: tuple[str, ...]) -> None:
+    """Set aside what came after a policy of RUN (its folder or URI), and let the same command go on from there.
+
+    The run must have ended. Policies, rounds, checkpoints and results are moved to set-aside/TIME in its folder. Given
+    settings of training hold from there on.
+    """
+    from kto_ray.rewind import rewind
+    from kto_ray.storage import Storage
+
+    done = rewind(Storage(run), to, overrides)
+
+    def listed(rounds: list[int]) -> str:
+        return ", ".join(map(str, rounds)) or "none"
+
+    _say(f"set aside in {run}/{done.folder}: everything after policy {to}, with the rounds {listed(done.rounds)}")
+    _say(f"rounds that stay and are trained again: {listed(done.again)}")
+    if not done.optimizer and to:
+        _say(
+            f"the optimizer's state after policy {to} is not kept (train.keep_checkpoints): its moments and the "
+            "learning rate's schedule begin anew, from the published weights"
+        )
+    settings = f", with {' '.join(done.settings)}" if done.settings else ""
+    _say(f"the same command goes on from policy {to}{settings}")
+
+
 # -- kto-ray labelers -------------------------------------------------------------------------------------------------
 
 

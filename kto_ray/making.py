@@ -118,7 +118,7 @@ class Making:
     def _store(self, round_: Round, samples: Sequence[Sample]) -> list[Sample]:
         """Store what was drawn, with a verdict on what is no image; gives the images.
 
-        Failures past the limit are not stored: continued with another setting, the run draws them anew.
+        Failures past the limit are not stored: continued with another limit, or weights, the run draws them anew.
         """
         if failed := failed_draws(samples):
             before = {verdict.sample_id for verdict in round_.verdicts() if verdict.labeler == BY_DRAWING}

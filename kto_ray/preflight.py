@@ -28,6 +28,7 @@ from kto_ray.relabel import Replayed, saved_config
 from kto_ray.score.environments.finding import interpreter
 from kto_ray.score.scorers import load_scorer, scorer_marks
 from kto_ray.storage import Storage
+from kto_ray.train.checkpoints import REWINDING
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Preflight:
         source.check(folder, variant)
         _check_scheduler(config, folder)
         run = Storage(config.runs_folder) / config.run
+        if run.exists(REWINDING):
+            to = run.read_json(REWINDING)["to"]
+            raise UserError(f"run: {run} is half rewound; finish that with: kto-ray rewind {run} --to {to}")
         base = source.reference_digest(folder, variant), source.component_digests(folder, variant)
         changes = _changes(config, run, base) if run.exists("config.yaml") else []
         run.require_room(disk_bytes(config, folder, len(held_out)))

@@ -144,6 +144,11 @@ class Round:
         tables = [self.storage.read_table(part, ["sample_id", "prompt_id"]) for part in self._parts("samples")]
         return dict(sorted((row["sample_id"], row["prompt_id"]) for table in tables for row in table.to_pylist()))
 
+    def policy_versions(self) -> set[int]:
+        """Of the policies that drew its samples."""
+        parts = (self.storage.read_table(part, ["policy_version"]) for part in self._parts("samples"))
+        return {version for table in parts for version in table["policy_version"].to_pylist()}
+
     def prompt_texts(self) -> set[str]:
         parts = (self.storage.read_table(part, ["prompt"]) for part in self._parts("samples"))
         return {text for table in parts for text in table["prompt"].to_pylist()}

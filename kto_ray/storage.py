@@ -104,6 +104,41 @@ class Storage:
         with filesystem.open_input_stream(f"{folder}/{name}") as stream:
             return bytes(stream.read())
 
+    def open(self, name: str) -> pa.NativeFile:
+        """A file to read parts of, as a context. Raises FileNotFoundError."""
+        filesystem, folder = self._opened
+        return filesystem.open_input_file(f"{folder}/{name}")
+
+    def move(self, name: str, target: str) -> None:
+        """Move a file, or a folder with all that is in it, within this folder; done again after a crash, what is left.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        filesystem, folder = self._opened
+        source = f"{folder}/{name}"
+        found = filesystem.get_file_info(source).type
+        if found == pafs.FileType.NotFound:
+            return
+        selector = pafs.FileSelector(source, recursive=True)
+        is_folder = found == pafs.FileType.Directory
+        infos = filesystem.get_file_info(selector if is_folder else [source])
+        try:
+            for path in [info.path for info in infos if info.type == pafs.FileType.File]:
+                goal = f"{folder}/{target}{path[len(source) :]}"
+                filesystem.create_dir(goal.rpartition("/")[0], recursive=True)
+                if self.local is not None:
+                    os.replace(path, goal)
+                    continue
+                # Not copied by the store itself: that has a limit of 5 GB for a file.
+                with filesystem.open_input_stream(path) as origin, filesystem.open_output_stream(goal) as copy:
+                    shutil.copyfileobj(origin, copy, 2**26)
+                filesystem.delete_file(path)
+        except OSError as error:
+            raise UserError(f"{self.uri}/{name} cannot be moved to {target}: {error.strerror or error}") from error
+        if is_folder:
+            filesystem.delete_dir(source)
+
     def exists(self, name: str) -> bool:
         filesystem, folder = self._opened
         return bool(filesystem.get_file_info(f"{folder}/{name}").type != pafs.FileType.NotFound)

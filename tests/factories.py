@@ -1,7 +1,9 @@
 """Records and folders for tests: small, deterministic, made from a few words."""
 
+import io
 import json
 import shutil
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from safetensors.numpy import save_file
 
 from kto_ray.records import Label, PolicyRef, Prompt, Sample, SampleRequest, Score, Verdict
 from kto_ray.shapes import MODEL_FOLDER
+from kto_ray.storage import Storage
 
 BASE = PolicyRef(0, "b" * 64)
 
@@ -79,3 +82,24 @@ def write_pipeline(folder: Path) -> Path:
 def write_prompts(path: Path, texts: Sequence[str]) -> Path:
     path.write_text("".join(json.dumps({"id": text, "text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def write_checkpoints(run: Storage, versions: Sequence[int]) -> list[str]:
+    """Checkpoints of these policies as Ray Train and torch leave them, oldest first; gives their folders' names."""
+    folder, results = run / "checkpoints", []
+    for version in versions:
+        name, file = f"checkpoint_2026-11-25_09-00-{version:02}.000000", io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(zipfile.ZipInfo("state/data.pkl"), f"version {version}" * 1000)
+        folder.write(f"{name}/state.pt", file.getvalue())
+        results.append({"version": 0, "checkpoint_dir_name": name, "metrics": {"version": version}})
+    snapshot = {
+        "ray_version": "2.60.0",
+        "checkpoint_results": results,
+        "checkpoint_report_indices": list(range(len(results))),
+        "latest_checkpoint_result": results[-1],
+        "pending_training_results": [],
+        "current_report_index": len(results),
+    }
+    folder.write_json("checkpoint_manager_snapshot.json", snapshot)
+    return [str(result["checkpoint_dir_name"]) for result in results]

@@ -41,6 +41,11 @@ class Change:
         return f"{self.field}: the run has {self.before!r}, this command says {self.after!r}"
 
 
+def differences(config: RunConfig, saved: RunConfig) -> list[Change]:
+    """All of them, whatever they mean."""
+    return list(_changes(config, saved, (), OnResume.FIXED, {}))
+
+
 def is_part(field: str, of: str) -> bool:
     """Whether a dotted name is that of a field, or of something in it."""
     return f"{field}.".startswith(f"{of}.")

@@ -29,7 +29,7 @@ def require_drawn(config: RunConfig, what: str, failed: int, images: int) -> Non
         return
     dtype = config.generate.dtype
     remedy = (
-        "float16 overflows; draw in generate.dtype=bfloat16 or =float32"
+        "float16 overflows; draw in generate.dtype=bfloat16 or =float32 (in a new run), or raise the limit"
         if dtype == "float16"
         else f"they were drawn in {dtype}, so the policy itself may be ruined; an earlier one is taken up again by: "
         f"kto-ray rewind {config.runs_folder}/{config.run} --to VERSION"

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
 
@@ -18,6 +18,7 @@ from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
 from kto_ray.lost import last_words
 from kto_ray.storage import Storage
+from kto_ray.train.checkpoints import use_good_ones
 from kto_ray.train.coordinator import GaveUp, RoundTask, TrainingReport, start_coordinator
 from kto_ray.train.worker import train_worker
 
@@ -36,10 +37,15 @@ class Watching(UserCallback):
 
 
 class Training:
-    """Starts the train workers, hands them rounds, and gives back their reports."""
+    """Starts the train workers, hands them rounds, and gives back their reports.
+
+    Raises:
+        UserError: the run has trained, and no checkpoint of it can be used.
+    """
 
     def __init__(self, config: RunConfig, run: Storage) -> None:
-        self.config = config
+        use_good_ones(run)
+        self.config, self.run = config, run
         self.coordinator = start_coordinator()
         train = config.train
         self._trainer = TorchTrainer(
@@ -113,6 +119,12 @@ class Training:
                 return answer.result()
             self._ended.result()
             raise RuntimeError("the train workers ended although the run goes on")
+        except TrainingFailedError as error:
+            if "No space left on device" in str(error):  # of Ray Train's controller, which keeps a list of checkpoints
+                raise UserError(
+                    f"runs_folder: no room in {self.run}/checkpoints; make room, and the same command goes on"
+                ) from error
+            raise
         finally:
             await cancelled([answer])
 

@@ -6,6 +6,9 @@
 A round counts as trained only after its checkpoint is committed; policy and report follow from the checkpoint, so a
 worker that died in between publishes and reports again when it comes back, with the same bytes.
 
+Where the checkpoint is older than the run, because a newer one was damaged, the rounds in between are trained again as
+they were: the same round, the same choice to train or skip it, the same bytes.
+
 A crash is answered by a restart. What a restart would find again (numbers that are not finite, a full disk) is a
 UserError, which the coordinator is told instead.
 """
@@ -33,6 +36,7 @@ from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from kto_ray.train.batches import RoundData
+from kto_ray.train.checkpoints import beginning
 from kto_ray.train.coordinator import RoundTask, TrainingReport
 from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.learner import Learner
@@ -62,14 +66,17 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
     store, rounds = PolicyStore(run), RoundStore(run)
     base = source.resolve(config.model), config.model.variant
     store.publish_base(source.reference_digest(*base), source.component_digests(*base))
-    version, report = 0, None
+    version, report = beginning(run), None
     if checkpoint := ray.train.get_checkpoint():
         version, report = load_checkpoint(checkpoint, learner)
+    elif version:
+        learner.policy.load(store.load(store.resolve(version)))
 
     while True:
         if rank == 0 and report:
             publish(store, learner.policy, version)
-        task: RoundTask | None = ray.get(coordinator.next_round.remote(version, report if rank == 0 else None))
+        again = trained_before(rounds, version)
+        task: RoundTask | None = again or ray.get(coordinator.next_round.remote(version, report if rank == 0 else None))
         if task is None:
             return
         began = time.monotonic()
@@ -97,7 +104,27 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
             draws={sample_id: int(count) for sample_id, count in zip(ids, draws, strict=True)},
             left_out=left_out,
         )
+        if again and rank == 0:
+            require_same_policy(store, learner.policy, version, run)
         commit_checkpoint(learner, version, report, rank, run)
+
+
+def trained_before(rounds: RoundStore, version: int) -> RoundTask | None:
+    """The round after this version as it was trained, when the checkpoint is older than the run; else None."""
+    round_ = rounds.round(version)
+    return RoundTask(version, train=bool(round_.trained_ids())) if round_.trained else None
+
+
+def require_same_policy(store: PolicyStore, policy: Policy, version: int, run: Storage) -> None:
+    """Raises UserError when a policy that was trained again is not the one that was published."""
+    try:
+        publish(store, policy, version)
+    except DigestError as error:
+        raise UserError(
+            f"policy {version}, trained again from an older checkpoint, is not to the last bit the one that was "
+            f"published, as happens on a GPU. Go on from policy {version - 1} with: kto-ray rewind {run} --to "
+            f"{version - 1}"
+        ) from error
 
 
 def not_finite_sentence(error: NotFiniteError, index: int, ids: Sequence[str], run: Storage) -> str:

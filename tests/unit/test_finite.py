@@ -1,6 +1,10 @@
 """Numbers that are not finite: the step is not taken, on no rank, and who is to blame is known by name."""
 
+import asyncio
 import copy
+import errno
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,13 @@ import torch
 import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from kto_ray.errors import UserError
 from kto_ray.storage import Storage
-from kto_ray.train.batches import RoundData
+from kto_ray.train.batches import RoundBatches, RoundData
+from kto_ray.train.coordinator import Coordinator, GaveUp, RoundTask, TrainingReport
 from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.learner import Learner
-from kto_ray.train.worker import not_finite_sentence
+from kto_ray.train.worker import commit_checkpoint, not_finite_sentence
 from tests.unit.test_learner import make_learner, make_round
 
 RUINED = (3, 11)
@@ -168,3 +174,47 @@ def test_the_sentence_names_round_step_samples_and_what_to_change() -> None:
     assert "round-00003-19 and 10 more" in nobody
     assert "kto-ray rewind /runs/demo --to 3 train.learning_rate=" in nobody
     assert "kto-ray rewind /runs/demo" in not_finite_sentence(NotFiniteError("weights"), 3, ids, run)
+
+
+# What a restart would find again
+
+
+@pytest.mark.parametrize("where", ["torch.save", "ray.train.report"])
+def test_a_disk_that_is_full_is_a_sentence(
+    tiny_sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(where, full)
+    report = TrainingReport(1, {}, {})
+    with pytest.raises(UserError, match=r"checkpoint of policy 1 .*No space left on device"):
+        commit_checkpoint(make_learner(tiny_sd1_folder), 1, report, 0, Storage(str(tmp_path)))
+
+
+async def test_the_first_reason_to_give_up_ends_every_wait() -> None:
+    coordinator = Coordinator()
+    waits = [asyncio.create_task(coordinator.train(RoundTask(0))), asyncio.create_task(coordinator.wait_workers())]
+    for why in ("the disk is full", "something else"):
+        await asyncio.wait_for(coordinator.give_up(why), 60)
+    assert (await asyncio.wait_for(asyncio.gather(*waits), 60))[0] == GaveUp("the disk is full")
+
+
+def test_all_of_a_round_s_prompts_never_go_through_the_text_encoder_at_once(
+    tiny_sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make_learner(tiny_sd1_folder)
+    encode, sizes = learner.family.encode_prompts, list[int]()
+
+    def spy(texts: Sequence[str]) -> Any:
+        sizes.append(len(texts))
+        return encode(texts)
+
+    monkeypatch.setattr(learner.family, "encode_prompts", spy)
+    data = make_round(samples=100)
+    many = replace(data, prompts=[f"a red circle {place}" for place in range(100)])
+    batches = RoundBatches(many, learner.config, learner.family, 0, torch.device("cpu"))
+    assert sum(sizes) == 101
+    assert max(sizes) <= 48
+    for name, tensor_PX in encode(["", *sorted(many.prompts)]).tensors.items():
+        torch.testing.assert_close(batches.text_P.tensors[name], tensor_PX)

@@ -55,7 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("label",),
     ("people", "evaluate", "relabel"),
     ("labelers", "making", "telling"),
-    ("check", "preflight"),
+    ("check", "preflight", "rewind"),
     ("loop",),
     ("cli",),
 )

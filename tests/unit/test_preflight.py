@@ -20,6 +20,7 @@ from kto_ray.records import Prompt
 from kto_ray.relabel import relabel, saved_config
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
+from kto_ray.train.checkpoints import REWINDING
 from tests.factories import make_samples, make_score, make_verdict, write_pipeline, write_prompts
 
 Usage = namedtuple("Usage", "total used free")
@@ -406,3 +407,9 @@ def test_the_dry_run_tells_what_follows(base: list[str]) -> None:
     assert "prompts: 2 for training, 1 held out" in text
     assert "MB uncompressed" in text
     assert "downloaded" in describe(load("sd15_lora"))
+
+
+def test_a_run_that_is_half_rewound_does_not_go_on(base: list[str]) -> None:
+    run = Preflight.check(load("shapes_demo", base)).run
+    run.write_json(REWINDING, {"to": 3})
+    assert f"kto-ray rewind {run} --to 3" in message(base)
