@@ -6,12 +6,12 @@ an earlier one could not.
 """
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kto_ray.secrets import hide
 from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Outbox:
                 if not away:
                     logger.warning(
                         "tracking: %s does not answer (%s: %s); the run goes on, and what is missing is sent later",
-                        *(self.name, type(error).__name__, without_passwords(str(error))),
+                        *(self.name, type(error).__name__, hide(str(error))),
                     )
                 away = True
             else:
@@ -125,8 +125,3 @@ def join_all(outboxes: Sequence[Outbox], timeout_s: float | None = None) -> None
 def _name(row: Row) -> str:
     """With its time: a round that was done again is another row."""
     return f"{row['kind']} {row['step']} {row['time']}"
-
-
-def without_passwords(text: str) -> str:
-    """Of a text with URLs in it."""
-    return re.sub(r"(?<=//)[^/@\s]*(?=@)", "***", text)

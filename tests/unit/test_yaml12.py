@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kto_ray.cli import main
-from kto_ray.config import RunConfig, load, yaml12
+from kto_ray.config import load, yaml12
 from kto_ray.errors import UserError
 from kto_ray.relabel import saved_config
 from kto_ray.storage import Storage
@@ -107,6 +107,7 @@ def test_numbers_are_numbers_inside_arguments_too(tmp_path: Path) -> None:
 def test_off_is_a_word_where_a_field_has_that_word(tmp_path: Path) -> None:
     assert load(None, ["label.watch.action=off"]).label.watch.action == "off"
     assert load(recipe(tmp_path, "label: {watch: {action: off}}")).label.watch.action == "off"
+    assert load(None, ["train.watch=off"]).train.watch.action == "off"
     assert load(None, ["tracking.tensorboard=off"]).tracking.tensorboard is False
 
 
@@ -116,7 +117,9 @@ def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path, encoding: str) 
 
 
 def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    assert load(recipe(tmp_path, "run: Übung\r\nseed: 3\r\n".encode("utf-8-sig"))) == RunConfig(run="Übung", seed=3)
+    assert load(recipe(tmp_path, "model: Übung\r\nseed: 3\r\n".encode("utf-8-sig"))) == load(
+        None, ["model=Übung", "seed=3"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,7 @@ def test_what_cannot_be_a_recipe_is_refused(tmp_path: Path, content: str, proble
 
 @pytest.mark.parametrize("name", ["2024 #1", "#1", "2026-11-25", 'the "best" # so far'])
 def test_an_override_is_taken_whole(name: str) -> None:
-    assert load(None, [f"run={name}"]).run == name
+    assert load(None, [f"prompts.train={name}"]).prompts.train == name
 
 
 @pytest.mark.parametrize("text", ["{", "7", "{a: 1, a: 2}"])
