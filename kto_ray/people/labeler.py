@@ -50,6 +50,7 @@ FAREWELL_S = 4.0
 class _Asked:
     """A round that people are asked about: its samples as long as scores may still send them there."""
 
+    drawn: set[str] = field(default_factory=set)
     undecided: dict[str, Sample] = field(default_factory=dict)
     people: set[str] = field(default_factory=set)
     scorers: dict[str, Verdict] = field(default_factory=dict)
@@ -123,12 +124,18 @@ class HumanLabeler(Labeler):
         asked: dict[str, list[Sample]] = {}
         for sample in samples:
             round_, decided = self._rounds.setdefault(sample.stage, _Asked()), goes_to_people(self.human, sample.id)
+            round_.drawn.add(sample.id)
             if decided is None:
                 round_.undecided[sample.id] = sample
             elif decided:
                 asked.setdefault(sample.stage, []).append(sample)
         for stage, those in asked.items():
             await self._ask(stage, those)
+        for stage in {sample.stage for sample in samples}:
+            round_ = self._rounds[stage]
+            # What no score decides, people need not wait for scores to hear.
+            if len(round_.drawn) == self.config.generate.images_per_round and not round_.undecided:
+                await self.desk.finish(stage, round_number(stage))
 
     async def scored(self, stage: str, scores: Sequence[Score]) -> None:
         if self.scorers:

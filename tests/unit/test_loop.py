@@ -210,6 +210,9 @@ async def test_people_judge_while_a_scorer_hangs(make_loop: Make, crash: bool) -
     offered = await asyncio.wait_for(offers_of_a_round(desk, badge), 60)
     for place, item in enumerate(offered):
         await desk.answer(badge, item, "desirable" if place % 2 else "undesirable", 1.0, 0)
+    while (progress := (await desk.turn(badge, 0)).progress).waits_for == "images":  # until it hears that no more come
+        await asyncio.sleep(0.01)
+    assert (progress.judged, progress.target, progress.waits_for) == (IMAGES, IMAGES, "people")
     assert (workers.scored, making.done()) == ([], False)  # scores belong to the round, which therefore waits
     if crash:
         making.cancel()
