@@ -79,7 +79,7 @@ def _json(text: str, what: str) -> Iterator[Row]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}; {EXPECTED}") from error
 
 
@@ -114,8 +114,8 @@ READERS = {
 
 
 def _prompt(row: Any, number: str, where: str) -> Prompt:
-    if isinstance(row, str):
-        row = {"text": row}
+    if isinstance(row, str) and not blank(row):
+        return Prompt(number, row)
     if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
         raise UserError(f"{where} is no object of strings: {_some(row)}; {EXPECTED}")
     columns, rest = ", ".join(map(repr, row)), dict(row)

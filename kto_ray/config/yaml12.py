@@ -80,7 +80,7 @@ def _load(text: str | bytes, name: str, whole: bool = False) -> Any:
         if whole and len(text.rstrip()) > (node.end_mark.index if node else 0):
             return text
         return loader.construct_document(node) if node else None
-    except ValueError as error:  # "!!int many"
+    except (ValueError, RecursionError) as error:  # "!!int many", and a thousand brackets
         raise YAMLError(str(error)) from error
     finally:
         loader.dispose()

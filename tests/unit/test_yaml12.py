@@ -130,6 +130,7 @@ def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
         ("run: !!int many\n", ["many"]),
         ("seed: !!python/object/apply:os.getpid []\n", ["python/object"]),
         ("false\n", ["mapping of fields"]),
+        ("run: " + "[" * 5000, ["recursion"]),
     ],
 )
 def test_what_cannot_be_a_recipe_is_refused(tmp_path: Path, content: str, problems: list[str]) -> None:
