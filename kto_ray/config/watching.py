@@ -41,7 +41,7 @@ class CollapseWatch(Watch):
 
     worse: Free[Positive] = 1
     """A round is doubtful when the mean of beta x g is below minus this, for desirable and undesirable images, ..."""
-    saturated: Free[InnerShare] = 0.3
+    saturated: Free[InnerShare] = 0.4
     """... when more than this share of its samples lies where the utility is flat, ..."""
     diversity: Free[InnerShare] = 0.5
     """... when its images differ from each other by less than this share of what those of the first round did, ..."""

@@ -77,15 +77,14 @@ def level(values_N: Floats, prompts_N: Sequence[str] | None = None) -> Floats:
 
     "The same" is by `LEAST_SPREAD`. Whatever else stays as it is, to the last bit, and so does NaN.
     """
+    places: dict[str, list[int]] = {}
+    for place in np.flatnonzero(~np.isnan(values_N)).tolist():
+        places.setdefault(prompts_N[place] if prompts_N is not None else EVERY, []).append(place)
     levelled_N = values_N.copy()
-    groups_N = np.asarray(prompts_N if prompts_N is not None else [EVERY] * len(values_N))
-    for group in set(groups_N.tolist()):
-        place = np.flatnonzero((groups_N == group) & ~np.isnan(values_N))
-        if not len(place):
-            continue
-        low, high = values_N[place].min(), values_N[place].max()
+    for group in places.values():
+        low, high = values_N[group].min(), values_N[group].max()
         if high - low <= LEAST_SPREAD * max(abs(low), abs(high)):
-            levelled_N[place] = low + (high - low) / 2
+            levelled_N[group] = low + (high - low) / 2
     return levelled_N
 
 

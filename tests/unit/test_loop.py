@@ -457,12 +457,16 @@ def three_then_all(sample: Sample) -> float:
     return float(sample.policy.version > 1 or (sample.policy.version == 1 and half(sample)))
 
 
-async def trained_to_the_end(loop: _Loop, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+async def trained_to_the_end(
+    loop: _Loop, monkeypatch: pytest.MonkeyPatch, collapses_in: int | None = None
+) -> dict[str, Any]:
     """Makes and "trains" rounds until the loop has enough, and sums up."""
 
     async def train(index: int, round_: Round) -> None:
         loop.policies.publish(index + 1, {"weight": torch.full((1,), float(index))}, {})
-        round_.record_training({}, {"figures": {"seconds/train": 0.0}})
+        g = -0.05 if index == collapses_in else 0.01
+        figures = {"seconds/train": 0.0, "objective/g_desirable": g, "objective/g_undesirable": g}
+        round_.record_training({}, {"figures": figures})
 
     monkeypatch.setattr(loop, "_train_round", train)
     making = asyncio.create_task(loop._make_rounds())
@@ -474,6 +478,20 @@ async def trained_to_the_end(loop: _Loop, monkeypatch: pytest.MonkeyPatch) -> di
 
 def stages_of(loop: _Loop, kind: str) -> list[int]:
     return [int(row["step"]) for row in loop.metrics.of(kind)]
+
+
+@pytest.mark.parametrize(("watch", "version"), [("warn", 4), ("stop", 2)])
+async def test_a_run_that_collapses_ends_if_wanted_again_and_again(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch, watch: str, version: int
+) -> None:
+    more = {"rounds": 4, "evaluate": {"images_per_prompt": 2}, "train": {"watch": watch}}
+    for _ in range(2):
+        loop, _ = make_loop({}, more, shapes=three_then_all)
+        summary = await trained_to_the_end(loop, monkeypatch, collapses_in=1)
+        assert summary["policy_version"] == version
+        (doubt,) = summary["doubts"]
+        assert doubt.startswith("after round 1: possible collapse: ")
+        assert "After round 1: possible collapse: " in loop.run_storage.read("report.html").decode()
 
 
 @pytest.mark.parametrize("again", [False, True])
