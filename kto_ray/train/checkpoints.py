@@ -8,6 +8,7 @@ gone. So `job.py` takes what cannot be used off the list before it begins, and `
 workers train the rounds after the checkpoint that is left again, to the same bytes (`worker.py`).
 """
 
+import io
 import json
 import logging
 import zipfile
@@ -22,6 +23,7 @@ from kto_ray.storage import Storage
 logger = logging.getLogger(__name__)
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+READ_AT_ONCE = 2**24  # bytes: of an object store every read is a request
 BEGINNING = "rewound.json"
 """In the run's folder: the policy that a run without checkpoint begins from, since it was rewound to it."""
 REWINDING = "rewinding.json"
@@ -58,7 +60,11 @@ def kept_checkpoints(run: Storage) -> list[KeptCheckpoint]:
 def flaw_of(run: Storage, checkpoint: KeptCheckpoint) -> str | None:
     """Why a checkpoint cannot be used; None: it is as it was written, by the checksums in it."""
     try:
-        with (run / "checkpoints" / checkpoint.name).open("state.pt") as file, zipfile.ZipFile(file) as archive:
+        with (
+            (run / "checkpoints" / checkpoint.name).open("state.pt") as file,
+            io.BufferedReader(file, READ_AT_ONCE) as buffered,
+            zipfile.ZipFile(buffered) as archive,
+        ):
             damaged = archive.testzip()
     except FileNotFoundError:
         return "it is gone"

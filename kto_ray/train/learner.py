@@ -77,6 +77,12 @@ class Learner:
         self.policy.load(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        # The state has settings in it, too, which may have changed with a rewinding: the configuration's hold.
+        rate = self.config.learning_rate
+        self.scheduler.base_lrs = [rate]
+        self.scheduler._last_lr = [rate * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)]
+        for group in self.optimizer.param_groups:
+            group |= {"initial_lr": rate, "weight_decay": self.config.weight_decay, "lr": self.scheduler._last_lr[0]}
 
     def train_round(
         self,

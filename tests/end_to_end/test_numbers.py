@@ -129,6 +129,20 @@ def digests(run: Path) -> list[str]:
     return [store.resolve(version).digest for version in store.versions()]
 
 
+def rewind(run: Path, to: int, *overrides: str) -> str:
+    """What the command says."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from kto_ray.cli import main; main()", "rewind", str(run), "--to", str(to), *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=jobs.environment(),
+        cwd=jobs.REPOSITORY,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_an_older_checkpoint_serves_and_a_rewound_run_comes_to_the_same(
     tmp_path: Path, tiny_sd1_folder: Path, sound: jobs.Job
 ) -> None:
@@ -146,15 +160,19 @@ def test_an_older_checkpoint_serves_and_a_rewound_run_comes_to_the_same(
     assert after[:3] == before  # trained again, to the same bytes
     assert jobs.summary(job.run)["ledger"]["balances"]
 
-    done = subprocess.run(
-        [sys.executable, "-c", "from kto_ray.cli import main; main()", "rewind", str(job.run), "--to", "2"],
-        capture_output=True, text=True, check=False, env=jobs.environment(), cwd=jobs.REPOSITORY,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "trained again: 2" in done.stdout
+    assert "trained again: 2" in rewind(job.run, 2)
     assert digests(job.run) == before
     again = jobs.start(tmp_path, "run", further)
     assert again.wait() == 0, again.output()
     assert digests(again.run) == after
     assert jobs.summary(again.run)["ledger"]["balances"]
     assert [row["step"] for row in strict_rows(again.run) if row["kind"] == "round"] == [0, 1, 2]
+
+    # Further back than checkpoints reach, and with another setting from there on.
+    assert "the optimizer's state after policy 1 is not kept" in rewind(job.run, 1, "train.learning_rate=1e-5")
+    slower = jobs.start(tmp_path, "run", [*further[:1], *CHECKED, "train.learning_rate=1e-5"])
+    assert slower.wait() == 0, slower.output()
+    assert digests(slower.run)[:2] == after[:2]
+    assert len(digests(slower.run)) == 3
+    assert digests(slower.run)[2] != after[2]
+    assert jobs.summary(slower.run)["ledger"]["balances"]

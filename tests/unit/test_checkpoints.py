@@ -3,13 +3,18 @@
 import logging
 import uuid
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
 
 from kto_ray.errors import UserError
 from kto_ray.policies import PolicyStore
+from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from kto_ray.train.checkpoints import BEGINNING, SNAPSHOT, flaw_of, kept_checkpoints, use_good_ones
+from kto_ray.train.coordinator import RoundTask
+from kto_ray.train.worker import require_same_policy, trained_before
 from tests.factories import write_checkpoints
 
 
@@ -91,7 +96,6 @@ def test_a_run_that_has_not_trained_needs_none(tmp_path: Path) -> None:
 
 
 def test_what_torch_writes_is_checked_by_its_checksums(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
     run = Storage(str(tmp_path))
     write_checkpoints(run, [1])
     (kept,) = kept_checkpoints(run)
@@ -102,3 +106,34 @@ def test_what_torch_writes_is_checked_by_its_checksums(tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     assert "is not as it was written" in str(flaw_of(run, kept)) or "CRC" in str(flaw_of(run, kept))
+
+
+def test_rounds_after_an_older_checkpoint_are_trained_again_as_they_were(tmp_path: Path) -> None:
+    rounds = RoundStore(Storage(str(tmp_path)))
+    for index, draws in enumerate(({"a": 2}, {})):  # the second was skipped
+        rounds.round(index).record_training(draws, {"figures": {}})
+    assert trained_before(rounds, 0) == RoundTask(0, train=True)
+    assert trained_before(rounds, 1) == RoundTask(1, train=False)
+    assert trained_before(rounds, 2) is None
+
+
+class Weights:
+    """What is published of a policy."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def tensors(self) -> dict[str, Any]:
+        return {"weights": torch.full((2,), self.value)}
+
+    def metadata(self) -> dict[str, str]:
+        return {"format": "pt"}
+
+
+def test_a_policy_that_comes_out_otherwise_is_not_put_in_the_place_of_the_published_one(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path))
+    store = PolicyStore(run)
+    store.publish(3, Weights(1).tensors(), Weights(1).metadata())
+    require_same_policy(store, cast(Any, Weights(1)), 3, run)
+    with pytest.raises(UserError, match=rf"policy 3, trained again .* kto-ray rewind {run} --to 2"):
+        require_same_policy(store, cast(Any, Weights(2)), 3, run)

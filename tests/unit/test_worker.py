@@ -1,0 +1,182 @@
+"""The train worker's rounds without Ray Train: what is trained, committed, published, trained again, and given up."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray.train
+import ray.train.torch
+from ray.train import Checkpoint
+
+from kto_ray.config import RunConfig
+from kto_ray.policies import PolicyStore
+from kto_ray.records import PolicyRef
+from kto_ray.rounds import RoundStore
+from kto_ray.storage import Storage
+from kto_ray.train.checkpoints import BEGINNING
+from kto_ray.train.coordinator import RoundTask, TrainingReport
+from kto_ray.train.worker import train_worker
+from tests.factories import make_samples, make_verdict
+
+ROUNDS = 2
+
+
+def remote(function: Callable[..., Any]) -> Any:
+    return SimpleNamespace(remote=function)
+
+
+class Office:
+    """Ray Train and the coordinator, in this process: checkpoints by version, reports, and the reason to give up."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.checkpoints, self.reports = folder, dict[int, Checkpoint](), dict[int, TrainingReport]()
+        self.why: str | None = None
+        self.rounds = ROUNDS
+        self.next_round, self.give_up = remote(self._next_round), remote(self._give_up)
+        self.set_progress = remote(lambda *_: None)
+        context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+        monkeypatch.setattr(ray, "get", lambda value: value)
+        monkeypatch.setattr(ray.train, "get_context", lambda: context)
+        monkeypatch.setattr(ray.train, "get_checkpoint", self._latest)
+        monkeypatch.setattr(ray.train, "report", self._report)
+        monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda **_: [])
+        monkeypatch.setattr(ray.train.torch, "prepare_model", lambda module: module)
+
+    def _latest(self) -> Checkpoint | None:
+        return self.checkpoints[max(self.checkpoints)] if self.checkpoints else None
+
+    def _report(self, metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
+        kept = self.folder / f"checkpoint-{metrics['version']}"
+        shutil.copytree(checkpoint.path, kept, dirs_exist_ok=True)
+        self.checkpoints[metrics["version"]] = Checkpoint.from_directory(kept)
+
+    def _next_round(self, version: int, report: TrainingReport | None) -> RoundTask | None:
+        if report:
+            self.reports[report.version] = report
+        return RoundTask(version) if version < self.rounds else None
+
+    def _give_up(self, why: str) -> None:
+        self.why = why
+
+
+@pytest.fixture
+def office(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Office:
+    return Office(tmp_path / "train", monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Storage:
+    """Two sealed rounds; in the first are two latents that are no numbers, as older versions may have stored them."""
+    run = Storage(str(tmp_path / "run"))
+    for index in range(ROUNDS):
+        round_, rng = RoundStore(run).round(index), np.random.default_rng(index)
+        latents_NCHW = rng.normal(size=(16, 4, 8, 8)).astype(np.float32)
+        policy = PolicyRef(index, "d" * 64)
+        samples = [
+            replace(sample, latents_CHW=latents_CHW)
+            for sample, latents_CHW in zip(make_samples(round_.stage, 16, policy), latents_NCHW, strict=True)
+        ]
+        round_.add_samples(samples)
+        round_.add_verdicts([make_verdict(sample.id, place % 2 == 0) for place, sample in enumerate(samples)])
+        round_.seal()
+    return run
+
+
+def ruin(run: Storage, index: int) -> set[str]:
+    """Put latents that are no numbers into a round, as older versions may have stored them; gives the samples."""
+    store = RoundStore(run)
+    samples, verdicts = store.round(index).samples(), store.round(index).verdicts()
+    ruined = {samples[0].id, samples[1].id}
+    run.move(f"rounds/{index:05}", "elsewhere")
+    round_ = store.round(index)
+    round_.add_samples([replace(s, latents_CHW=s.latents_CHW * (np.nan if s.id in ruined else 1)) for s in samples])
+    round_.add_verdicts(verdicts)
+    round_.seal()
+    return ruined
+
+
+def work(run: Storage, office: Office, folder: Path, **train: Any) -> None:
+    settings = {"global_batch": 8, "micro_batch": 8, "epochs": 1, "adapter": {"rank": 2}, "resources": {"threads": 1}}
+    config = RunConfig.model_validate({"model": str(folder), "rounds": ROUNDS, "train": settings | train})
+    train_worker({"config": config, "run": run, "coordinator": office})
+
+
+def digests(run: Storage) -> list[str]:
+    store = PolicyStore(run)
+    return [store.resolve(version).digest for version in store.versions()]
+
+
+def record(run: Storage, office: Office) -> None:
+    """As the loop does with reports."""
+    for version, report in office.reports.items():
+        RoundStore(run).round(version - 1).record_training(report.draws, {"figures": report.figures})
+
+
+def test_a_step_that_would_ruin_the_policy_is_given_up_and_leaves_no_trace(
+    run: Storage, office: Office, tiny_sd1_folder: Path
+) -> None:
+    ruined = ruin(run, 1)
+    work(run, office, tiny_sd1_folder)
+    assert office.why is not None
+    assert "round 1, step " in office.why
+    assert "policy 1 is the last good one" in office.why
+    assert any(sample_id in office.why for sample_id in ruined)
+    assert list(office.checkpoints) == [1]
+    assert PolicyStore(run).versions() == [0, 1]
+
+    # The same command goes on with what train.on_nonfinite says.
+    office.why = None
+    work(run, office, tiny_sd1_folder, on_nonfinite="leave_out")
+    assert office.why is None
+    assert PolicyStore(run).versions() == [0, 1, 2]
+    report = office.reports[2]
+    assert set(report.left_out) <= ruined
+    assert report.figures["objective/left_out"] == len(report.left_out) > 0
+    assert [report.draws[sample_id] for sample_id in report.left_out] == [0] * len(report.left_out)
+
+
+def test_rounds_after_an_older_checkpoint_are_trained_again_to_the_same_bytes(
+    run: Storage, office: Office, tiny_sd1_folder: Path
+) -> None:
+    work(run, office, tiny_sd1_folder)
+    record(run, office)
+    before, reports = digests(run), dict(office.reports)
+    assert len(before) == 3
+    del office.checkpoints[2]  # damaged
+    office.reports.clear()
+    work(run, office, tiny_sd1_folder)
+    assert office.why is None
+    assert digests(run) == before
+    assert list(office.checkpoints) == [1, 2]
+    assert office.reports[2].draws == reports[2].draws
+
+
+def test_where_it_does_not_come_to_the_same_nothing_is_committed(
+    run: Storage, office: Office, tiny_sd1_folder: Path
+) -> None:
+    work(run, office, tiny_sd1_folder)
+    record(run, office)
+    del office.checkpoints[2]
+    work(run, office, tiny_sd1_folder, learning_rate=1e-3)
+    assert "policy 2, trained again from an older checkpoint, is not to the last bit" in str(office.why)
+    assert list(office.checkpoints) == [1]
+
+
+def test_a_rewound_run_without_checkpoint_begins_from_the_published_policy(
+    run: Storage, office: Office, tiny_sd1_folder: Path
+) -> None:
+    work(run, office, tiny_sd1_folder)
+    before, folder = digests(run), PolicyStore(run).storage
+    office.checkpoints.clear()
+    run.move("policies/00002", "elsewhere")
+    run.write_json(BEGINNING, {"to": 1})
+    work(run, office, tiny_sd1_folder)
+    assert office.why is None
+    assert digests(run)[:2] == before[:2]
+    assert folder.exists("00002/policy.json")
+    assert list(office.checkpoints) == [2]
