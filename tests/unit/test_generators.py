@@ -11,7 +11,7 @@ from ray import exceptions
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from kto_ray.config import RunConfig
+from kto_ray.config import Cluster, RunConfig
 from kto_ray.generate import client
 from kto_ray.generate.client import Generators
 from kto_ray.generate.replica import Drawn
@@ -102,6 +102,20 @@ async def test_what_is_lost_is_asked_for_again(
     assert len(handle.asked) == 3 + 2
     assert f"a generator replica died, or its node ({type(error).__name__}: " in caplog.text
     assert "its 2 images are asked for again" in caplog.text
+
+
+async def test_the_wait_for_what_was_lost_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kto_ray.cluster.missing_resources", lambda *_: "1 GPU asked for")
+    made = generators(monkeypatch, Handle(exceptions.NodeDiedError("gone"), None))
+    made.cluster = Cluster(wait_s=0.05)
+    waiting = asyncio.create_task(drawn(made, make_requests("round-00000", 2)))
+    while "still waiting for 2 images that are asked for again after 0 s: 1 GPU asked for" not in caplog.text:
+        await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
 
 
 @pytest.mark.parametrize("error", LASTING, ids=lambda error: type(error).__name__)
