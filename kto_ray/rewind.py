@@ -83,7 +83,7 @@ def rewind(run: Storage, to: int, overrides: Sequence[str] = ()) -> Rewound:
     for index in plan["again"]:
         set_aside(f"rounds/{index:05}/training.json")  # without it the round is not trained
         set_aside(f"rounds/{index:05}/training.parquet")
-    for kind in ("evaluations", "policies"):
+    for kind in ("evaluations", "fresh_evaluations", "policies"):
         for version in (run / kind).names():
             if version.isdigit() and int(version) > to:
                 set_aside(f"{kind}/{version}")
@@ -175,5 +175,5 @@ def _cut_metrics(run: Storage, to: int, folder: str) -> None:
     if not run.exists(f"{folder}/metrics.jsonl"):
         run.write(f"{folder}/metrics.jsonl", run.read("metrics.jsonl"))
     rows = [json.loads(line) for line in run.read(f"{folder}/metrics.jsonl").decode().splitlines()]
-    left = [row for row in rows if row["step"] < to or (row["kind"] == "evaluation" and row["step"] == to)]
+    left = [row for row in rows if row["step"] < to or (row["kind"] != "round" and row["step"] == to)]
     run.write("metrics.jsonl", "".join(to_json(row) + "\n" for row in left).encode())
