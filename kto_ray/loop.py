@@ -83,6 +83,7 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
             where it can be.
     """
     preflight = Preflight.check(config)
+    preflight.begin(config)
     if preflight.run.exists("summary.json"):
         summary: dict[str, Any] = preflight.run.read_json("summary.json")
         if summary["policy_version"] >= config.rounds:

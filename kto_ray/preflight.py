@@ -1,34 +1,38 @@
 """Everything that can be wrong before machine time is spent, looked at first.
 
-`Preflight.check` reads the model folder's headers, the prompts and the run folder, and raises `UserError` with the
-field, the value and what would be right. What it found is handed to the loop.
+`Preflight.check` is the list: each part of the project checks its own section of the configuration, and raises
+`UserError` with the field, the value and what would be right. It writes nothing, so that a dry run makes the same
+checks; `begin` then opens the run's folder. What was found is handed to the loop.
 """
 
-import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import kto_ray.diffusion.checks
+import kto_ray.people.checks
+import kto_ray.score.checks
+from kto_ray import prompts, tracking
 from kto_ray.config import RunConfig, implied, require_same, to_yaml
 from kto_ray.config.resuming import Change, Marks, write_down
 from kto_ray.diffusion import source
+from kto_ray.diffusion.checks import image_size, read_by
 from kto_ray.diffusion.layouts import layout_of
 from kto_ray.errors import UserError
 from kto_ray.identity import marks_of
 from kto_ray.labelers import labeler_class
-from kto_ray.people.address import database_owner, database_url
-from kto_ray.people.clock import Clock
-from kto_ray.people.gold import load_gold
-from kto_ray.people.people import People
-from kto_ray.people.tables import open_database
 from kto_ray.policies import PolicyStore
-from kto_ray.prompts import load_prompts
+from kto_ray.prompts import load_prompts, trained_on
 from kto_ray.records import Prompt
 from kto_ray.relabel import Replayed, saved_config
-from kto_ray.score.environments.finding import interpreter
-from kto_ray.score.scorers import load_scorer, scorer_marks
+from kto_ray.score.scorers import scorer_marks
 from kto_ray.storage import Storage
 from kto_ray.train.checkpoints import REWINDING
+
+logger = logging.getLogger(__name__)
+
+ANOTHER = "another `run` name to begin a new one"
 
 
 @dataclass(frozen=True)
@@ -38,50 +42,110 @@ class Preflight:
     run: Storage
     train_prompts: list[Prompt]
     held_out_prompts: list[Prompt]
-    reference_digest: str
-    components: dict[str, str]
+    reference_digest: str = ""
+    components: dict[str, str] = field(default_factory=dict)
+    """Of the base model; nothing is known of one that is still to be downloaded."""
+    folder: Path | None = None
+    changes: Sequence[Change] = ()
+    """What a run that is continued does otherwise than before."""
 
     @classmethod
-    def check(cls, config: RunConfig) -> "Preflight":
-        """Raises UserError. Creates the run folder and saves the resolved configuration in it."""
+    def check(cls, config: RunConfig, download: bool = True) -> "Preflight":
+        """Raises UserError. Reads only.
+
+        Args:
+            download: False leaves out what can only be checked of a model that is here.
+        """
+        run = Storage(config.runs_folder) / config.run
+        _check_rewound(run)
         train = load_prompts("prompts.train", config.prompts.train)
         held_out = load_prompts("prompts.held_out", config.prompts.held_out)
-        if both := {prompt.text for prompt in train} & {prompt.text for prompt in held_out}:
-            raise UserError(
-                f"prompts.held_out: {len(both)} of its prompts are trained on, too, for instance {sorted(both)[0]!r}; "
-                "held-out prompts must not be in prompts.train"
-            )
-        _check_label(config, held_out)
-        folder, variant = source.resolve(config.model), config.model.variant
-        source.check(folder, variant)
-        _check_scheduler(config, folder)
-        run = Storage(config.runs_folder) / config.run
-        if run.exists(REWINDING):
-            to = run.read_json(REWINDING)["to"]
-            raise UserError(f"run: {run} is half rewound; finish that with: kto-ray rewind {run} --to {to}")
-        base = source.reference_digest(folder, variant), source.component_digests(folder, variant)
-        changes = _changes(config, run, base) if run.exists("config.yaml") else []
-        run.require_room(disk_bytes(config, folder, len(held_out)))
+        _require_unseen(trained_on(held_out, [prompt.text for prompt in train]))
+        tracking.check(config.tracking)
+        kto_ray.score.checks.check(config.label.scorers)
+        labeler_class(config.label.labeler)
+        if config.replay:
+            _check_replay(config, held_out)
         if config.label.labeler == "human":
-            _check_people(config, run)
-        write_down(changes, run, sum(run.exists(f"rounds/{name}/training.json") for name in run.names("rounds")))
-        run.write("config.yaml", to_yaml(config).encode())
-        return cls(run, train, held_out, *base)
+            kto_ray.people.checks.check(config.label.human, run)
+        found = cls(run, train, held_out)
+        if (folder := source.resolve(config.model) if download else source.local_folder(config.model)) is not None:
+            variant = config.model.variant
+            source.check(folder, variant)
+            kto_ray.diffusion.checks.check(config.generate, folder)
+            _check_texts(folder, train, held_out)
+            digests = source.reference_digest(folder, variant), source.component_digests(folder, variant)
+            run.require_room(disk_bytes(config, folder, len(held_out)))
+            found = cls(run, train, held_out, *digests, folder)
+        return cls(**(vars(found) | {"changes": _changes(config, found)})) if run.exists("config.yaml") else found
+
+    def begin(self, config: RunConfig) -> None:
+        """Open the run's folder: what it began with is written down, and what changes from now on."""
+        trained = sum(self.run.exists(f"rounds/{name}/training.json") for name in self.run.names("rounds"))
+        write_down(self.changes, self.run, trained)
+        prompts.keep(self.run, "prompts.train", self.train_prompts)
+        prompts.keep(self.run, "prompts.held_out", self.held_out_prompts)
+        self.run.write("config.yaml", to_yaml(config).encode())
 
 
-def _changes(config: RunConfig, run: Storage, base: tuple[str, dict[str, str]]) -> list[Change]:
+def _check_rewound(run: Storage) -> None:
+    if run.exists(REWINDING):
+        to = run.read_json(REWINDING)["to"]
+        raise UserError(f"run: {run} is half rewound; finish that with: kto-ray rewind {run} --to {to}")
+
+
+def _require_unseen(seen: Sequence[str], why: str = "") -> None:
+    if seen:
+        raise UserError(
+            f"prompts.held_out: {len(seen)} of its prompts are trained on, too{why}, for instance {sorted(seen)[0]!r}; "
+            "held-out prompts must not be in prompts.train"
+        )
+
+
+def _check_replay(config: RunConfig, held_out: Sequence[Prompt]) -> None:
+    assert config.replay is not None
+    if both := trained_on(held_out, Replayed(config.replay, config).prompt_texts()):
+        raise UserError(
+            f"replay.run: {config.replay.run} was trained on {len(both)} of the prompts.held_out, for instance "
+            f"{sorted(both)[0]!r}; held-out prompts must not be trained on"
+        )
+
+
+def _check_texts(folder: Path, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    """What the model reads of the prompts. Raises UserError when held-out prompts are trained on as far as it reads."""
+    read = {}
+    for name, texts in (("prompts.train", train), ("prompts.held_out", held_out)):
+        read[name], limit = read_by(folder, [prompt.text for prompt in texts])
+        if cut := sum(text.cut for text in read[name]):
+            logger.warning(
+                "%s: of %d of %d prompts the model reads only the first %d tokens", *(name, cut, len(texts), limit)
+            )
+    known = {text.tokens for text in read["prompts.train"]}
+    seen = [
+        prompt.text for prompt, text in zip(held_out, read["prompts.held_out"], strict=True) if text.tokens in known
+    ]
+    _require_unseen(seen, " as far as the model reads them")
+
+
+def _changes(config: RunConfig, found: Preflight) -> list[Change]:
     """In what a run differs from its folder. Raises UserError where it must not."""
-    policies, another = PolicyStore(run), "another `run` name to begin a new one"
+    policies, same_content = PolicyStore(found.run), []
     try:
-        saved = saved_config(run)
+        saved = saved_config(found.run)
     except UserError as error:
-        raise UserError(f"{error}\nGive {another}.") from error
-    differs = policies.base_differs(*base)
+        raise UserError(f"{error}\nGive {ANOTHER}.") from error
+    differs = policies.base_differs(found.reference_digest, found.components) if found.folder else None
     # Of a model that has moved, only its digests can tell that it is the same.
-    same_content = [] if differs or policies.base_components() is None else ["model"]
+    if found.folder and policies.base_components() is not None and not differs:
+        same_content += ["model"]
+    same_content += [
+        name
+        for name, texts in (("prompts.train", found.train_prompts), ("prompts.held_out", found.held_out_prompts))
+        if prompts.require_kept(found.run, name, texts)
+    ]
     changes = require_same(config, saved, _argument_marks(config), same_content)
     if differs:
-        raise UserError(f"model.name: {differs}; give the model that the run began with, or {another}")
+        raise UserError(f"model.name: {differs}; give the model that the run began with, or {ANOTHER}")
     return changes
 
 
@@ -92,55 +156,11 @@ def _argument_marks(config: RunConfig) -> dict[str, Marks]:
     return marks | {"label.labeler_args": marks_of(labeler_class(config.label.labeler))}
 
 
-def _check_label(config: RunConfig, held_out: Sequence[Prompt]) -> None:
-    for name, settings in config.label.scorers.items():
-        load_scorer(settings.scorer or name, f"label.scorers.{name}")
-        try:
-            if settings.env:
-                interpreter(settings.env)
-        except UserError as error:
-            raise UserError(f"label.scorers.{name}.env: {error}") from error
-    labeler_class(config.label.labeler)
-    if config.replay and (both := Replayed(config.replay, config).prompt_texts() & {p.text for p in held_out}):
-        raise UserError(
-            f"replay.run: {config.replay.run} was trained on {len(both)} of the prompts.held_out, for instance "
-            f"{sorted(both)[0]!r}; held-out prompts must not be trained on"
-        )
-
-
-def _check_people(config: RunConfig, run: Storage) -> None:
-    """Raises UserError: a database or gold that cannot be used, or nobody who could label."""
-    human, field = config.label.human, "label.human.labelers"
-    if human.gold.file:
-        load_gold(human.gold.file)
-    engine = open_database(database_url(human, run), database_owner(human, run))
-    people = People(engine, human, Clock()).everybody()
-    engine.dispose()
-    if not human.labelers and not any(person.role == "labeler" and person.links for person in people):
-        raise UserError(
-            f"{field}: nobody can label: name somebody, for instance {field}=[ann], or add people with: "
-            f"kto-ray labelers add NAME --run {run}"
-        )
-
-
-def _check_scheduler(config: RunConfig, folder: Path) -> None:
-    import diffusers
-
-    from kto_ray.diffusion.noise import DiscreteDiffusion
-    from kto_ray.diffusion.sampling import compatible_scheduler
-
-    named = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-    scheduler = getattr(diffusers, named).from_pretrained(folder, subfolder="scheduler")
-    compatible_scheduler(scheduler, config.generate.scheduler)
-    DiscreteDiffusion.from_folder(folder)
-
-
 def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     """About how much a whole run stores: images and latents uncompressed, policies and checkpoints."""
     layout = layout_of(folder)
     geometry = layout.geometry(folder)
-    native_height, native_width = geometry.pixels or (0, 0)
-    height, width = config.generate.height or native_height, config.generate.width or native_width
+    height, width = image_size(config.generate, geometry)
     image = height * width * 3 + height * width // geometry.shrink**2 * geometry.channels * 4
     evaluations = 2 + config.rounds // config.evaluate.every + 2 * (config.evaluate.stop_at_pass_rate is not None)
     evaluated = evaluations * config.evaluate.prompts_of(held_out_prompts)
@@ -151,15 +171,11 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
 
 
 def describe(config: RunConfig) -> str:
-    """The resolved tree and what it implies, checked against prompts and model as far as they are at hand."""
-    train = load_prompts("prompts.train", config.prompts.train)
-    held_out = load_prompts("prompts.held_out", config.prompts.held_out)
-    facts = {"prompts": f"{len(train)} for training, {len(held_out)} held out", **implied(config, len(held_out))}
-    _check_label(config, held_out)
-    folder = source.local_folder(config.model)
-    if folder is None:
-        facts["disk"] = "unknown until the model is downloaded"
-    else:
-        source.check(folder, config.model.variant)
-        facts["disk"] = f"about {disk_bytes(config, folder, len(held_out)) / 1e6:,.0f} MB uncompressed"
+    """The resolved tree and what it implies, checked as a run's is, but for a model that is still to be downloaded."""
+    found = Preflight.check(config, download=False)
+    train, held_out = len(found.train_prompts), len(found.held_out_prompts)
+    facts = {"prompts": f"{train} for training, {held_out} held out", **implied(config, held_out)}
+    facts["disk"] = "unknown until the model is downloaded"
+    if found.folder is not None:
+        facts["disk"] = f"about {disk_bytes(config, found.folder, held_out) / 1e6:,.0f} MB uncompressed"
     return to_yaml(config) + "\n" + "\n".join(f"{name}: {value}" for name, value in facts.items())

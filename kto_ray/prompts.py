@@ -3,13 +3,17 @@
 The loop cycles through the training set, round after round; the held-out set is only ever evaluated on.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 
 from kto_ray.errors import UserError
 from kto_ray.prompt_files import READERS, read_prompts
 from kto_ray.records import Prompt, SampleRequest
 from kto_ray.shapes import HELD_OUT_PROMPTS, TRAIN_PROMPTS
+from kto_ray.storage import Storage
 
 BUILT_IN = {"shapes:train": TRAIN_PROMPTS, "shapes:held_out": HELD_OUT_PROMPTS}
 
@@ -42,6 +46,48 @@ def load_prompts(field: str, source: str) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{what} is empty; it needs at least one prompt")
     return prompts
+
+
+def trained_on(held_out: Sequence[Prompt], trained: Iterable[str]) -> list[str]:
+    """Those held-out texts that are trained on, too, but for case and spaces, which no tokenizer here sees."""
+    known = {_words(text) for text in trained}
+    return [prompt.text for prompt in held_out if _words(prompt.text) in known]
+
+
+def _words(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+FILES = {"prompts.train": "prompts/train.jsonl", "prompts.held_out": "prompts/held_out.jsonl"}
+"""Where a run keeps the prompts it began with."""
+
+
+def keep(run: Storage, field: str, prompts: Sequence[Prompt]) -> None:
+    """Write a prompt set down in the folder of a run that begins."""
+    if not run.exists(FILES[field]):
+        run.write(FILES[field], "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts).encode())
+
+
+def require_kept(run: Storage, field: str, prompts: Sequence[Prompt]) -> bool:
+    """Whether the run has kept the set, which is this one then; False: it is new, or of a version that kept none.
+
+    Raises:
+        UserError: it began with other prompts; names the first one that differs.
+    """
+    if not run.exists(FILES[field]):
+        return False
+    began = [Prompt(**json.loads(line)) for line in run.read(FILES[field]).decode().splitlines()]
+    for number, (old, new) in enumerate(zip_longest(began, prompts), start=1):
+        if old != new:
+            raise UserError(
+                f"{field}: the run began with other prompts: number {number} was {_said(old)} and is {_said(new)} now; "
+                "give the same prompts to continue it, or another `run` name to begin a new one"
+            )
+    return True
+
+
+def _said(prompt: Prompt | None) -> str:
+    return f"{prompt.text!r} (id {prompt.id!r})" if prompt else "not there"
 
 
 def round_requests(

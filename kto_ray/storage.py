@@ -166,11 +166,16 @@ class Storage:
         return pq.read_table(pa.BufferReader(self.read(name)), columns=columns)
 
     def require_room(self, needed_bytes: int) -> None:
-        """Prove that the folder can be written and, where that can be known, has room. Raises UserError."""
-        self.write(".probe", b"kto-ray")
-        filesystem, folder = self._opened
-        filesystem.delete_file(f"{folder}/.probe")
-        if self.local is not None and (free := shutil.disk_usage(self.local).free) < needed_bytes:
+        """Look, where that is possible without writing, whether it can be written and has room. Raises UserError."""
+        if self.local is None:
+            return
+        there = next(folder for folder in (self.local, *self.local.parents) if folder.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            what = "cannot be written" if there.is_dir() else "is no folder"
+            raise UserError(
+                f"runs_folder: cannot write {self.uri}: {there} {what}; give a folder that can be written and has room"
+            )
+        if (free := shutil.disk_usage(there).free) < needed_bytes:
             raise UserError(
                 f"runs_folder: {self.uri} has {free / 1e9:.2f} GB free, the run needs about "
                 f"{needed_bytes / 1e9:.2f} GB; make room, or give another folder"

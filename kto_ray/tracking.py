@@ -109,11 +109,16 @@ def wanted(settings: Tracking) -> dict[str, Any]:
 
 def make_outboxes(config: RunConfig, run: Storage) -> list[Outbox]:
     """One for each tracker that `tracking` asks for. Raises UserError when its package is not installed."""
+    check(config.tracking)
     trackers = wanted(config.tracking)
-    for name, tracker in trackers.items():
+    return [Outbox(name, partial(tracker, config, run), run) for name, tracker in trackers.items()]
+
+
+def check(settings: Tracking) -> None:
+    """Raises UserError when the package of a tracker that is asked for is not installed."""
+    for name, tracker in wanted(settings).items():
         if importlib.util.find_spec(tracker.package) is None:
             raise UserError(f"tracking: {name} is asked for but not installed: pip install 'kto-ray[{name}]'")
-    return [Outbox(name, partial(tracker, config, run), run) for name, tracker in trackers.items()]
 
 
 class Metrics:

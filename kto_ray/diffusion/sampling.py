@@ -24,13 +24,20 @@ def compatible_scheduler(current: Any, name: str) -> Any:
     Raises:
         UserError: there is none; names the nearest that fits.
     """
-    compatible = {scheduler.__name__: scheduler for scheduler in current.compatibles}
+    compatible = {scheduler.__name__: scheduler for scheduler in current.compatibles if not is_edm(scheduler.__name__)}
     if name not in compatible:
         close = difflib.get_close_matches(name, compatible, n=1)
         suggestion = f", did you mean {close[0]!r}?" if close else ""
         why = "not compatible with this pipeline" if hasattr(diffusers, name) else "unknown to diffusers"
+        if is_edm(name):
+            why = "for models that were trained with EDM's own noise levels"
         raise UserError(f"generate.scheduler: {name!r} is {why}{suggestion}; fitting: {', '.join(sorted(compatible))}")
     return compatible[name]
+
+
+def is_edm(name: str) -> bool:
+    """diffusers calls them compatible with all others, but out of another model they draw noise."""
+    return name.startswith("EDM")
 
 
 def use_scheduler(pipeline: Any, name: str) -> None:

@@ -7,6 +7,7 @@ proof of identity that every replica and train worker compares with the run's.
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from kto_ray.diffusion.layouts import LAYOUTS, layout_of
 from kto_ray.errors import UserError
 from kto_ray.shapes import MODEL_FOLDER
 
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 NOT_WHOLE = "the folder is not whole, copy or download it again"
 
 
@@ -28,23 +30,33 @@ def resolve(model: Model) -> Path:
     Raises:
         UserError: no such folder, or the hub does not have it (or cannot be reached).
     """
-    if (local := local_folder(model)) is not None:
-        return local
+    local = local_folder(model)
+    return local if local is not None else _download(model)
+
+
+def local_folder(model: Model) -> Path | None:
+    """The folder of a model that needs no download, or None.
+
+    Raises:
+        UserError: it is neither a folder nor a name that the hub could have.
+    """
+    if model.name == "shapes":
+        return MODEL_FOLDER
     folder = Path(model.name)
+    if folder.is_dir():
+        return folder
+    if folder.suffix in SINGLE_FILES or folder.is_file():
+        raise UserError(
+            f"model.name: {model.name!r} is a single file, which is not supported yet; make a folder of it with "
+            f"StableDiffusionPipeline.from_single_file({model.name!r}).save_pretrained('FOLDER') of diffusers, and "
+            "give that"
+        )
     if folder.is_absolute() or model.name.startswith(".") or model.name.count("/") != 1:
         raise UserError(
             f"model.name: no folder {model.name!r}; give a diffusers pipeline folder, a hub name such as "
             "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'shapes'"
         )
-    return _download(model)
-
-
-def local_folder(model: Model) -> Path | None:
-    """The folder of a model that needs no download, or None."""
-    if model.name == "shapes":
-        return MODEL_FOLDER
-    folder = Path(model.name)
-    return folder if folder.is_dir() else None
+    return None
 
 
 def _download(model: Model) -> Path:
@@ -114,7 +126,8 @@ def weight_files(component: Path, variant: str | None) -> list[Path]:
     if not (component / "config.json").is_file():
         raise UserError(f"model.name: {component / 'config.json'} is missing; {NOT_WHOLE}")
     names = sorted(path for path in component.glob("*.safetensors"))
-    chosen = [path for path in names if variant is None or f".{variant}." in path.name]
+    # "model.fp16.safetensors", "model-00001-of-00002.fp16.safetensors" and "model.fp16-00001-of-00002.safetensors".
+    chosen = [path for path in names if variant is None or re.search(rf"\.{re.escape(variant)}[.-]", path.name)]
     # Without a variant asked for, a folder may hold "model.safetensors" next to "model.fp16.safetensors".
     plain = [path for path in chosen if path.name.count(".") == 1]
     files = chosen if variant else plain

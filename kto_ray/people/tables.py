@@ -124,13 +124,14 @@ Index(
 )
 
 
-def open_database(url: str, run: str, patience_s: float = 0) -> sa.Engine:
+def open_database(url: str, run: str, patience_s: float = 0, make: bool = True) -> sa.Engine:
     """Connect, and make the tables where they are missing.
 
     Args:
         url: of SQLAlchemy.
         run: whose database it is, for instance the URI of the run's folder.
         patience_s: how long a server may be away; not at all where somebody waits to hear of a mistake.
+        make: False leaves a database without tables as it is.
 
     Raises:
         UserError: a URL that cannot be read, a driver that is not installed, a server that does not answer, a file
@@ -154,6 +155,8 @@ def open_database(url: str, run: str, patience_s: float = 0) -> sa.Engine:
     _one_after_the_other(engine)
 
     def claim(connection: sa.Connection) -> None:
+        if not make and not sa.inspect(connection).has_table(meta.name):
+            return
         metadata.create_all(connection)
         found = {row.key: row.value for row in connection.execute(sa.select(meta))}
         for key, value in {"layout": LAYOUT, "run": run}.items():

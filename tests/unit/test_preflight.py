@@ -1,10 +1,14 @@
 """Everything that can be wrong before machine time is spent is said before, with field, value and remedy."""
 
+import importlib.util
+import json
 import shutil
 import sys
 from collections import namedtuple
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +17,8 @@ import pytest
 from kto_ray.config import RunConfig, load, recipe_names, to_yaml
 from kto_ray.config.resuming import changes_of
 from kto_ray.diffusion import source
+from kto_ray.diffusion.checks import image_size
+from kto_ray.diffusion.layouts import layout_of
 from kto_ray.errors import UserError
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight, describe, disk_bytes
@@ -42,6 +48,13 @@ def base(tmp_path: Path, model: Path) -> list[str]:
     ]
 
 
+def begin(config: RunConfig) -> Preflight:
+    """As a run does it."""
+    found = Preflight.check(config)
+    found.begin(config)
+    return found
+
+
 def message(base: list[str], *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         Preflight.check(load("shapes_demo", [*base, *overrides]))
@@ -50,7 +63,7 @@ def message(base: list[str], *overrides: str) -> str:
 
 def test_a_run_that_is_well_is_ready(base: list[str], tmp_path: Path, model: Path) -> None:
     config = load("shapes_demo", base)
-    found = Preflight.check(config)
+    found = begin(config)
     assert [prompt.text for prompt in found.train_prompts] == ["a cat", "a dog"]
     assert [prompt.text for prompt in found.held_out_prompts] == ["a cow"]
     assert found.reference_digest == source.reference_digest(model)
@@ -61,12 +74,12 @@ def test_a_run_that_is_well_is_ready(base: list[str], tmp_path: Path, model: Pat
 def test_every_recipe_of_the_embedded_world_is_ready(tmp_path: Path) -> None:
     for recipe in recipe_names():
         if load(recipe).model.name == "shapes":
-            Preflight.check(load(recipe, [f"runs_folder={tmp_path}"]))
+            begin(load(recipe, [f"runs_folder={tmp_path}"]))
 
 
 def test_remote_run_folders_are_checked_too(base: list[str], tmp_path: Path) -> None:
     config = load("shapes_demo", [*base, f"runs_folder=memory:/{tmp_path}"])
-    assert Preflight.check(config).run.read("config.yaml").decode() == to_yaml(config)
+    assert begin(config).run.read("config.yaml").decode() == to_yaml(config)
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
@@ -86,6 +99,55 @@ def test_held_out_prompts_that_are_trained_on(base: list[str], tmp_path: Path) -
     assert "prompts.held_out: 1 of its prompts" in text
     assert "'a dog'" in text
     assert "must not be in prompts.train" in text
+
+
+def test_held_out_prompts_that_differ_in_case_and_spaces_only(base: list[str], tmp_path: Path) -> None:
+    text = message(base, f"prompts.held_out={write_prompts(tmp_path / 'other.jsonl', ['a cow', ' A   DOG '])}")
+    assert "prompts.held_out: 1 of its prompts" in text
+    assert "' A   DOG '" in text
+
+
+def test_held_out_prompts_that_the_model_reads_as_one_it_is_trained_on(
+    base: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "a red circle on a black square and "
+    train = write_prompts(tmp_path / "long.jsonl", ["a cat", f"{long} one"])
+    held_out = write_prompts(tmp_path / "held.jsonl", [f"{long} two"])
+    text = message(base, f"prompts.train={train}", f"prompts.held_out={held_out}")
+    assert "prompts.held_out: 1 of its prompts are trained on, too as far as the model reads them" in text
+    assert "prompts.train: of 1 of 2 prompts the model reads only the first 8 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("which", ["train", "held_out"])
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["a bat", "a cow"], ["number 1 was 'a cow' (id 'a cow')", "is 'a bat'"]),
+        (["a cow"], ["number 2 was 'a dog' (id 'a dog')", "is not there now"]),
+        (["a cow", "a dog", "a bat"], ["number 3 was not there", "is 'a bat' (id 'a bat') now"]),
+    ],
+)
+def test_prompts_that_changed_since_the_run_began(
+    base: list[str], tmp_path: Path, which: str, texts: list[str], said: list[str]
+) -> None:
+    file = write_prompts(tmp_path / "edited.jsonl", ["a cow", "a dog"])
+    others = write_prompts(tmp_path / "others.jsonl", ["a hen"])
+    files = [f"prompts.{name}={file if name == which else others}" for name in ("train", "held_out")]
+    begin(load("shapes_demo", [*base, *files]))
+    begin(load("shapes_demo", [*base, *files]))
+    write_prompts(file, texts)
+    text = message(base, *files)
+    assert text.startswith(f"prompts.{which}: the run began with other prompts")
+    assert [words for words in [*said, "another `run` name"] if words not in text] == []
+
+
+def test_a_file_of_the_same_prompts_may_move(base: list[str], tmp_path: Path) -> None:
+    run = begin(load("shapes_demo", base)).run
+    moved = write_prompts(tmp_path / "moved.jsonl", ["a cat", "a dog"])
+    begin(load("shapes_demo", [*base, f"prompts.train={moved}"]))
+    assert [row["field"] for row in changes_of(run)] == ["prompts.train"]
+    run.local and shutil.rmtree(run.local / "prompts")  # as a run of release 0.1.0 has none
+    assert "prompts.train: the run has" in message(base)
 
 
 # -- plug-ins ---------------------------------------------------------------------------------------------------------
@@ -116,7 +178,7 @@ def brightness(images_BHWC: npt.NDArray[np.uint8], _: Sequence[Prompt]) -> list[
 
 def test_classes_and_functions_of_ones_own_are_found(base: list[str]) -> None:
     scorers = f"label.scorers=[shapes, tests.plugins:CoinScorer, {__name__}:brightness]"
-    Preflight.check(load("shapes_demo", [*base, scorers]))
+    begin(load("shapes_demo", [*base, scorers]))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +199,7 @@ def test_an_environment_that_is_not_there(
 
 
 def test_an_environment_may_be_a_python_of_ones_own(base: list[str]) -> None:
-    Preflight.check(load("shapes_demo", [*base, f"label.scorers.shapes.env={sys.executable}"]))
+    begin(load("shapes_demo", [*base, f"label.scorers.shapes.env={sys.executable}"]))
 
 
 # -- replay -----------------------------------------------------------------------------------------------------------
@@ -146,7 +208,7 @@ def test_an_environment_may_be_a_python_of_ones_own(base: list[str]) -> None:
 @pytest.fixture
 def earlier(base: list[str]) -> Storage:
     """An earlier run of one sealed round, with a label set."""
-    run = Preflight.check(load("shapes_demo", [*base, "run=earlier"])).run
+    run = begin(load("shapes_demo", [*base, "run=earlier"])).run
     round_, samples = RoundStore(run).round(0), make_samples("round-00000", 2)
     round_.add_samples(samples)
     round_.add_scores([make_score(sample.id) for sample in samples])
@@ -159,7 +221,7 @@ def earlier(base: list[str]) -> Storage:
 def test_rounds_that_can_be_replayed(base: list[str], earlier: Storage) -> None:
     for labels in ("null", "strict"):
         overrides = [*base, f"replay={{run: {earlier}, labels: {labels}}}", f"run=replay_{labels}"]
-        Preflight.check(load("shapes_demo", overrides))
+        begin(load("shapes_demo", overrides))
 
 
 def test_a_replay_of_what_is_no_run(base: list[str], tmp_path: Path) -> None:
@@ -170,7 +232,7 @@ def test_a_replay_of_what_is_no_run(base: list[str], tmp_path: Path) -> None:
 
 
 def test_a_replay_of_a_run_without_rounds(base: list[str]) -> None:
-    run = Preflight.check(load("shapes_demo", [*base, "run=empty"])).run
+    run = begin(load("shapes_demo", [*base, "run=empty"])).run
     assert message(base, f"replay.run={run}") == f"replay.run: {run} has no sealed round yet"
 
 
@@ -185,7 +247,7 @@ def test_a_replay_of_another_model(base: list[str], tmp_path: Path, model: Path,
 def test_a_replay_of_the_same_model_elsewhere(base: list[str], tmp_path: Path, model: Path, earlier: Storage) -> None:
     PolicyStore(earlier).publish_base(source.reference_digest(model), source.component_digests(model))
     moved = shutil.copytree(model, tmp_path / "moved")
-    Preflight.check(load("shapes_demo", [*base, f"model={moved}", f"replay.run={earlier}", "run=again"]))
+    begin(load("shapes_demo", [*base, f"model={moved}", f"replay.run={earlier}", "run=again"]))
 
 
 def test_a_replay_of_an_unknown_label_set(base: list[str], earlier: Storage) -> None:
@@ -236,6 +298,10 @@ def test_a_model_of_an_unsupported_family(base: list[str], tmp_path: Path, model
     ("name", "said"),
     [
         ("DDIMSchedular", ["unknown to diffusers", "did you mean 'DDIMScheduler'"]),
+        (
+            "EDMEulerScheduler",
+            ["for models that were trained with EDM's own noise levels", "fitting: ", "DDIMScheduler"],
+        ),
         ("FlowMatchEulerDiscreteScheduler", ["not compatible", "fitting: ", "DDIMScheduler"]),
     ],
 )
@@ -259,7 +325,7 @@ def test_a_model_that_predicts_something_else(base: list[str], tmp_path: Path, m
 
 
 def test_a_run_begun_with_another_configuration_names_each_difference(base: list[str]) -> None:
-    Preflight.check(load("shapes_demo", [*base, "train.objective.beta=150", "seed=0"]))
+    begin(load("shapes_demo", [*base, "train.objective.beta=150", "seed=0"]))
     text = message(base, "train.objective.beta=99", "seed=5")
     assert "run 'demo'" in text
     assert "train.objective.beta: the run has 150.0, this command says 99.0" in text
@@ -268,30 +334,30 @@ def test_a_run_begun_with_another_configuration_names_each_difference(base: list
 
 
 def test_a_refused_configuration_does_not_replace_the_saved_one(base: list[str], tmp_path: Path) -> None:
-    Preflight.check(load("shapes_demo", base))
+    begin(load("shapes_demo", base))
     message(base, "train.objective.beta=99")
     assert load(str(tmp_path / "runs" / "demo" / "config.yaml")) == load("shapes_demo", base)
 
 
 def test_a_run_does_not_go_on_with_other_arguments_of_its_scorer(base: list[str]) -> None:
     coins = "label.scorers.shapes={scorer: tests.plugins:CoinScorer, args: {seconds: 0.0}}"
-    Preflight.check(load("shapes_demo", [*base, coins]))
-    Preflight.check(load("shapes_demo", [*base, coins, "label.scorers.shapes.resources.num_cpus=0.1"]))
+    begin(load("shapes_demo", [*base, coins]))
+    begin(load("shapes_demo", [*base, coins, "label.scorers.shapes.resources.num_cpus=0.1"]))
     text = message(base, coins, "label.scorers.shapes.args.seconds=1.0")
     assert "label.scorers.shapes.args.seconds: the run has 0.0, this command says 1.0" in text
 
 
 def test_a_longer_run_continues(base: list[str]) -> None:
-    Preflight.check(load("shapes_demo", base))
-    Preflight.check(load("shapes_demo", [*base, "rounds=30"]))
+    begin(load("shapes_demo", base))
+    begin(load("shapes_demo", [*base, "rounds=30"]))
 
 
 def test_a_run_that_ran_out_of_memory_goes_on_with_less(base: list[str]) -> None:
     coins = "label.scorers.shapes={scorer: tests.plugins:CoinScorer, args: {seconds: 0.0}}"
-    run = Preflight.check(load("shapes_demo", [*base, coins])).run
+    run = begin(load("shapes_demo", [*base, coins])).run
     run.write("rounds/00000/training.json", b"{}")
     less = ["generate.batch_size=1", "train.gradient_checkpointing=true", "train.micro_batch=1"]
-    Preflight.check(load("shapes_demo", [*base, coins, *less, "label.scorers.shapes.args.device=cpu"]))
+    begin(load("shapes_demo", [*base, coins, *less, "label.scorers.shapes.args.device=cpu"]))
     rows = changes_of(run)
     assert {row["round"] for row in rows} == {1}
     assert [(row["field"], row["after"]) for row in rows] == [
@@ -338,16 +404,16 @@ def test_a_run_folder_that_nothing_opens(base: list[str]) -> None:
 # -- the base model of a run that goes on ------------------------------------------------------------------------------
 
 
-def begin(base: list[str]) -> Storage:
-    found = Preflight.check(load("shapes_demo", base))
+def begin_with_base(base: list[str]) -> Storage:
+    found = begin(load("shapes_demo", base))
     PolicyStore(found.run).publish_base(found.reference_digest, found.components)
     return found.run
 
 
 def test_a_model_may_move(base: list[str], tmp_path: Path, model: Path) -> None:
-    run = begin(base)
+    run = begin_with_base(base)
     moved = shutil.copytree(model, tmp_path / "moved")
-    Preflight.check(load("shapes_demo", [*base, f"model={moved}"]))
+    begin(load("shapes_demo", [*base, f"model={moved}"]))
     assert saved_config(run).model.name == str(moved)
     assert [row["field"] for row in changes_of(run)] == ["model.name"]
 
@@ -357,7 +423,7 @@ def test_a_model_that_changed_is_refused_with_the_component(
     base: list[str], tmp_path: Path, model: Path, component: str
 ) -> None:
     own = shutil.copytree(model, tmp_path / "own")
-    begin([*base, f"model={own}"])
+    begin_with_base([*base, f"model={own}"])
     (own / component / "config.json").write_text((own / component / "config.json").read_text() + " ")
     text = message(base, f"model={own}")
     assert text.startswith(f"model.name: the base model has changed since the run began: {component} is not")
@@ -365,7 +431,7 @@ def test_a_model_that_changed_is_refused_with_the_component(
 
 
 def test_another_model_is_another_configuration(base: list[str], tmp_path: Path, model: Path) -> None:
-    begin(base)
+    begin_with_base(base)
     other = shutil.copytree(model, tmp_path / "other")
     (other / "vae" / "config.json").write_text((other / "vae" / "config.json").read_text() + " ")
     text = message(base, f"model={other}")
@@ -375,11 +441,88 @@ def test_another_model_is_another_configuration(base: list[str], tmp_path: Path,
 def test_a_run_of_an_older_version_cannot_tell_whether_its_model_moved(
     base: list[str], tmp_path: Path, model: Path
 ) -> None:
-    run = begin(base)
+    run = begin_with_base(base)
     run.write_json("policies/00000/policy.json", {"version": 0, "digest": source.reference_digest(model)})
     moved = shutil.copytree(model, tmp_path / "moved")
     assert "model.name: the run has" in message(base, f"model={moved}")
-    Preflight.check(load("shapes_demo", base))
+    begin(load("shapes_demo", base))
+
+
+# -- what can be drawn ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["generate.width=96"], "generate.width: 96 without the other side; give generate.height and generate.width"),
+        (["generate.height=2"], "generate.height: 2 without the other side; give generate.height and generate.width"),
+        (["generate.height=60", "generate.width=64"], "generate.height: 60 is no multiple of 8"),
+        (["generate.height=64", "generate.width=3"], "generate.width: 3 is no multiple of 8"),
+        (["generate.steps=1001"], "generate.steps: 1001 is more than the 1000 that the model was trained with"),
+        (["generate.scheduler=PNDMScheduler", "generate.steps=1"], "generate.steps: PNDMScheduler cannot draw in 1"),
+    ],
+)
+def test_what_cannot_be_drawn(base: list[str], overrides: list[str], said: str) -> None:
+    assert message(base, *overrides).startswith(said)
+
+
+@pytest.mark.parametrize(("size", "pixels"), [(8, (64, 64)), ([8, 12], (64, 96))])
+def test_the_size_that_a_model_was_trained_on(
+    base: list[str], tmp_path: Path, model: Path, size: Any, pixels: Any
+) -> None:
+    folder = sized(shutil.copytree(model, tmp_path / "sized"), size)
+    assert image_size(load("shapes_demo").generate, layout_of(folder).geometry(folder)) == pixels
+    begin(load("shapes_demo", [*base, f"model={folder}"]))
+
+
+def test_a_model_that_does_not_say_its_size(base: list[str], tmp_path: Path, model: Path) -> None:
+    folder = sized(shutil.copytree(model, tmp_path / "sized"), None)
+    assert "the model does not say how large" in message(base, f"model={folder}")
+    begin(load("shapes_demo", [*base, f"model={folder}", "generate.height=64", "generate.width=96"]))
+
+
+def sized(folder: Path, size: int | list[int] | None) -> Path:
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": size}))
+    return folder
+
+
+# -- the dry run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "prompts.held_out={train}",
+        "generate.scheduler=ddim",
+        "generate.width=60",
+        "tracking.wandb_project=x",
+        "label.scorers=shape",
+        "model={train}",
+        "runs_folder={train}",
+        "train.gamma=0.3",
+    ],
+)
+def test_the_dry_run_refuses_what_a_run_refuses_and_writes_nothing(
+    base: list[str], tmp_path: Path, override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    begin(load("shapes_demo", [*base, "run=begun"]))
+    train = tmp_path / "train.jsonl"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    config = load("shapes_demo", [*base, override.format(train=train), "run=begun"])
+    with pytest.raises(UserError) as run:
+        Preflight.check(config)
+    with pytest.raises(UserError) as dry_run:
+        describe(config)
+    assert str(dry_run.value) == str(run.value)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("overrides", [[], ["label.labeler=human"]])
+def test_the_dry_run_makes_no_folder(base: list[str], tmp_path: Path, overrides: list[str]) -> None:
+    describe(load("shapes_demo", [*base, *overrides]))
+    assert not (tmp_path / "runs").exists()
 
 
 # -- estimates --------------------------------------------------------------------------------------------------------
@@ -410,6 +553,6 @@ def test_the_dry_run_tells_what_follows(base: list[str]) -> None:
 
 
 def test_a_run_that_is_half_rewound_does_not_go_on(base: list[str]) -> None:
-    run = Preflight.check(load("shapes_demo", base)).run
+    run = begin(load("shapes_demo", base)).run
     run.write_json(REWINDING, {"to": 3})
     assert f"kto-ray rewind {run} --to 3" in message(base)

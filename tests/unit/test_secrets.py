@@ -66,11 +66,21 @@ def secretive(database: str = INLINE) -> RunConfig:
 
 def test_a_configuration_shows_no_secret() -> None:
     config = secretive()
-    shown = [to_yaml(config), repr(config), str(config), f"{config.label!r}", str(public(config)), describe(config)]
+    shown = [to_yaml(config), repr(config), str(config), f"{config.label!r}", str(public(config))]
     assert all("s3cret" not in text for text in shown)
     assert "database: postgresql+psycopg://kto:***@host/answers" in to_yaml(config)
     assert config.label.scorers["http"].args == MANY
     assert database_url(config.label.human, Storage("runs/x")) == INLINE
+
+
+def test_nor_does_a_dry_run(tmp_path: Path) -> None:
+    database = "postgresql+psycopg://kto:s3cret@127.0.0.1:1/answers"  # where nobody listens
+    with pytest.raises(UserError, match=r"cannot use postgresql\+psycopg://kto:\*\*\*@127") as caught:
+        describe(load("shapes_human", [f"runs_folder={tmp_path}", f"label.human.database={database}"]))
+    assert "s3cret" not in str(caught.value)
+    assert "s3cret" not in describe(
+        load("shapes_demo", [f"runs_folder={tmp_path}", f"label.human.database={database}"])
+    )
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,29 @@ def test_a_missing_variant_says_what_is_there(folder: Path) -> None:
     assert "it has" in text
 
 
+def test_shards_of_a_variant_as_diffusers_writes_them(folder: Path) -> None:
+    (folder / UNET).unlink()
+    for name in ("diffusion_pytorch_model.fp16-00001-of-00002", "diffusion_pytorch_model-00002-of-00002.fp16"):
+        save_file({"weight": np.zeros(8, np.float16)}, folder / "unet" / f"{name}.safetensors")
+    assert len(source.weight_files(folder / "unet", "fp16")) == 2
+    assert "has no weights *.fp1.safetensors" in message_of(folder, "fp1")
+
+
+def message_of(folder: Path, variant: str) -> str:
+    with pytest.raises(UserError) as caught:
+        source.weight_files(folder / "unet", variant)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_single_file_is_to_be_converted(tmp_path: Path, there: bool) -> None:
+    file = tmp_path / "dream.safetensors"
+    if there:
+        file.write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"is a single file.*from_single_file\(.*\)\.save_pretrained"):
+        source.resolve(Model(name=str(file)))
+
+
 def change_unet(folder: Path) -> None:
     data = bytearray((folder / UNET).read_bytes())
     data[-1] ^= 1

@@ -1,0 +1,36 @@
+"""Whether people can be asked as `label.human` says; `preflight.py` asks here. Changes nothing in the database."""
+
+import sqlalchemy as sa
+
+from kto_ray.config import Human
+from kto_ray.errors import UserError
+from kto_ray.people.address import database_owner, database_url
+from kto_ray.people.clock import Clock
+from kto_ray.people.gold import load_gold
+from kto_ray.people.people import People, Person
+from kto_ray.people.tables import labelers, open_database
+from kto_ray.storage import Storage
+
+
+def check(human: Human, run: Storage) -> None:
+    """Raises UserError: a database or gold that cannot be used, or nobody who could label."""
+    if human.gold.file:
+        load_gold(human.gold.file)
+    people, field = _everybody(human, run), "label.human.labelers"
+    if not human.labelers and not any(person.role == "labeler" and person.links for person in people):
+        raise UserError(
+            f"{field}: nobody can label: name somebody, for instance {field}=[ann], or add people with: "
+            f"kto-ray labelers add NAME --run {run}"
+        )
+
+
+def _everybody(human: Human, run: Storage) -> list[Person]:
+    url = database_url(human, run)
+    if human.database is None and not run.exists("people.sqlite"):
+        return []  # opening it would make the file
+    engine = open_database(url, database_owner(human, run), make=False)
+    try:
+        has_people = sa.inspect(engine).has_table(labelers.name)
+        return People(engine, human, Clock()).everybody() if has_people else []
+    finally:
+        engine.dispose()
