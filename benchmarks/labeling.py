@@ -69,7 +69,7 @@ class Page:
         self.config, self.run = config, Storage(f"{config.runs_folder}/{config.run}")
         self.labeler = HumanLabeler(config, self.run, Console(quiet=True))
         self.tokens: list[str] = []
-        self.client = httpx2.AsyncClient(base_url=f"{base_url(config.label.human, config.run)}/", timeout=60)
+        self.client = httpx2.AsyncClient(base_url=f"{base_url(config.label.human, self.run)}/", timeout=60)
         self.taken: Counter[tuple[str, str]] = Counter()  # item and verdict, of every answer that got a 200
         self.asked = 0
 

@@ -433,7 +433,7 @@ async def play(
     if config.label.labeler != "human":
         raise UserError(f"run: {run} has label.labeler={config.label.labeler}, and asks no people")
     tally = Tally()
-    page = Page(base_url(human, config.run), tally)
+    page = Page(base_url(human, run), tally)
     try:
         await page.call("api/progress", None, patience_s=START_S)  # once it answers, there is a database
         tally.retries = 0

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kto_ray.cli_runs import runs
 from kto_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class Commands(click.Group):
 @click.version_option(package_name="kto-ray")
 def main() -> None:
     """Online Diffusion-KTO on Ray."""
+
+
+main.add_command(runs)
 
 
 # -- kto-ray env ------------------------------------------------------------------------------------------------------
@@ -264,7 +268,7 @@ def _people(run: str) -> Iterator[tuple["People", str]]:
         raise UserError(f"run: no people judge {folder}: its label.labeler is {config.label.labeler!r}, not 'human'")
     engine = open_database(database_url(human, folder), database_owner(human, folder))
     try:
-        yield People(engine, human, Clock()), base_url(human, config.run)
+        yield People(engine, human, Clock()), base_url(human, folder)
     finally:
         engine.dispose()
 

@@ -5,10 +5,14 @@ Whoever runs things side by side does it with these: nothing goes on after an er
 
 import asyncio
 import contextlib
+import inspect
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from kto_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -61,3 +65,24 @@ async def cancelled(tasks: Iterable["asyncio.Task[Any]"]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def all_closed(*parts: Any) -> AsyncIterator[None]:
+    """Close parts at the end of the block, in this order, each whatever comes of the others.
+
+    What goes wrong in closing is said; it hides no error of the block.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        for part in reversed(parts):
+            stack.push_async_callback(_close, part)
+        yield
+
+
+async def _close(part: Any) -> None:
+    try:
+        closing = part.close()
+        if inspect.isawaitable(closing):
+            await closing
+    except Exception:
+        logger.exception("%s could not be closed", type(part).__name__)

@@ -44,9 +44,11 @@ from typing import Any
 
 from rich.console import Console
 
+from kto_ray.caretaker import Caretaker
 from kto_ray.cluster import connected
-from kto_ray.concurrency import together
+from kto_ray.concurrency import all_closed, together
 from kto_ray.config import RunConfig
+from kto_ray.diffusion.sampling import drawing_digest
 from kto_ray.evaluate.doubts import doubts_of
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.statistics import EvaluationSummary
@@ -71,7 +73,7 @@ from kto_ray.train.sampler import imbalance
 
 logger = logging.getLogger(__name__)
 
-NOT_FIGURES = ("files", "stage", "labeler", "replayed_from")
+NOT_FIGURES = ("files", "stage", "labeler", "replayed_from", "drawing")
 """What else a round's manifest holds."""
 
 
@@ -117,7 +119,8 @@ class _Loop:
         self.rounds = RoundStore(self.run_storage)
         self.policies = PolicyStore(self.run_storage)
         self.metrics = Metrics(config, self.run_storage)
-        self.generators = Generators(config, self.run_storage)
+        self.caretaker = Caretaker(self.run_storage)
+        self.generators = Generators(config, self.run_storage, drawing_digest(config, preflight.components))
         self.scorers = Scorers(config.label, config.cluster)
         self.labeler: Labeler = make_labeler(config, self.run_storage, console)
         self.training = Training(config, self.run_storage)
@@ -143,30 +146,33 @@ class _Loop:
 
     async def run(self) -> dict[str, Any]:
         began = time.monotonic()
-        try:
+        # Who holds most of the cluster is closed first; whatever then stays, the caretaker ends.
+        async with all_closed(self.generators, self.scorers, self.labeler, self.caretaker, self.metrics):
             with self.watch.measure("startup"):
-                await asyncio.to_thread(start_serve, self.config.label.human if self._asks_people else None)
-                # Training starts while the generators do: both spend their first seconds on imports.
-                self.training.start()
-                await asyncio.gather(
-                    self.generators.start(), self.scorers.start(), self.labeler.start(self.making.memory())
-                )
+                await self._start()
             with self.progress:
                 async with together() as group:
                     making = group.create_task(self._make_rounds())
                     await self._train_rounds()
                     making.cancel()  # training ended early: a round in the making is given up
             await self.training.close()
-        finally:
-            await self.labeler.close()
-            self.scorers.close()
-            self.generators.close()
-            self.metrics.close()
         self.watch.seconds["total"] = time.monotonic() - began
         return write_results(
             *(self.config, self.run_storage, self.metrics, self.rounds),
             *(self.evaluation, self.fresh, self.watch.seconds),
         )
+
+    async def _start(self) -> None:
+        """Start all parts; what cannot be started ends the starting of the others."""
+        alone = await asyncio.to_thread(self.caretaker.start)
+        # What is refused here has cost no machine time yet.
+        await asyncio.to_thread(start_serve, self.config.label.human if self._asks_people else None, alone)
+        # Training starts while the generators do: both spend their first seconds on imports.
+        self.training.start()
+        async with together() as group:
+            group.create_task(self.generators.start())
+            group.create_task(self.scorers.start())
+            group.create_task(self.labeler.start(self.making.memory()))
 
     @property
     def _asks_people(self) -> bool:

@@ -32,7 +32,7 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, LOST) and not isinstance(error, RayTaskError)
 
 
-def last_words(error: BaseException) -> str:
-    """What an error says at the end, below pages of traceback."""
+def last_words(error: BaseException | str) -> str:
+    """What an error, or a report of one, says at the end, below pages of traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")

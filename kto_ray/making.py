@@ -108,6 +108,7 @@ class Making:
             index,
             round_,
             {
+                "drawing": self.generators.drawing,
                 "seconds/generate": drawn - began,
                 "seconds/label": time.monotonic() - drawn,  # what labeling took beyond the last image
                 "busy/generate": self.generators.busy_seconds - before[0],

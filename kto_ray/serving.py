@@ -1,28 +1,41 @@
 """Ray Serve as the loop needs it: for the generators without any listener, for people's page with one.
 
-The loop starts it once; `generate/client.py` and `label/human/labeler.py` deploy on it.
+The loop starts it once; `generate/client.py` and `people/labeler.py` deploy on it. What they deployed they end with
+`end_applications`, or else the caretaker does, once their driver is gone.
 """
 
+import asyncio
+import contextlib
 import socket
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.schema import LoggingConfig
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationDetails, ApplicationStatus, LoggingConfig, ServeInstanceDetails
 
 from kto_ray.config.people import Human
 from kto_ray.errors import UserError
+from kto_ray.lost import last_words
+from kto_ray.naming import Application, Role, unique_name
+from kto_ray.storage import Storage
 
+POLL_S = 0.2
+REPLICAS = "serve"
+"""The namespace in which Serve's replicas are actors, named SERVE_REPLICA::application#deployment#id."""
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
-def start_serve(human: Human | None) -> None:
+def start_serve(human: Human | None, alone: bool = False) -> None:
     """Start Serve on the cluster, or use the one that is there.
 
     Args:
         human: who is served a page, on `host` and `port` of the head; None: nothing listens on the network, the loop
             talks to replicas by handle.
+        alone: no other run is on the cluster, so that a Serve which earlier ones left may be ended.
 
     Raises:
         UserError: the port is taken, or the cluster's Serve does not listen there.
@@ -31,6 +44,8 @@ def start_serve(human: Human | None) -> None:
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=QUIET)
         return
     where = f"{human.host}:{human.port}"
+    if alone and not _listens(human) and not deployed():
+        serve.shutdown()  # type: ignore[no-untyped-call]  # an earlier run's, that listens elsewhere or not at all
     if not _is_running():
         _require_free(human)
     serve.start(
@@ -38,8 +53,8 @@ def start_serve(human: Human | None) -> None:
         http_options=HTTPOptions(host=human.host, port=human.port),
         logging_config=QUIET,
     )
-    listens = _http_options()
-    if not serve.status().proxies or (listens.host, listens.port) != (human.host, human.port):
+    if not _listens(human):
+        listens = _client().http_config
         found = f"{listens.host}:{listens.port}" if serve.status().proxies else "no address"
         raise UserError(
             f"label.human.port: this cluster's Serve listens on {found} already, and only one address is possible, not "
@@ -47,16 +62,92 @@ def start_serve(human: Human | None) -> None:
         )
 
 
+def _listens(human: Human) -> bool:
+    """Whether the cluster has a Serve that listens where the page is to be."""
+    client: Any = _get_global_client(raise_if_no_controller_running=False)
+    listens = client and client.http_config
+    return bool(client and serve.status().proxies) and (listens.host, listens.port) == (human.host, human.port)
+
+
+def application_name(run: Storage, role: Role) -> str:
+    """Of an application that this driver deploys for a run."""
+    return str(Application(unique_name(run), role, ray.get_runtime_context().get_job_id()))
+
+
+async def deploy(what: str, application: serve.Application, name: str, route_prefix: str | None = None) -> Any:
+    """Deploy an application and wait until its first replicas run; gives its handle.
+
+    Cancelled, it does not leave before Serve knows of the application, so that whoever ends it then ends it for good.
+
+    Args:
+        what: is deployed, for the error.
+
+    Raises:
+        UserError: its replicas could not be built; has their own last words.
+    """
+    target = serve.RunTarget(application, name, route_prefix)
+    deploying = asyncio.ensure_future(asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False))
+    try:
+        (handle,) = await asyncio.shield(deploying)
+    except asyncio.CancelledError:
+        await asyncio.gather(deploying, return_exceptions=True)
+        raise
+    while True:
+        found = (await asyncio.to_thread(serve.status)).applications.get(name)
+        if found is None:
+            raise UserError(f"{what}: somebody ended {name} on this cluster while it was being deployed")
+        if found.status == ApplicationStatus.RUNNING:
+            break
+        if found.status == ApplicationStatus.DEPLOY_FAILED:
+            words = [deployment.message for deployment in found.deployments.values() if deployment.message]
+            raise UserError(f"{what} could not be built: {last_words((words or [found.message])[0])}")
+        await asyncio.sleep(POLL_S)
+    if route_prefix is not None:
+        await asyncio.to_thread(_client().wait_for_proxies_serving, wait_for_applications_running=True)
+    return handle
+
+
+def deployed() -> dict[str, ApplicationDetails]:
+    """All applications that Serve has on this cluster, by name."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return ServeInstanceDetails(**client.get_serve_details()).applications if client else {}
+
+
+def end_applications(names: Sequence[str], patience_s: float = 60) -> None:
+    """End those applications that are there, one after the other, without waiting for what their replicas are at.
+
+    Raises:
+        TimeoutError: one is still there after so long.
+    """
+    for name in names:
+        if name in serve.status().applications:
+            serve.delete(name, _blocking=False)
+            serve.status()  # the controller answers one call after the other: now it starts no more replicas
+            _kill_replicas(name)
+    began = time.monotonic()
+    while left := [name for name in names if name in serve.status().applications]:
+        if time.monotonic() - began > patience_s:
+            raise TimeoutError(f"Serve did not end {', '.join(left)} within {patience_s:g} s")
+        time.sleep(POLL_S)
+        for name in left:  # those that were being started
+            _kill_replicas(name)
+
+
+def _kill_replicas(application: str) -> None:
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == REPLICAS and actor["name"].startswith(f"SERVE_REPLICA::{application}#"):
+            with contextlib.suppress(ValueError):  # it is gone meanwhile
+                ray.kill(ray.get_actor(actor["name"], REPLICAS))
+
+
 def _is_running() -> bool:
     return bool(serve.status().applications) or bool(serve.status().proxies)
 
 
-def _http_options() -> Any:
-    from ray.serve.context import _get_global_client
-
+def _client() -> Any:
     client = _get_global_client()
     assert client is not None, "serve.start() was called"
-    return client.http_config
+    return client
 
 
 def _require_free(human: Human) -> None:

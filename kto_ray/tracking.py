@@ -16,6 +16,7 @@ from typing import Any
 
 from kto_ray.config import RunConfig, Tracking, public
 from kto_ray.errors import UserError
+from kto_ray.naming import unique_name
 from kto_ray.outbox import Outbox, Row, join_all
 from kto_ray.storage import Storage, to_json
 
@@ -43,7 +44,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A Weights & Biases run of the same name, continued when the run is."""
+    """A Weights & Biases run of the same name, and of an id of its own; continued when the run is."""
 
     package = "wandb"
 
@@ -53,7 +54,7 @@ class WandbTracker:
         self._run = wandb.init(
             project=config.tracking.wandb_project,
             name=config.run,
-            id=config.run,
+            id=unique_name(run),
             resume="allow",
             config=public(config),
         )
@@ -77,11 +78,12 @@ class MlflowTracker:
     def __init__(self, config: RunConfig, run: Storage) -> None:
         from mlflow import MlflowClient
 
+        name = unique_name(run)
         self._client = MlflowClient(tracking_uri=config.tracking.mlflow_uri)
         experiment = self._client.get_experiment_by_name("kto-ray")
         number = experiment.experiment_id if experiment else self._client.create_experiment("kto-ray")
-        earlier = self._client.search_runs([number], f"attributes.run_name = '{config.run}'")
-        self._run = (earlier[0] if earlier else self._client.create_run(number, run_name=config.run)).info.run_id
+        earlier = self._client.search_runs([number], f"attributes.run_name = '{name}'")
+        self._run = (earlier[0] if earlier else self._client.create_run(number, run_name=name)).info.run_id
         self._client.update_run(self._run, status="RUNNING")
 
     def log(self, row: Row) -> None:

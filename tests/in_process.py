@@ -23,6 +23,7 @@ class InProcess:
         self.scored: list[tuple[str, str]] = []
         self.ruined: set[str] = set()  # prompts whose images are none
         self.busy_seconds = 0.0
+        self.drawing = "as always"
         self.shrunk = 0
         self.answering = asyncio.Event()
         self.answering.set()

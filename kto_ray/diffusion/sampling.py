@@ -5,7 +5,9 @@ decoding.
 """
 
 import difflib
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -13,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kto_ray.config import Generate
+from kto_ray.config import Generate, RunConfig
 from kto_ray.diffusion.families import Family
 from kto_ray.errors import UserError
 
@@ -43,6 +45,21 @@ def is_edm(name: str) -> bool:
 def use_scheduler(pipeline: Any, name: str) -> None:
     """Give a pipeline another scheduler over the same noise schedule. Raises UserError, see `compatible_scheduler`."""
     pipeline.scheduler = compatible_scheduler(pipeline.scheduler, name).from_config(pipeline.scheduler.config)
+
+
+DRAWING = ("scheduler", "steps", "guidance_scale", "height", "width", "dtype")
+"""Fields of `generate` that shape an image; the others say how many are drawn, and on what."""
+
+
+def drawing_digest(config: RunConfig, components: Mapping[str, str]) -> str:
+    """SHA-256 over everything that shapes an image besides prompt, seed and the policy's weights.
+
+    Args:
+        components: digest of each component of the base model.
+    """
+    shaping = config.generate.model_dump(mode="json", include=set(DRAWING))
+    shaping |= {"base": dict(components), "adapter": config.train.adapter.model_dump(mode="json")}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
 
 @torch.inference_mode()

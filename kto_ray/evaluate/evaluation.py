@@ -87,7 +87,7 @@ class Evaluation:
                 for start in range(0, len(samples), size):
                     group.create_task(score(samples[start : start + size]))
             require_scored(self.config.label, what, folder.failures, len(self.requests))
-            folder.seal(policy_version=policy.version, policy_digest=policy.digest)
+            folder.seal(policy_version=policy.version, policy_digest=policy.digest, drawing=generators.drawing)
         return self.summary(policy.version)
 
     def summary(self, version: int) -> EvaluationSummary:

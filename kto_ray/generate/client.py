@@ -18,7 +18,7 @@ from kto_ray.generate.replica import Drawn, Generator
 from kto_ray.lost import is_lost, last_words
 from kto_ray.policies import DigestError
 from kto_ray.records import PolicyRef, Sample, SampleRequest
-from kto_ray.serving import QUIET
+from kto_ray.serving import QUIET, application_name, deploy, end_applications
 from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,11 @@ BACK_OFF_S = 0.5  # after the first try; doubles
 class Generators:
     """The Serve application of one run. Use as a context; requests go to whichever replica has room."""
 
-    def __init__(self, config: RunConfig, run: Storage) -> None:
+    def __init__(self, config: RunConfig, run: Storage, drawing: str) -> None:
         self.config, self.cluster = config.generate, config.cluster
-        self.name = f"kto-ray-{config.run}"
+        self.drawing = drawing
+        self.name = ""  # of the application, once it is started
+        self._run = run
         self.busy_seconds = 0.0
         options = self.config.resources
         deployment: Any = serve.deployment(Generator)
@@ -51,13 +53,22 @@ class Generators:
         self._handle: DeploymentHandle[Generator] | None = None
 
     async def start(self) -> None:
-        """Deploy on Serve, replacing what a crashed job of the same run may have left; wait for the first replicas."""
+        """Deploy on Serve, and wait for the first replicas.
+
+        Raises:
+            UserError: they could not be built; has their own last words.
+        """
+        self.name = application_name(self._run, "generators")
         async with noisily("generator replicas", self.cluster, self.config.resources, self.config.min_replicas):
-            self._handle = await asyncio.to_thread(serve.run, self._application, name=self.name, route_prefix=None)
+            self._handle = await deploy("generate: a replica", self._application, self.name)
 
     def close(self) -> None:
+        """Also what is only half deployed goes."""
+        if self.name:
+            end_applications([self.name])
         if self._handle is not None:
-            serve.delete(self.name)
+            self._handle.shutdown()  # type: ignore[no-untyped-call]  # its thread would begin a Ray of its own once this one is left
+            self._handle = None
 
     def stream(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> AsyncGenerator[list[Sample], None]:
         """Draw all requests from this policy; batches come as they are done, in any order. See `as_done`.
@@ -93,6 +104,11 @@ class Generators:
                     problem = f"a generator replica died, or its node ({type(error).__name__}: {last_words(error)})"
                     logger.warning("%s; its %d images are asked for again", problem, len(batch))
                 else:
+                    if drawn.drawing != self.drawing:
+                        raise DigestError(
+                            f"a generator replica of {self.name} draws from another base model or with other settings "
+                            f"({drawn.drawing[:8]}) than this run ({self.drawing[:8]})"
+                        )
                     if any(sample.policy != policy for sample in drawn.samples):
                         raise DigestError(f"asked for policy {policy}, got {drawn.samples[0].policy}")
                     self.busy_seconds += drawn.seconds

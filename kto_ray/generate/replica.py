@@ -18,7 +18,7 @@ from kto_ray.config import RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.families import DTYPES, load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
-from kto_ray.diffusion.sampling import draw, use_scheduler
+from kto_ray.diffusion.sampling import draw, drawing_digest, use_scheduler
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.storage import Storage
@@ -26,10 +26,11 @@ from kto_ray.storage import Storage
 
 @dataclass(frozen=True)
 class Drawn:
-    """A replica's answer: samples in the order of the requests, and the seconds it computed for them."""
+    """A replica's answer: samples in the order of the requests, the seconds it computed for them, and how it drew."""
 
     samples: list[Sample]
     seconds: float
+    drawing: str  # `drawing_digest` of this replica
 
 
 class Generator:
@@ -49,6 +50,7 @@ class Generator:
         folder = source.resolve(config.model)
         self.reference_digest = source.reference_digest(folder, config.model.variant)
         self.components = source.component_digests(folder, config.model.variant)
+        self.drawing = drawing_digest(config, self.components)
         device = pick_device(config.generate.device, resources.num_gpus)
         self.family = load_family(folder, config.model.variant, device, DTYPES[config.generate.dtype])
         use_scheduler(self.family.pipeline, config.generate.scheduler)
@@ -86,7 +88,7 @@ class Generator:
             )
             for r, latents_CHW, pixels_HWC, finite in zip(requests, latents_BCHW, pixels_BHWC, finite_B, strict=True)
         ]
-        return Drawn(samples, time.monotonic() - began)
+        return Drawn(samples, time.monotonic() - began, self.drawing)
 
     def _load(self, policy: PolicyRef) -> None:
         self.holds = None

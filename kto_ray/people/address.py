@@ -6,6 +6,7 @@ import sqlalchemy as sa
 
 from kto_ray.config.people import Human
 from kto_ray.errors import UserError
+from kto_ray.naming import unique_name
 from kto_ray.secrets import HIDDEN, fill
 from kto_ray.storage import Storage
 
@@ -39,15 +40,15 @@ def database_owner(human: Human, run: Storage) -> str:
     return run.uri if human.database is not None else "the run in this folder"
 
 
-def route_prefix(run_name: str) -> str:
-    """Under which a run's page lies: several runs may share a cluster."""
-    return f"/{run_name}"
+def route_prefix(run: Storage) -> str:
+    """Under which a run's page lies: several runs, also of one name, may share a cluster."""
+    return f"/{unique_name(run)}"
 
 
-def base_url(human: Human, run_name: str) -> str:
+def base_url(human: Human, run: Storage) -> str:
     """What the run's links begin with, without a slash at its end."""
     host = f"[{human.host}]" if ":" in human.host else human.host
-    return (human.public_url or f"http://{host}:{human.port}").rstrip("/") + route_prefix(run_name)
+    return (human.public_url or f"http://{host}:{human.port}").rstrip("/") + route_prefix(run)
 
 
 def is_loopback(host: str) -> bool:

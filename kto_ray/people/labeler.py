@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
@@ -38,6 +37,7 @@ from kto_ray.people.terms import Judged, NewItem, Standing
 from kto_ray.people.web.deployment import page_application
 from kto_ray.records import Sample, Score, Verdict
 from kto_ray.rounds import round_number
+from kto_ray.serving import application_name, deploy, end_applications
 from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class HumanLabeler(Labeler):
         self.scorers = ThresholdLabeler(config.label) if config.label.voting else None
         self._rounds: dict[str, _Asked] = {}
         self._figures: dict[str, dict[str, float]] = {}
-        self._page = f"kto-ray-people-{config.run}"
+        self._page = ""  # the name of its application, once that is started
         self._actor: Any = None
         self.desk: Desk
 
@@ -95,13 +95,14 @@ class HumanLabeler(Labeler):
         if self.human.gold.file:
             await self.desk.add_gold(await asyncio.to_thread(load_gold, self.human.gold.file))
         await self.desk.end(False)
-        secret, prefix = await self.desk.secret(), route_prefix(self.config.run)
+        secret, prefix = await self.desk.secret(), route_prefix(self.run)
+        self._page = application_name(self.run, "page")
         page = page_application(self._actor, self.human, secret)
-        await asyncio.to_thread(serve.run, page, name=self._page, route_prefix=prefix)
+        await deploy("label.human: the page", page, self._page, prefix)
         await self._say_links(Signer(secret))
 
     async def _say_links(self, signer: Signer) -> None:
-        base = base_url(self.human, self.config.run)
+        base = base_url(self.human, self.run)
 
         def say(what: str, token: str) -> None:
             self.console.print(f"{what}: {link(base, token)}", markup=False, highlight=False)
@@ -218,11 +219,15 @@ class HumanLabeler(Labeler):
     async def close(self) -> None:
         if self._actor is None:
             return
-        await self.desk.end(True)
-        await asyncio.sleep(FAREWELL_S)
-        serve.delete(self._page)
-        ray.kill(self._actor)
-        self._actor = None
+        actor, self._actor = self._actor, None
+        try:
+            if self._page:
+                await self.desk.end(True)
+                await asyncio.sleep(FAREWELL_S)
+        finally:
+            if self._page:
+                end_applications([self._page])
+            ray.kill(actor)
 
 
 def people_figures(number: int, judged: Sequence[Judged], table: pa.Table) -> dict[str, float]:

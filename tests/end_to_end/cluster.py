@@ -43,14 +43,19 @@ class Head:
         with (self.logs / f"node-{len(self.nodes)}.log").open("w") as log:
             self.nodes.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT))
 
-    def submit(self, folder: Path, name: str, overrides: list[str]) -> jobs.Job:
-        """`ray job submit` of a run; the process is the client's, which follows the job to its end."""
+    def submit(self, folder: Path, name: str, overrides: list[str], submission: str | None = None) -> jobs.Job:
+        """`ray job submit` of a run; the process is the client's, which follows the job to its end.
+
+        Args:
+            submission: id of the job; None: the run's name.
+        """
         log = folder / f"{name}.log"
         with log.open("a") as output:
             process = subprocess.Popen(
                 [
-                    *(RAY, "job", "submit", "--working-dir", ".", "--submission-id", name, "--", "python"),
-                    *("jobs/online_kto.py", f"run={name}", f"runs_folder={folder}", *jobs.SMALL, *overrides),
+                    *(RAY, "job", "submit", "--working-dir", ".", "--submission-id", submission or name, "--"),
+                    *("python", "jobs/online_kto.py", f"run={name}", f"runs_folder={folder}"),
+                    *(*jobs.SMALL, *overrides),
                 ],
                 cwd=jobs.REPOSITORY,
                 env=self.env,
@@ -70,12 +75,13 @@ class Head:
 
 
 @contextlib.contextmanager
-def running_head(tmp_path: Path, cpus: int) -> Iterator[Head]:
-    """A head, until the end of the block."""
+def running_head(tmp_path: Path, cpus: int, gpus: int = 0) -> Iterator[Head]:
+    """A head, until the end of the block; its GPUs are fictional."""
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, env={**os.environ, "HOME": str(tmp_path)})
     dashboard, gcs = free_port(), free_port()
     address = f"http://127.0.0.1:{dashboard}"
     env = jobs.environment() | {
+        "COLUMNS": "300",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(tmp_path / ".ray" / "auth_token"),
@@ -84,7 +90,7 @@ def running_head(tmp_path: Path, cpus: int) -> Iterator[Head]:
     head = Head(env, f"127.0.0.1:{gcs}", tmp_path, [])
     with tempfile.TemporaryDirectory(prefix="kto") as short:  # Ray's sockets allow only short paths
         head.start_node(
-            *("--head", f"--num-cpus={cpus}", f"--port={gcs}", f"--temp-dir={short}"),
+            *("--head", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--port={gcs}", f"--temp-dir={short}"),
             *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
         )
         try:

@@ -65,7 +65,7 @@ async def test_what_nobody_waits_for_is_not_drawn_any_more(tmp_path: Path, monke
                 pass
 
     await asyncio.to_thread(start_serve, None)
-    generators = Generators(config, run)
+    generators = Generators(config, run, "as always")
     try:
         async with asyncio.timeout(PATIENCE_S):
             await generators.start()

@@ -71,7 +71,9 @@ class Handle:
 
     def remote(self, batch: Sequence[SampleRequest], policy: PolicyRef) -> Response:
         self.asked.append(batch)
-        answer = self.planned.pop(0) if self.planned else Drawn([make_sample(r, policy) for r in batch], 0.5)
+        answer = (
+            self.planned.pop(0) if self.planned else Drawn([make_sample(r, policy) for r in batch], 0.5, "as asked")
+        )
         self.responses.append(Response(answer))
         return self.responses[-1]
 
@@ -81,6 +83,7 @@ def generators(monkeypatch: pytest.MonkeyPatch, handle: Handle, **settings: Any)
     made = Generators(
         RunConfig.model_validate({"generate": {"batch_size": 2, "max_replicas": 8, **settings}}),
         Storage("memory://run"),
+        "as asked",
     )
     made._handle = handle  # type: ignore[assignment]
     return made
@@ -141,9 +144,22 @@ async def test_an_error_cancels_what_is_being_drawn(monkeypatch: pytest.MonkeyPa
     assert [response.cancelled for response in handle.responses] == [True, True, False]
 
 
+async def test_samples_drawn_with_other_settings_are_refused_although_the_policy_is_proven(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handle, requests = Handle(), make_requests("round-00000", 2)
+    monkeypatch.setattr(
+        handle, "remote", lambda batch, policy: Response(Drawn([make_sample(r, policy) for r in batch], 0, "otherwise"))
+    )
+    with pytest.raises(DigestError, match="draws from another base model or with other settings"):
+        await drawn(generators(monkeypatch, handle), requests)
+
+
 async def test_samples_of_another_policy_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     handle, requests = Handle(), make_requests("round-00000", 2)
     other = PolicyRef(1, "c" * 64)
-    monkeypatch.setattr(handle, "remote", lambda batch, _: Response(Drawn([make_sample(r, other) for r in batch], 0)))
+    monkeypatch.setattr(
+        handle, "remote", lambda batch, _: Response(Drawn([make_sample(r, other) for r in batch], 0, "as asked"))
+    )
     with pytest.raises(DigestError, match="asked for policy"):
         await drawn(generators(monkeypatch, handle), requests)

@@ -101,7 +101,8 @@ def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         label: Mapping[str, Any], more: Mapping[str, Any] | None = None, **values: Value
     ) -> tuple[_Loop, InProcess]:
         workers = InProcess(values)
-        monkeypatch.setattr("kto_ray.loop.Training", lambda *_: None)
+        for part in ("Caretaker", "Training"):
+            monkeypatch.setattr(f"kto_ray.loop.{part}", lambda *_: None)
         for part in ("Generators", "Scorers"):
             monkeypatch.setattr(f"kto_ray.loop.{part}", lambda *_: workers)
         config = RunConfig.model_validate(
@@ -133,6 +134,46 @@ TWO = {"shapes": {}, "other": {"held_out": True}}
 
 
 # -- making a round ---------------------------------------------------------------------------------------------------
+
+
+class Closable:
+    """A part of a run that writes down that it was closed, and may fail at it."""
+
+    def __init__(self, name: str, closed: list[str], error: BaseException | None = None) -> None:
+        self.name, self.closed, self.error = name, closed, error
+
+    def close(self) -> None:
+        self.closed.append(self.name)
+        if self.error:
+            raise self.error
+
+
+class AsynchronouslyClosable(Closable):
+    async def close(self) -> None:  # type: ignore[override]
+        super().close()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Serve is gone"), asyncio.CancelledError()])
+async def test_every_part_is_closed_dearest_first_whatever_the_others_raise(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    loop, _ = make_loop({"scorers": TWO}, shapes=half, other=coin)
+    closed: list[str] = []
+    loop.generators = cast(Any, Closable("generators", closed, RuntimeError("Serve is gone")))
+    loop.scorers = cast(Any, Closable("scorers", closed))
+    loop.labeler = cast(Any, AsynchronouslyClosable("labeler", closed, error))
+    loop.caretaker = cast(Any, Closable("caretaker", closed))
+    loop.metrics = cast(Any, Closable("metrics", closed))
+
+    async def start() -> None:
+        raise UserError("label.scorers.mine could not be built")
+
+    monkeypatch.setattr(loop, "_start", start)
+    with pytest.raises((UserError, asyncio.CancelledError)) as raised:
+        await loop.run()
+    assert closed == ["generators", "scorers", "labeler", "caretaker", "metrics"]
+    assert isinstance(raised.value, UserError) or isinstance(error, asyncio.CancelledError)
+    assert "Closable could not be closed" in caplog.text  # the one error does not hide the other
 
 
 async def test_a_round_is_drawn_scored_judged_and_sealed(make_loop: Make) -> None:
