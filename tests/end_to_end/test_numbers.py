@@ -19,7 +19,7 @@ from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from tests.end_to_end import jobs
 
-WORD = "green"
+WORD = "red"
 CHECKED = ["train.keep_checkpoints=2", "tracking.tensorboard=false"]
 
 
