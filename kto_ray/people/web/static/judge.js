@@ -130,14 +130,14 @@ function giveUpOn(card) {
 
 // -- what people do
 
-function answer(verdict) {
+function answer(said) {
   const card = shown;
   if (!card || shut || performance.now() - card.shownAt < TOO_FAST_MS) return false;
   const seconds = Math.round(stopWatch() * 100) / 100;
   deck.remove(card.item);
   remember(card);
-  outbox.add({ kind: "answer", item: card.item, verdict, seconds, prompt: card.prompt, image: card.image });
-  flash(verdict);
+  outbox.add({ kind: "answer", item: card.item, verdict: said, seconds, prompt: card.prompt, image: card.image });
+  flash(said);
   render();
   return true;
 }
@@ -308,7 +308,7 @@ function stopWatch() {
 
 // -- keys, buttons, the page itself
 
-function verdictOf({ key, code }) {
+function saidBy({ key, code }) {
   return KEYS[key] ?? KEYS[key.toLowerCase()] ?? (ASCII.test(key) ? undefined : PLACES[code]);
 }
 
@@ -317,11 +317,11 @@ document.addEventListener("keydown", (event) => {
   const isOnButton = event.target instanceof Element && event.target.closest("button, a, summary");
   if (isOnButton && (event.code === "Space" || event.key === " " || event.key === "Enter")) return; // that presses the button
   if (event.key === "ArrowDown" && event.target === element("prompt")) return; // that scrolls a long one
-  const verdict = verdictOf(event);
-  if (!verdict && event.key !== "Backspace" && event.key !== "?") return;
+  const said = saidBy(event);
+  if (!said && event.key !== "Backspace" && event.key !== "?") return;
   event.preventDefault();
   if (event.repeat) return; // a key that is held down judges one image
-  if (verdict) answer(verdict);
+  if (said) answer(said);
   else if (event.key === "Backspace") undo();
   else element("help").showModal();
 });

@@ -5,7 +5,7 @@ const FAR_PX = 130; // or so many pixels
 const START_PX = 8;
 const isCalm = matchMedia("(prefers-reduced-motion: reduce)");
 
-// `answer(verdict)` is called when the image is let go far enough to one side.
+// `answer(said)` is called when the image is let go far enough to one side.
 export function makeSwipable(stage, answer) {
   let start = null;
 
@@ -46,9 +46,9 @@ export function makeSwipable(stage, answer) {
   stage.addEventListener("pointerup", (event) => {
     if (start?.id !== event.pointerId) return;
     const isFar = stage.classList.contains("dragging") && lean(event.clientX - start.x);
-    const verdict = stage.dataset.lean;
+    const said = stage.dataset.lean;
     letGo();
-    if (isFar) answer(verdict);
+    if (isFar) answer(said);
   });
   // Else browsers take the swipe for a fling, and swallow a tap that follows soon, on Undo for instance.
   stage.addEventListener("touchmove", (event) => stage.classList.contains("dragging") && event.preventDefault(), {
