@@ -6,6 +6,7 @@ page itself; whether a badge was revoked, by the queue at every call.
 
 import secrets
 import time
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from itsdangerous import BadData, URLSafeSerializer
@@ -60,9 +61,9 @@ class Signer:
 
 
 def link(base_url: str, token: str) -> str:
-    """Where somebody enters.
+    """Where somebody enters, as it can be pasted: without spaces or letters outside ASCII, which a run's name may have.
 
     Args:
         base_url: of the run's page, without a slash at its end.
     """
-    return f"{base_url}/enter/{token}"
+    return f"{quote(base_url, safe=':/%[]@')}/enter/{token}"

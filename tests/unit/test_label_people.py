@@ -210,6 +210,17 @@ def test_no_letter_of_a_link_can_be_changed(data: st.DataObject) -> None:
         assert signer.badge(token[:place] + letter + token[place + 1 :]) == Badge("id", int(badge.expires_at))
 
 
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("http://[::1]:8123/my run", "http://[::1]:8123/my%20run/enter/t"),
+        ("https://me@a.org:1/x%20y/Läufe #1?", "https://me@a.org:1/x%20y/L%C3%A4ufe%20%231%3F/enter/t"),
+    ],
+)
+def test_a_link_can_be_pasted_whatever_the_run_is_called(base: str, expected: str) -> None:
+    assert link(base, "t") == expected
+
+
 def test_a_form_is_of_one_badge_and_no_link(machine: Machine) -> None:
     signer, ann, bob = Signer("secret"), Badge("ann", machine.wall + 60), Badge("bob", machine.wall + 60)
     form = signer.form_token(ann)
