@@ -94,10 +94,10 @@ def _check_rewound(run: Storage) -> None:
         raise UserError(f"run: {run} is half rewound; finish that with: kto-ray rewind {run} --to {to}")
 
 
-def _require_unseen(seen: Sequence[str], why: str = "") -> None:
+def _require_unseen(seen: Sequence[str]) -> None:
     if seen:
         raise UserError(
-            f"prompts.held_out: {len(seen)} of its prompts are trained on, too{why}, for instance {sorted(seen)[0]!r}; "
+            f"prompts.held_out: {len(seen)} of its prompts are trained on, too, for instance {sorted(seen)[0]!r}; "
             "held-out prompts must not be in prompts.train"
         )
 
@@ -112,8 +112,8 @@ def _check_replay(config: RunConfig, held_out: Sequence[Prompt]) -> None:
 
 
 def _check_texts(folder: Path, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    """What the model reads of the prompts. Raises UserError when held-out prompts are trained on as far as it reads."""
-    read = {}
+    """Say what the model does not read of the prompts. Raises UserError for held-out prompts that it is trained on."""
+    read, limit = {}, 0
     for name, texts in (("prompts.train", train), ("prompts.held_out", held_out)):
         read[name], limit = read_by(folder, [prompt.text for prompt in texts])
         if cut := sum(text.cut for text in read[name]):
@@ -121,10 +121,15 @@ def _check_texts(folder: Path, train: Sequence[Prompt], held_out: Sequence[Promp
                 "%s: of %d of %d prompts the model reads only the first %d tokens", *(name, cut, len(texts), limit)
             )
     known = {text.tokens for text in read["prompts.train"]}
-    seen = [
-        prompt.text for prompt, text in zip(held_out, read["prompts.held_out"], strict=True) if text.tokens in known
-    ]
-    _require_unseen(seen, " as far as the model reads them")
+    pairs = zip(held_out, read["prompts.held_out"], strict=True)
+    seen = [(prompt.text, text.cut) for prompt, text in pairs if text.tokens in known]
+    _require_unseen([text for text, cut in seen if not cut])
+    if seen:
+        logger.warning(
+            "prompts.held_out: %d of its prompts are in their first %d tokens, all that the model reads, like one that "
+            "is trained on, for instance %r",
+            *(len(seen), limit, seen[0][0]),
+        )
 
 
 def _changes(config: RunConfig, found: Preflight) -> list[Change]:

@@ -113,9 +113,9 @@ def test_held_out_prompts_that_the_model_reads_as_one_it_is_trained_on(
     long = "a red circle on a black square and "
     train = write_prompts(tmp_path / "long.jsonl", ["a cat", f"{long} one"])
     held_out = write_prompts(tmp_path / "held.jsonl", [f"{long} two"])
-    text = message(base, f"prompts.train={train}", f"prompts.held_out={held_out}")
-    assert "prompts.held_out: 1 of its prompts are trained on, too as far as the model reads them" in text
+    describe(load("shapes_demo", [*base, f"prompts.train={train}", f"prompts.held_out={held_out}"]))
     assert "prompts.train: of 1 of 2 prompts the model reads only the first 8 tokens" in caplog.text
+    assert "prompts.held_out: 1 of its prompts are in their first 8 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("which", ["train", "held_out"])
