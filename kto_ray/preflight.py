@@ -27,6 +27,7 @@ from kto_ray.prompts import load_prompts, trained_on
 from kto_ray.records import Prompt
 from kto_ray.relabel import Replayed, saved_config
 from kto_ray.score.scorers import scorer_marks
+from kto_ray.secrets import hide
 from kto_ray.storage import Storage
 from kto_ray.train.checkpoints import REWINDING
 
@@ -56,6 +57,7 @@ class Preflight:
         Args:
             download: False leaves out what can only be checked of a model that is here.
         """
+        _check_credentials(config)
         run = Storage(config.runs_folder) / config.run
         _check_rewound(run)
         train = load_prompts("prompts.train", config.prompts.train)
@@ -86,6 +88,21 @@ class Preflight:
         prompts.keep(self.run, "prompts.train", self.train_prompts)
         prompts.keep(self.run, "prompts.held_out", self.held_out_prompts)
         self.run.write("config.yaml", to_yaml(config).encode())
+
+
+def _check_credentials(config: RunConfig) -> None:
+    """These addresses are said in messages, and handed to libraries that say them."""
+    addresses = {
+        "runs_folder": config.runs_folder,
+        "replay.run": config.replay.run if config.replay else "",
+        "tracking.mlflow_uri": config.tracking.mlflow_uri or "",
+    }
+    for name, address in addresses.items():
+        if (shown := hide(address)) != address:
+            raise UserError(
+                f"{name}: {shown} holds a password or key; leave it out and give it in the environment, where the "
+                "library that opens the address looks for it, for instance as AWS_SECRET_ACCESS_KEY"
+            )
 
 
 def _check_rewound(run: Storage) -> None:

@@ -86,6 +86,21 @@ def test_nor_does_a_dry_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     [
+        "runs_folder=s3://key:s3cret@bucket/runs",
+        "replay.run=s3://bucket/runs/x?secret_key=s3cret",
+        "tracking.mlflow_uri=https://ann:s3cret@mlflow",
+    ],
+)
+def test_addresses_that_are_said_everywhere_hold_none(override: str) -> None:
+    with pytest.raises(UserError, match=r"\*\*\*.* holds a password or key; leave it out") as caught:
+        describe(load("shapes_demo", [override]))
+    assert str(caught.value).startswith(f"{override.partition('=')[0]}: ")
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
         "label.human.database={url: 'postgresql://kto:s3cret@host/x'}",
         "label.human=postgresql://kto:s3cret@host/x",
         "label.human.database='postgresql://kto:s3cret@host/x",
