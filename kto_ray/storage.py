@@ -1,18 +1,22 @@
 """A run's folder, local or remote: whole files only, JSON and Parquet.
 
 `policies.py`, `rounds.py` and the loop keep everything they know here. A file is either there and whole or not there:
-local files are written aside and renamed, and an object store's put is atomic by itself. What must come last (a
-manifest, a policy's marker) is simply written last.
+an object store's put is atomic by itself, and where there are real files they are written aside and moved. What must
+come last (a manifest, a policy's marker) is simply written last. A run's driver and its train workers write under the
+run's lease (`lease.py`), which is asked before every write.
 """
 
+import contextlib
 import io
 import json
 import math
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -34,21 +38,34 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class Fence(Protocol):
+    """Whether this process may write, and whether it sees the folder that its driver sees. Pickles."""
+
+    def require(self) -> None: ...
+
+    def require_seen(self) -> None: ...
+
+
 class Storage:
-    """A folder of whole files. Pickles as its URI.
+    """A folder of whole files. Pickles as its URI and fence.
 
     Args:
         uri: a local path, or anything that pyarrow or else fsspec opens (s3://..., gs://..., memory://...).
+        fence: asked before every write.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, fence: Fence | None = None) -> None:
         self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+        self.fence = fence
 
-    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
-        return Storage, (self.uri,)
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str, Fence | None]]:
+        return Storage, (self.uri, self.fence)
 
     def __truediv__(self, name: str) -> "Storage":
-        return Storage(f"{self.uri}/{name}")
+        below = Storage(f"{self.uri}/{name}", self.fence)
+        filesystem, folder = self._opened
+        below._opened = filesystem, f"{folder}/{name}"  # opening s3://... anew would ask for its region anew
+        return below
 
     def __str__(self) -> str:
         return self.uri
@@ -56,16 +73,46 @@ class Storage:
     @cached_property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         try:
-            filesystem, path = pafs.FileSystem.from_uri(self.uri)
+            # Google's client goes on trying for a quarter of an hour unless told otherwise.
+            patience = "?retry_limit_seconds=30" if self.uri.startswith(("gs://", "gcs://")) else ""
+            filesystem, path = pafs.FileSystem.from_uri(self.uri + patience)
         except pa.ArrowInvalid:
             import fsspec
 
             try:
                 remote, path = fsspec.core.url_to_fs(self.uri)
-            except (ValueError, ImportError) as error:
-                raise UserError(f"runs_folder: cannot open {self.uri!r}: {error}") from error
+            except (ValueError, ImportError, OSError) as error:
+                raise self._error("open", "", error) from error
             filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
+        except OSError as error:
+            raise self._error("open", "", error) from error
         return filesystem, path
+
+    def _error(self, action: str, name: str, error: Exception) -> UserError:
+        where = f"{self.uri}/{name}" if name else repr(self.uri)
+        why = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+        if self._is_local:
+            advice = "; give a folder that can be written and has room"
+        elif action == "open":
+            advice = ""
+        else:
+            advice = "; is it spelled right, is there such a bucket, may you use it, and can it be reached from here?"
+        return UserError(f"runs_folder: cannot {action} {where}: {why}{advice}")
+
+    @property
+    def _is_local(self) -> bool:
+        return "://" not in self.uri or self.uri.startswith("file://")
+
+    @contextlib.contextmanager
+    def _told(self, action: str, name: str) -> Iterator[tuple[pafs.FileSystem, str]]:
+        """Open; raises UserError for whatever goes wrong, and FileNotFoundError where a file to be read is missing."""
+        filesystem, folder = self._opened
+        try:
+            yield filesystem, f"{folder}/{name}" if name else folder
+        except OSError as error:
+            if action != "write" and isinstance(error, FileNotFoundError):
+                raise
+            raise self._error(action, name, error) from error
 
     @property
     def local(self) -> Path | None:
@@ -73,35 +120,40 @@ class Storage:
         filesystem, path = self._opened
         return Path(path) if isinstance(filesystem, pafs.LocalFileSystem) else None
 
+    @property
+    def shared(self) -> tuple[str, pafs.FileSystem | None]:
+        """The folder as Ray Train takes it: what pyarrow opens by itself, or else a path and its file system."""
+        filesystem, path = self._opened
+        return (path, filesystem) if isinstance(filesystem, pafs.PyFileSystem) else (self.uri, None)
+
+    def require_seen(self) -> None:
+        """Raises UserError when this process does not see the folder that the run's driver writes to."""
+        if self.fence is not None:
+            self.fence.require_seen()
+
+    def require_mine(self) -> None:
+        """Raises UserError when another driver has taken the run over, so that nothing may be written any more."""
+        if self.fence is not None:
+            self.fence.require()
+
     def write(self, name: str, data: bytes) -> None:
-        """Put a whole file in place. Raises UserError when it cannot be written; an older file then stays."""
-        filesystem, folder = self._opened
-        target = f"{folder}/{name}"
-        try:
-            filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-            if self.local is None:
-                with filesystem.open_output_stream(target) as stream:
-                    stream.write(data)
-                return
-            aside = f"{target}.{os.getpid()}.part"
-            try:
-                with open(aside, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(aside, target)
-            finally:
-                Path(aside).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"runs_folder: cannot write {self.uri}/{name}: {error.strerror or error}; "
-                "give a folder that can be written and has room"
-            ) from error
+        """Put a whole file in place.
+
+        Raises:
+            UserError: it cannot be written, and an older file stays; or the run's lease was lost.
+        """
+        self.require_mine()
+        with self._told("write", name) as (filesystem, target):
+            _put(filesystem, target, data)
+
+    def delete(self, name: str) -> None:
+        """Remove a file; one that is gone already will do."""
+        with contextlib.suppress(FileNotFoundError), self._told("delete", name) as (filesystem, target):
+            filesystem.delete_file(target)
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""
-        filesystem, folder = self._opened
-        with filesystem.open_input_stream(f"{folder}/{name}") as stream:
+        with self._told("read", name) as (filesystem, target), filesystem.open_input_stream(target) as stream:
             return bytes(stream.read())
 
     def open(self, name: str) -> pa.NativeFile:
@@ -140,15 +192,16 @@ class Storage:
             filesystem.delete_dir(source)
 
     def exists(self, name: str) -> bool:
-        filesystem, folder = self._opened
-        return bool(filesystem.get_file_info(f"{folder}/{name}").type != pafs.FileType.NotFound)
+        with self._told("read", name) as (filesystem, target):
+            _forget_listings(filesystem)
+            return bool(filesystem.get_file_info(target).type != pafs.FileType.NotFound)
 
     def names(self, folder: str = "", suffix: str = "") -> list[str]:
         """Names of the files and folders in a subfolder, sorted; those that end with `suffix`."""
-        filesystem, root = self._opened
-        selector = pafs.FileSelector(f"{root}/{folder}" if folder else root, allow_not_found=True)
-        names = sorted(info.base_name for info in filesystem.get_file_info(selector))
-        return [name for name in names if name.endswith(suffix)]
+        with self._told("read", folder) as (filesystem, path):
+            _forget_listings(filesystem)
+            found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.base_name.endswith(suffix))
 
     def write_json(self, name: str, value: Any) -> None:
         """See `to_json`."""
@@ -167,6 +220,13 @@ class Storage:
 
     def require_room(self, needed_bytes: int) -> None:
         """Look, where that is possible without writing, whether it can be written and has room. Raises UserError."""
+        filesystem, folder = self._opened
+        if isinstance(filesystem, pafs.S3FileSystem | pafs.GcsFileSystem):
+            bucket = folder.partition("/")[0]
+            with self._told("read", ""):
+                there_is = filesystem.get_file_info(bucket).type != pafs.FileType.NotFound
+            if not there_is:
+                raise UserError(f"runs_folder: cannot write {self.uri}: there is no bucket {bucket!r}; make it first")
         if self.local is None:
             return
         there = next(folder for folder in (self.local, *self.local.parents) if folder.exists())
@@ -180,3 +240,49 @@ class Storage:
                 f"runs_folder: {self.uri} has {free / 1e9:.2f} GB free, the run needs about "
                 f"{needed_bytes / 1e9:.2f} GB; make room, or give another folder"
             )
+
+
+def _put(filesystem: pafs.FileSystem, target: str, data: bytes) -> None:
+    """Make the file, so that there is never a part of it."""
+    folder, aside = target.rpartition("/")[0], f"{target}.{uuid.uuid4().hex}.part"
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        filesystem.create_dir(folder, recursive=True)
+        try:
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, target)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    elif not isinstance(filesystem, pafs.PyFileSystem):
+        # An object store: there are no folders to make, and nothing is there before the stream was closed well.
+        with filesystem.open_output_stream(target) as stream:
+            stream.write(data)
+    else:
+        _put_with_fsspec(filesystem.handler.fs, folder, aside, target, data)
+
+
+def _put_with_fsspec(remote: Any, folder: str, aside: str, target: str, data: bytes) -> None:
+    from fsspec import AbstractFileSystem
+    from fsspec.asyn import AsyncFileSystem
+
+    remote.makedirs(folder, exist_ok=True)
+    if isinstance(remote, AsyncFileSystem) or type(remote).pipe_file is not AbstractFileSystem.pipe_file:
+        remote.pipe_file(target, data)
+        return
+    # What is left to do by hand is done on real files: a stream of those that breaks leaves the part that was written.
+    try:
+        with remote.open(aside, "wb") as stream:
+            stream.write(data)
+        remote.mv(aside, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            remote.rm_file(aside)
+        raise
+
+
+def _forget_listings(filesystem: pafs.FileSystem) -> None:
+    """fsspec's object stores remember what they listed, but other processes write there, too."""
+    if isinstance(filesystem, pafs.PyFileSystem):
+        filesystem.handler.fs.invalidate_cache()

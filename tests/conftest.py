@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,22 @@ def scorer_arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
         done = subprocess.run([python, "-I", "-c", write], stdout=subprocess.PIPE, text=True, check=True)
         arguments[name] = json.loads(done.stdout.splitlines()[-1])
     return arguments
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    """The environment under which s3://... is a server on loopback."""
+    from tests.s3 import s3_server
+
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3_bucket(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """s3://... of a bucket that this process can use."""
+    from tests.s3 import make_bucket
+
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    return make_bucket(s3_environment, "bucket")

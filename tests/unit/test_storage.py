@@ -1,17 +1,23 @@
 """Whole files or none, local and remote alike; what cannot be written is said in the user's words."""
 
 import errno
+import io
 import json
 import math
 import os
 import pickle
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from kto_ray.errors import UserError
 from kto_ray.records import samples_to_table, table_to_samples
@@ -21,8 +27,10 @@ from tests.factories import make_samples
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture(params=["local", "file-uri", "memory"])
+@pytest.fixture(params=["local", "file-uri", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "s3":
+        return Storage(f"{request.getfixturevalue('s3_bucket')}/{tmp_path.name}/run")
     uris = {
         "local": str(tmp_path / "a run, 100% #1 ü"),
         "file-uri": f"file://{tmp_path}/run",
@@ -113,6 +121,21 @@ def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "runs" / "file").read_bytes() == b"x"
 
 
+@pytest.mark.usefixtures("s3_bucket")
+def test_a_bucket_that_is_not_there_is_told_in_a_sentence() -> None:
+    run = Storage("s3://no-such-bucket/runs") / "demo"
+    assert not run.exists("config.yaml")
+    with pytest.raises(UserError, match=r"runs_folder: cannot write s3://no-such-bucket/runs/demo/.*NO_SUCH_BUCKET"):
+        run.require_room(1)
+
+
+@pytest.mark.usefixtures("s3_bucket")
+def test_a_server_that_cannot_be_reached_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"runs_folder: cannot read s3://bucket/runs/demo.*can it be reached from here"):
+        (Storage("s3://bucket/runs") / "demo").exists("config.yaml")
+
+
 def test_a_uri_that_nothing_opens_is_refused() -> None:
     with pytest.raises(UserError, match=r"runs_folder: cannot open 'bogus://here'.*bogus"):
         Storage("bogus://here").write("file", b"")
@@ -133,6 +156,59 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert "has room" in str(caught.value)
     assert storage.read("file") == b"old"
     assert storage.names() == ["file"]
+
+
+class BreakingFile(io.BytesIO):
+    """A stream that takes half of what it is given, and keeps that when it is closed."""
+
+    def __init__(self, keep: Callable[[bytes], None]) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def write(self, data: Any) -> int:
+        super().write(bytes(data)[: len(data) // 2])
+        raise OSError("connection lost")
+
+    def close(self) -> None:
+        if not self.closed:
+            self.keep(self.getvalue())
+        super().close()
+
+
+class BreakingFileSystem(MemoryFileSystem):
+    """Real files behind a connection that breaks."""
+
+    protocol = "breaking"
+    store: ClassVar[dict[str, Any]] = {}
+    breaks = True
+    pipe_file = AbstractFileSystem.pipe_file
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode != "wb" or not self.breaks:
+            return super()._open(path, mode, **options)
+        return BreakingFile(lambda data: super(BreakingFileSystem, self)._open(path, "wb", data=data))
+
+
+@pytest.fixture
+def breaking(tmp_path: Path) -> Storage:
+    fsspec.register_implementation("breaking", BreakingFileSystem, clobber=True)
+    return Storage(f"breaking:/{tmp_path}")
+
+
+def test_a_write_that_breaks_off_leaves_nothing(breaking: Storage) -> None:
+    with pytest.raises(UserError, match=r"runs_folder: cannot write breaking:.*/parts/a.parquet: connection lost"):
+        breaking.write("parts/a.parquet", b"a whole file")
+    assert not breaking.exists("parts/a.parquet")
+    assert breaking.names("parts") == []
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file(breaking: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BreakingFileSystem, "breaks", False)
+    breaking.write("file", b"old")
+    monkeypatch.setattr(BreakingFileSystem, "breaks", True)
+    with pytest.raises(UserError, match="connection lost"):
+        breaking.write("file", b"a new file")
+    assert breaking.read("file") == b"old"
 
 
 def test_a_half_written_file_is_not_listed_as_a_part(tmp_path: Path) -> None:
