@@ -39,7 +39,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -57,6 +57,7 @@ from kto_ray.generate.client import Generators
 from kto_ray.label.judging import worth_training
 from kto_ray.label.protocol import Labeler
 from kto_ray.labelers import make_labeler
+from kto_ray.lease import held
 from kto_ray.making import Making
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight
@@ -85,14 +86,16 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
             where it can be.
     """
     preflight = Preflight.check(config)
-    preflight.begin(config)
-    if preflight.run.exists("summary.json"):
-        summary: dict[str, Any] = preflight.run.read_json("summary.json")
-        if summary["policy_version"] >= config.rounds:
-            Metrics(config, preflight.run).close()  # a tracker that was away at the end has missed something
-            return summary
-    with connected(config.cluster):
-        return asyncio.run(_Loop(config, preflight, console or Console()).run())
+    with held(preflight.run, config.cluster.lease_renew_s, config.cluster.lease_stale_s) as (lease, run):
+        preflight = replace(preflight, run=run)
+        preflight.begin(config)
+        if run.exists("summary.json"):
+            summary: dict[str, Any] = run.read_json("summary.json")
+            if summary["policy_version"] >= config.rounds:
+                Metrics(config, run).close()  # a tracker that was away at the end has missed something
+                return summary
+        with connected(config.cluster):
+            return asyncio.run(lease.while_held(_Loop(config, preflight, console or Console()).run()))
 
 
 @dataclass

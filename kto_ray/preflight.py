@@ -82,7 +82,7 @@ class Preflight:
         return cls(**(vars(found) | {"changes": _changes(config, found)})) if run.exists("config.yaml") else found
 
     def begin(self, config: RunConfig) -> None:
-        """Open the run's folder: what it began with is written down, and what changes from now on."""
+        """Open the run's folder, whose lease is held: what it began with is written down, and what changes now."""
         trained = sum(self.run.exists(f"rounds/{name}/training.json") for name in self.run.names("rounds"))
         write_down(self.changes, self.run, trained)
         prompts.keep(self.run, "prompts.train", self.train_prompts)

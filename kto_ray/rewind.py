@@ -17,6 +17,7 @@ from typing import Any
 from kto_ray.config import RunConfig, override, to_yaml
 from kto_ray.config.resuming import differences, write_down
 from kto_ray.errors import UserError
+from kto_ray.lease import held
 from kto_ray.people.address import database_owner, database_url
 from kto_ray.people.overview import answers_table
 from kto_ray.people.rewinding import take_back
@@ -55,15 +56,22 @@ class Rewound:
 
 
 def rewind(run: Storage, to: int, overrides: Sequence[str] = ()) -> Rewound:
-    """Let a run go on from policy `to`. It must not be running.
+    """Let a run go on from policy `to`. It must not be running: its lease is held meanwhile.
 
     Args:
         overrides: settings of training that the run has from then on, for instance "train.learning_rate=1e-5".
 
     Raises:
-        UserError: no such run or policy, another rewinding that is not finished, or overrides that cannot be.
+        UserError: no such run or policy, another rewinding that is not finished, overrides that cannot be, or a driver
+            that is at work on the run.
     """
-    config, policies = saved_config(run), PolicyStore(run)
+    config = saved_config(run)
+    with held(run, config.cluster.lease_renew_s, config.cluster.lease_stale_s) as (_, mine):
+        return _rewind(mine, config, to, overrides)
+
+
+def _rewind(run: Storage, config: RunConfig, to: int, overrides: Sequence[str]) -> Rewound:
+    policies = PolicyStore(run)
     changed = _with(config, overrides)
     if to not in policies.versions():
         raise UserError(f"--to: {run} has no policy {to}; it has those from 0 to {max(policies.versions(), default=0)}")

@@ -165,8 +165,9 @@ class Storage:
         """Move a file, or a folder with all that is in it, within this folder; done again after a crash, what is left.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or the run's lease was lost.
         """
+        self.require_mine()
         filesystem, folder = self._opened
         source = f"{folder}/{name}"
         found = filesystem.get_file_info(source).type
@@ -221,7 +222,7 @@ class Storage:
     def require_room(self, needed_bytes: int) -> None:
         """Look, where that is possible without writing, whether it can be written and has room. Raises UserError."""
         filesystem, folder = self._opened
-        if isinstance(filesystem, pafs.S3FileSystem | pafs.GcsFileSystem):
+        if filesystem.type_name in ("s3", "gcs"):
             bucket = folder.partition("/")[0]
             with self._told("read", ""):
                 there_is = filesystem.get_file_info(bucket).type != pafs.FileType.NotFound

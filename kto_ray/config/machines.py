@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kto_ray.identity import Free, Noted
 from kto_ray.section import NonNegative, Positive, Section
@@ -30,3 +30,17 @@ class Cluster(Section):
     """After so long without the resources asked for, say what is missing; then every minute."""
     health_check_s: Free[Positive] = 0.2
     """Poll interval of Ray Train's controller; it bounds the overhead of a warm round."""
+    lease_renew_s: Free[Positive] = 10
+    """A driver says so often that it still works on the run's folder."""
+    lease_stale_s: Free[Positive] = 60
+    """A driver on another machine that was silent for so long is taken over from; at least three times
+    `lease_renew_s`."""
+
+    @model_validator(mode="after")
+    def _a_missed_renewal_is_no_death(self) -> "Cluster":
+        if self.lease_stale_s < 3 * self.lease_renew_s:
+            raise ValueError(
+                f"cluster.lease_stale_s ({self.lease_stale_s:g}) must be at least three times "
+                f"cluster.lease_renew_s ({self.lease_renew_s:g})"
+            )
+        return self

@@ -45,6 +45,7 @@ class Generator:
         resources = config.generate.resources
         if resources.threads or not resources.num_gpus:
             torch.set_num_threads(resources.threads or torch.multiprocessing.cpu_count())
+        run.require_seen()
         self.config = config
         self.store = PolicyStore(run)
         folder = source.resolve(config.model)

@@ -48,6 +48,7 @@ class Training:
         self.config, self.run = config, run
         self.coordinator = start_coordinator()
         train = config.train
+        storage_path, storage_filesystem = run.shared
         self._trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": config, "run": run, "coordinator": self.coordinator},
@@ -59,7 +60,8 @@ class Training:
             ),
             run_config=TrainRunConfig(
                 name="checkpoints",
-                storage_path=run.uri,
+                storage_path=storage_path,
+                storage_filesystem=storage_filesystem,
                 failure_config=FailureConfig(max_failures=train.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
                 callbacks=[Watching(self.coordinator)],  # type: ignore[list-item]  # named for an older Ray Train

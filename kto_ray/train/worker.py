@@ -62,6 +62,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
     if resources.threads or not resources.num_gpus:
         torch.set_num_threads(resources.threads or max(1, torch.multiprocessing.cpu_count() // ranks))
 
+    run.require_seen()
     learner = build_learner(config, rank, ranks, distributed=True)
     store, rounds = PolicyStore(run), RoundStore(run)
     base = source.resolve(config.model), config.model.variant
@@ -208,8 +209,9 @@ def commit_checkpoint(learner: Learner, version: int, report: TrainingReport, ra
     """Report a checkpoint and wait until Ray Train's controller has committed it. Called by every rank.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or the run's lease was lost.
     """
+    run.require_mine()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if rank == 0:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import io
+import pickle
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from kto_ray.config import Labeling, RunConfig
+from kto_ray import loop
+from kto_ray.config import Labeling, RunConfig, load
 from kto_ray.errors import UserError
 from kto_ray.evaluate.summary import write_results
 from kto_ray.label.judging import worth_training
@@ -649,3 +651,31 @@ async def test_a_slow_held_out_scorer_does_not_cost_the_verdicts(make_loop: Make
     round_ = await make_round(loop)
     assert {score.scorer for score in round_.scores()} == {"shapes"}
     assert (round_.manifest["desirable"], round_.manifest["undesirable"]) == (3, 3)
+
+
+def test_a_run_holds_its_folder_while_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load("shapes_demo", [f"runs_folder={tmp_path}", "run=demo"])
+    said: list[str] = []
+
+    class Work:
+        def __init__(self, config: RunConfig, preflight: Preflight, console: Console) -> None:
+            self.run_storage = preflight.run
+
+        async def run(self) -> dict[str, Any]:
+            with pytest.raises(UserError) as caught:
+                loop.run_online_kto(config)
+            said.append(str(caught.value))
+            self.run_storage.write("while held", b"")
+            (name,) = self.run_storage.names("lease")
+            Storage(self.run_storage.uri).write("lease/99999-aaaaaaaa.json", self.run_storage.read(f"lease/{name}"))
+            pickle.loads(pickle.dumps(self.run_storage)).write("after it was lost", b"")
+            return {}
+
+    monkeypatch.setattr(loop, "connected", contextlib.nullcontext)
+    monkeypatch.setattr(loop, "_Loop", Work)
+    with pytest.raises(UserError, match="was taken over by"):
+        loop.run_online_kto(config)
+    assert "is in use by" in said[0]
+    written = Storage(str(tmp_path / "demo")).names()
+    assert "while held" in written
+    assert "after it was lost" not in written

@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "identity", "images", "objective", "records", "stage"),
     ("concurrency", "lost", "plugins", "secrets", "shapes", "storage", "text"),
     ("section",),
-    ("naming", "outbox", "prompt_files", "verdicts"),
+    ("lease", "naming", "outbox", "prompt_files", "verdicts"),
     ("config",),
     ("cluster", "serving", "policies", "rounds", "prompts", "tracking", "diffusion"),
     ("caretaker", "generate", "score", "train"),

@@ -14,6 +14,7 @@ from kto_ray.config import RunConfig, to_yaml
 from kto_ray.config.people import Human
 from kto_ray.config.resuming import changes_of
 from kto_ray.errors import UserError
+from kto_ray.lease import held
 from kto_ray.people import clock
 from kto_ray.people.rewinding import take_back
 from kto_ray.policies import PolicyStore
@@ -63,11 +64,11 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 def files(run: Storage) -> dict[str, bytes]:
-    """By their names in the folder."""
+    """By their names in the folder; without who last wrote to it."""
     filesystem, root = run._opened
     found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     names = [info.path.removeprefix(f"{root}/") for info in found if info.type == pafs.FileType.File]
-    return {name: run.read(name) for name in names}
+    return {name: run.read(name) for name in names if not name.startswith("lease/")}
 
 
 def numbers(run: Storage, kind: str) -> list[int]:
@@ -189,6 +190,13 @@ def test_what_cannot_be_is_refused_before_anything_moves(
     before = files(finished(folder))
     with pytest.raises(UserError, match=says):
         rewind(folder, to, overrides)
+    assert files(folder) == before
+
+
+def test_a_run_that_a_driver_works_on_is_left_alone(folder: Storage) -> None:
+    before = files(finished(folder))
+    with held(folder, 10, 60), pytest.raises(UserError, match="is in use by"):
+        rewind(folder, 2)
     assert files(folder) == before
 
 

@@ -125,8 +125,10 @@ def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.
 def test_a_bucket_that_is_not_there_is_told_in_a_sentence() -> None:
     run = Storage("s3://no-such-bucket/runs") / "demo"
     assert not run.exists("config.yaml")
-    with pytest.raises(UserError, match=r"runs_folder: cannot write s3://no-such-bucket/runs/demo/.*NO_SUCH_BUCKET"):
+    with pytest.raises(UserError, match=r"runs_folder: .* there is no bucket 'no-such-bucket'; make it first"):
         run.require_room(1)
+    with pytest.raises(UserError, match=r"runs_folder: cannot write s3://no-such-bucket/runs/demo/.*NO_SUCH_BUCKET"):
+        run.write("file", b"x")
 
 
 @pytest.mark.usefixtures("s3_bucket")
