@@ -1,5 +1,7 @@
 """Whether people can be asked as `label.human` says; `preflight.py` asks here. Changes nothing in the database."""
 
+from pathlib import Path
+
 import sqlalchemy as sa
 
 from kto_ray.config import Human
@@ -26,8 +28,11 @@ def check(human: Human, run: Storage) -> None:
 
 def _everybody(human: Human, run: Storage) -> list[Person]:
     url = database_url(human, run)
-    if human.database is None and not run.exists("people.sqlite"):
-        return []  # opening it would make the file
+    if url.startswith("sqlite:") and (file := sa.make_url(url).database) and not Path(file).exists():
+        # Opening it would make the file; the folder of a run that begins is not there either.
+        if human.database is not None and not Path(file).parent.is_dir():
+            raise UserError(f"label.human.database: {url}: there is no folder {Path(file).parent}")
+        return []
     engine = open_database(url, database_owner(human, run), make=False)
     try:
         has_people = sa.inspect(engine).has_table(labelers.name)

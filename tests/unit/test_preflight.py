@@ -519,10 +519,19 @@ def test_the_dry_run_refuses_what_a_run_refuses_and_writes_nothing(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("overrides", [[], ["label.labeler=human"]])
-def test_the_dry_run_makes_no_folder(base: list[str], tmp_path: Path, overrides: list[str]) -> None:
-    describe(load("shapes_demo", [*base, *overrides]))
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["label.labeler=human"], ["label.labeler=human", "label.human.database=sqlite:///{folder}/people.sqlite"]],
+)
+def test_the_dry_run_makes_neither_folder_nor_database(base: list[str], tmp_path: Path, overrides: list[str]) -> None:
+    before = set(tmp_path.iterdir())
+    describe(load("shapes_demo", [*base, *(override.format(folder=tmp_path) for override in overrides)]))
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_database_file_needs_a_folder(base: list[str], tmp_path: Path) -> None:
+    text = message(base, "label.labeler=human", f"label.human.database=sqlite:///{tmp_path}/no/people.sqlite")
+    assert f"there is no folder {tmp_path}/no" in text
 
 
 # -- estimates --------------------------------------------------------------------------------------------------------
