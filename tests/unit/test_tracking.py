@@ -5,8 +5,9 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -171,11 +172,20 @@ def test_a_run_goes_on_while_its_tracker_is_away(server: Server, config: RunConf
     assert [(row["kind"], row["step"]) for row in rows] == [("round", 0), ("evaluation", 1)]
 
 
+@dataclass
+class Checked:
+    """A run that nothing is wrong with."""
+
+    run: Storage
+
+    def begin(self, config: RunConfig) -> None: ...
+
+
 def test_a_finished_run_that_is_begun_again_sends_what_its_tracker_missed(
     server: Server, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Storage(str(tmp_path))
-    monkeypatch.setattr(loop.Preflight, "check", lambda _: SimpleNamespace(run=run))
+    monkeypatch.setattr(loop.Preflight, "check", lambda _: Checked(run))
     server.down = True
     metrics = Metrics(config, run)
     metrics.log("round", 0, {"loss": 0.5})
