@@ -8,7 +8,8 @@
 
 None of them is a subclass of another. Not among them: RaySystemError (an answer that cannot be read here, or the
 driver's own node: asking again does not help), full disks and object stores, environments that cannot be set up, and
-RayTaskError, which is what the code over there raised. Generators, scorers and training ask `is_lost`.
+RayTaskError, which is what the code over there raised. Generators and scorers ask `is_lost`; what the coordinator of
+training is asked, Ray asks again by itself.
 """
 
 from ray.exceptions import (

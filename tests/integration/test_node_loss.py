@@ -63,7 +63,7 @@ class Fateful:
     """The handle of the generators; the node of the first answer goes when that is given, but not yet fetched."""
 
     def __init__(self, handle: Any, node: Node) -> None:
-        self.handle, self.node, self.draw = handle, node, self
+        self.handle, self.node, self.draw, self.shutdown = handle, node, self, handle.shutdown
         self.asked: list[Sequence[SampleRequest]] = []
 
     def remote(self, batch: Sequence[SampleRequest], policy: PolicyRef) -> "FatefulResponse":
