@@ -31,6 +31,11 @@ WORKER_ENVIRONMENT = {
 }
 
 
+PLACES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "STORAGE_EMULATOR_HOST")
+"""Where the storage is, as the driver's environment says; workers elsewhere are told. Who may use it is no part of
+that: a runtime environment can be read by whoever sees the cluster's dashboard."""
+
+
 @contextlib.contextmanager
 def connected(config: Cluster) -> Iterator[None]:
     """Join the cluster that this job was submitted to, or start one on this machine and end it afterwards.
@@ -45,7 +50,9 @@ def connected(config: Cluster) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.WARNING)
     ray.init(
         address=None if join and config.address == "auto" else config.address if join else "local",
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        runtime_env={
+            "env_vars": WORKER_ENVIRONMENT | {name: os.environ[name] for name in PLACES if name in os.environ}
+        },
         logging_level=logging.WARNING,
     )
     try:

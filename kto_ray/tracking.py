@@ -9,9 +9,11 @@ away.
 import importlib.util
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from kto_ray.config import RunConfig, Tracking, public
@@ -25,22 +27,38 @@ KINDS = ("round", "evaluation", "fresh_evaluation")
 
 
 class TensorBoardTracker:
-    """Event files in `<run>/tensorboard`."""
+    """Event files in `<run>/tensorboard`; where that is remote, one for each row, which is put there whole."""
 
     package = "tensorboardX"
 
     def __init__(self, config: RunConfig, run: Storage) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(f"{run.local or run.uri}/tensorboard")
+        self._run = run
+        self._writer = self._open(run.local / "tensorboard") if run.local else None
 
     def log(self, row: Row) -> None:
-        for name, value in numbers(row).items():
-            self._writer.add_scalar(name, value, row["step"], walltime=row["time"])
-        self._writer.flush()
+        if self._writer is not None:
+            self._add(self._writer, row)
+            self._writer.flush()
+            return
+        with tempfile.TemporaryDirectory(prefix="kto-ray-") as here:
+            writer = self._open(Path(here), f".{row['kind']}-{row['step']}")
+            self._add(writer, row)
+            writer.close()  # unlike flush(), it waits until all is written
+            for file in Path(here).iterdir():
+                self._run.write(f"tensorboard/{file.name}", file.read_bytes())
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self, folder: Path, suffix: str = "") -> Any:
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(folder), filename_suffix=suffix)
+
+    def _add(self, writer: Any, row: Row) -> None:
+        for name, value in numbers(row).items():
+            writer.add_scalar(name, value, row["step"], walltime=row["time"])
 
 
 class WandbTracker:
@@ -120,7 +138,8 @@ def check(settings: Tracking) -> None:
     """Raises UserError when the package of a tracker that is asked for is not installed."""
     for name, tracker in wanted(settings).items():
         if importlib.util.find_spec(tracker.package) is None:
-            raise UserError(f"tracking: {name} is asked for but not installed: pip install 'kto-ray[{name}]'")
+            install = tracker.package if name == "tensorboard" else f"'kto-ray[{name}]'"
+            raise UserError(f"tracking: {name} is asked for but not installed: pip install {install}")
 
 
 class Metrics:

@@ -205,6 +205,21 @@ def test_a_tracker_whose_package_is_missing_is_refused(
         Metrics(config, Storage(str(tmp_path)))
 
 
+def test_tensorboard_on_s3_needs_nothing_but_the_storage(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tensorboardX.record_writer.S3_ENABLED", False)  # as without boto3
+    run = Storage(f"{s3_bucket}/{tmp_path.name}")
+    tracker = tracking.TensorBoardTracker(RunConfig(), run)
+    tracker.log(row(3))
+    (first,) = run.names("tensorboard")
+    assert b"round/loss" in run.read(f"tensorboard/{first}")
+    tracker.log(row(3, "evaluation"))
+    tracker.close()
+    (second,) = {*run.names("tensorboard")} - {first}
+    assert b"evaluation/loss" in run.read(f"tensorboard/{second}")
+
+
 class FakeWandb(ModuleType):
     """Keeps W&B's rule: a run has a step of its own, begins at 0 or after the last one that is kept of an earlier
     process, and drops what is logged at an earlier step. What a chart shows is drawn over its step metric."""
