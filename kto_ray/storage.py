@@ -109,7 +109,7 @@ class Storage:
         filesystem, folder = self._opened
         try:
             yield filesystem, f"{folder}/{name}" if name else folder
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             if action != "write" and isinstance(error, FileNotFoundError):
                 raise
             raise self._error(action, name, error) from error

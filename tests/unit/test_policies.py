@@ -13,8 +13,10 @@ from kto_ray.storage import Storage
 METADATA = {"format": "pt", "rank": "4", "alpha": "8", "lora_adapter_metadata": "{}"}
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "s3":
+        return Storage(f"{request.getfixturevalue('s3_bucket')}/{tmp_path.name}")
     return Storage(str(tmp_path) if request.param == "local" else f"memory:/{tmp_path}")
 
 

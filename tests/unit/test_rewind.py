@@ -58,8 +58,10 @@ def finished(run: Storage, lag: int = 0, kept: tuple[int, ...] = (3, 4)) -> Stor
     return run
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "s3":
+        return Storage(f"{request.getfixturevalue('s3_bucket')}/{tmp_path.name}")
     return Storage(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
 
 
