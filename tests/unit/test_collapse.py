@@ -114,6 +114,14 @@ def test_what_is_not_watched_shows_no_sign() -> None:
     assert signs(TOO_FAST[:1], "train.watch.saturated=0.5", "train.watch.worse=9") == set()
 
 
+def test_a_noise_range_without_its_clean_end_is_seen_once_the_pass_rate_has_turned() -> None:
+    """A real run at a constant rate: both g stay above 0, since they are measured in that range."""
+    config = load("shapes_demo", ["generate.images_per_round=288", "train.noise_range=[0.3, 1]"])
+    rates = passing(0.503, 0.705, 0.705, 0.764, 0.764, 0.726, 0.608, 0.583, 0.642, 0.528)
+    assert [bool(signs(rates[:length], config=config)) for length in range(1, 11)] == [False] * 7 + [True] * 3
+    assert "train.noise_range begin at 0" in signs_of_collapse(config, rates)["falls"]
+
+
 def test_a_noise_range_without_its_clean_end_is_named() -> None:
     assert "train.noise_range" not in signs_of_collapse(DEMO, TOO_FAST[:1])["worse"]
     config = load("shapes_demo", ["train.noise_range=[0.2, 1]"])
