@@ -18,6 +18,7 @@ from kto_ray.policies import PolicyStore
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from tests.end_to_end import jobs
+from tests.factories import write_prompts
 
 WORD = "red"
 CHECKED = ["train.keep_checkpoints=2", "tracking.tensorboard=false"]
@@ -50,7 +51,14 @@ def strict_rows(run: Path) -> list[dict[str, Any]]:
 def test_images_that_are_none_are_counted_and_the_run_goes_on_with_the_others(
     tmp_path: Path, overflowing: Path
 ) -> None:
-    job = jobs.start(tmp_path, "run", [f"model={overflowing}", "label.max_failed_fraction=0.9", *CHECKED])
+    texts = [
+        f"{color} {shape}{on}" for color in ("red", "blue") for shape in ("circle", "square") for on in ("", " on")
+    ]
+    prompts = [
+        f"prompts.train={write_prompts(tmp_path / 'train.jsonl', texts)}",
+        f"prompts.held_out={write_prompts(tmp_path / 'held_out.jsonl', ['a red one', 'a blue one', 'white', 'black'])}",
+    ]
+    job = jobs.start(tmp_path, "run", [f"model={overflowing}", *prompts, "label.max_failed_fraction=0.8", *CHECKED])
     assert job.wait() == 0, job.output()
     store = RoundStore(Storage(str(job.run)))
     failed = {sample.id for round_ in store.rounds() for sample in round_.samples() if sample.error}
@@ -66,7 +74,7 @@ def test_images_that_are_none_are_counted_and_the_run_goes_on_with_the_others(
         assert weights is not None
         assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
-    strict = jobs.start(tmp_path, "strict", [f"model={overflowing}", "label.max_failed_fraction=0"])
+    strict = jobs.start(tmp_path, "strict", [f"model={overflowing}", *prompts, "label.max_failed_fraction=0"])
     assert strict.wait() == 2
     assert "latents or pixels that are not finite, more than label.max_failed_fraction (0) allows" in strict.output()
 
