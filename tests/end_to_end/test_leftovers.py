@@ -145,7 +145,8 @@ def test_a_stopped_job_with_people_leaves_nothing(head: Head, tmp_path: Path, ti
     freed, began = Freed(head), time.monotonic()
     subprocess.run([RAY, "job", "stop", "stopped"], env=head.env, check=True, capture_output=True)
     said("ray job stop", freed.wait(head, began))
-    assert job.wait() != 0
+    job.wait()
+    assert "Job 'stopped' was stopped" in job.output()
     assert "stopped" not in runs(head, "list")
 
 
