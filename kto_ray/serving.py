@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import ActorAlreadyExistsError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationDetails, ApplicationStatus, LoggingConfig, ServeInstanceDetails
@@ -24,6 +25,7 @@ from kto_ray.naming import Application, Role, unique_name
 from kto_ray.storage import Storage
 
 POLL_S = 0.2
+START_TRIES = 50
 REPLICAS = "serve"
 """The namespace in which Serve's replicas are actors, named SERVE_REPLICA::application#deployment#id."""
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -41,18 +43,14 @@ def start_serve(human: Human | None, alone: bool = False) -> None:
         UserError: the port is taken, or the cluster's Serve does not listen there.
     """
     if human is None:
-        serve.start(proxy_location=ProxyLocation.Disabled, logging_config=QUIET)
+        _start(proxy_location=ProxyLocation.Disabled)
         return
     where = f"{human.host}:{human.port}"
     if alone and not _listens(human) and not deployed():
         serve.shutdown()  # type: ignore[no-untyped-call]  # an earlier run's, that listens elsewhere or not at all
     if not _is_running():
         _require_free(human)
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=human.host, port=human.port),
-        logging_config=QUIET,
-    )
+    _start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=human.host, port=human.port))
     if not _listens(human):
         listens = _client().http_config
         found = f"{listens.host}:{listens.port}" if serve.status().proxies else "no address"
@@ -60,6 +58,16 @@ def start_serve(human: Human | None, alone: bool = False) -> None:
             f"label.human.port: this cluster's Serve listens on {found} already, and only one address is possible, not "
             f"{where} too; set label.human.host and .port to that, or end Serve with: serve shutdown"
         )
+
+
+def _start(**options: Any) -> None:
+    """`serve.start`, which fails for all but one of the drivers that start it at the same moment."""
+    for _ in range(START_TRIES):
+        with contextlib.suppress(ActorAlreadyExistsError):
+            serve.start(**options, logging_config=QUIET)
+            return
+        time.sleep(POLL_S)  # until the other's controller can be found
+    serve.start(**options, logging_config=QUIET)
 
 
 def _listens(human: Human) -> bool:

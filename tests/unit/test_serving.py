@@ -1,0 +1,33 @@
+"""Starting Serve on a cluster that other drivers start it on, too."""
+
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorAlreadyExistsError
+
+from kto_ray import serving
+
+
+def test_who_comes_second_uses_the_serve_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two drivers that start Serve at once, Ray lets one make the controller and gives the other an error."""
+    calls: list[dict[str, Any]] = []
+
+    def start(**options: Any) -> None:
+        calls.append(options)
+        if len(calls) < 3:
+            raise ActorAlreadyExistsError("Actor with name 'SERVE_CONTROLLER_ACTOR' already exists")
+
+    monkeypatch.setattr("ray.serve.start", start)
+    monkeypatch.setattr(serving, "POLL_S", 0)
+    serving.start_serve(None)
+    assert len(calls) == 3
+
+
+def test_an_error_that_stays_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_options: Any) -> None:
+        raise ActorAlreadyExistsError("Actor with name 'SERVE_CONTROLLER_ACTOR' already exists")
+
+    monkeypatch.setattr("ray.serve.start", start)
+    monkeypatch.setattr(serving, "POLL_S", 0)
+    with pytest.raises(ActorAlreadyExistsError):
+        serving.start_serve(None)
