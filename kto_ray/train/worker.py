@@ -123,8 +123,8 @@ def require_same_policy(store: PolicyStore, policy: Policy, version: int, run: S
     except DigestError as error:
         raise UserError(
             f"policy {version}, trained again from an older checkpoint, is not to the last bit the one that was "
-            f"published, as happens on a GPU. Go on from policy {version - 1} with: kto-ray rewind {run} --to "
-            f"{version - 1}"
+            "published, as happens on a GPU, and where a cosine was stretched by more rounds since. Go on from policy "
+            f"{version - 1} with: kto-ray rewind {run} --to {version - 1}"
         ) from error
 
 
