@@ -3,11 +3,12 @@
     <run>/lease/00007-3f9c2a51.json     the seventh driver's claim: host, process, user, job, since when, renewals
 
 A driver looks at the claims that are there; when those with the highest number hold no more, it puts one of its own
-with the next number and looks again: it holds the folder when no claim has come meanwhile. Otherwise it takes its claim
-back and tries again after a random pause. Of two that come at once, the one that looks last sees the other's claim, so
-that never both hold. This asks of the storage only that a listing shows every file that was whole before it began:
-object stores promise it (S3, GCS), a local disk does it, and over NFS a client lists a folder anew that it has just
-changed. No conditional write is needed, which neither pyarrow nor every S3-compatible server has.
+with the next number and looks again: it holds the folder when no claim has come meanwhile. Of several that come at
+once, the one that looks last sees the others' claims, so that never two hold; the first of them by name looks again
+until the others have taken their claims back, so that one does. This asks of the storage only that a listing shows
+every file that was whole before it began: object stores promise it (S3, GCS), a local disk does it, and over NFS a
+client lists a folder anew that it has just changed. No conditional write is needed, which neither pyarrow nor every
+S3-compatible server has.
 
 The holder renews its claim every `renew_s`. A claim that is not released is taken over when its process is gone, as far
 as that can be seen (same machine), or when it was not renewed for `stale_s` while the newcomer looked on: no clocks are
@@ -43,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TRIES = 8  # of drivers that began at the same moment
+TRIES = 8  # to take a lease that others reach for at the same moment
+YIELDS_S = 30.0  # in which drivers that come at the same moment take their claims back, on a slow storage too
 
 
 class LeaseLostError(UserError):
@@ -254,17 +256,21 @@ def _take(folder: Storage, renew_s: float, stale_s: float) -> Lease:
             name for name in before if _number(name) == number and not _ended(folder, name, before[name], renew_s)
         ]
         lease = Lease(folder, f"{number + 1:05}-{uuid.uuid4().hex[:8]}.json", Claim.mine(stale_s))
-        lease._write()
-        after = _claims(folder)
-        came = after.keys() - before.keys()
-        if came == {lease.name} and all(after.get(name) == before[name] for name in overdue):
-            lease.renew()
-            for name in before:
-                folder.delete(name)
-            for name in overdue:
-                logger.warning("%s is taken over from %s", folder.uri.removesuffix("/lease"), before[name])
-            return lease
-        folder.delete(lease.name)
+        with contextlib.ExitStack() as otherwise:
+            otherwise.callback(folder.delete, lease.name)
+            lease._write()
+            began = _clock()
+            while _yielding(lease.name, before, after := _claims(folder)) and _clock() - began < YIELDS_S:
+                time.sleep(0.1)
+            alone = after.keys() - before.keys() == {lease.name}
+            if alone and all(after.get(name) == before[name] for name in overdue):
+                lease.renew()
+                otherwise.pop_all()
+                for name in before:
+                    folder.delete(name)
+                for name in overdue:
+                    logger.warning("%s is taken over from %s", folder.uri.removesuffix("/lease"), before[name])
+                return lease
         time.sleep(random.uniform(0.1, 1))
     raise UserError(f"run: several drivers began to work on {folder} at the same moment; start one of them again")
 
@@ -304,6 +310,17 @@ def _claims(folder: Storage) -> dict[str, Claim]:
                 f"run: {folder}/{name} is not a driver's claim ({error}); remove it if no driver works on this run"
             ) from error
     return claims
+
+
+def _yielding(name: str, before: dict[str, Claim], after: dict[str, Claim]) -> bool:
+    """Whether others came at the same moment and take their claims back, since `name` is the first.
+
+    A higher number goes first: a lower one was written by a driver that had not seen it. A claim that was renewed is
+    held already.
+    """
+    others = after.keys() - before.keys() - {name}
+    first = min({name, *others}, key=lambda claim: (-_number(claim), claim))
+    return bool(others) and first == name and not any(after[other].renewals for other in others)
 
 
 def _number(name: str) -> int:
