@@ -7,6 +7,7 @@ digest, beside which its marker has those of all components, and it has no weigh
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from kto_ray.storage import Storage
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
 
 BASE_MARKER = "00000/policy.json"
 
@@ -41,6 +43,12 @@ class PolicyStore:
         """
         self.require_base(reference_digest, components)
         if self.base_components() is None:
+            if self.storage.exists(BASE_MARKER):
+                logger.warning(
+                    "%s was begun by a version that kept a digest of the denoiser only; what the model's other "
+                    "components are now is kept from here on",
+                    self.storage,
+                )
             self.storage.write_json(
                 BASE_MARKER, {"version": 0, "digest": reference_digest, "components": dict(components)}
             )

@@ -144,13 +144,18 @@ def test_a_component_that_changed_is_named(run: Storage) -> None:
     assert PolicyStore(run).base_components() == COMPONENTS
 
 
-def test_a_run_that_knows_the_denoiser_only_learns_the_other_components(run: Storage) -> None:
+def test_a_run_that_knows_the_denoiser_only_learns_the_other_components(
+    run: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
     run.write_json("policies/00000/policy.json", {"version": 0, "digest": "0" * 64})
     store = PolicyStore(run)
     assert store.base_components() is None
     with pytest.raises(DigestError, match="denoiser is not"):
         store.publish_base("1" * 64, COMPONENTS)
-    assert store.publish_base("0" * 64, COMPONENTS) == PolicyRef(0, "0" * 64)
+    assert "kept from here on" not in caplog.text
+    for _ in range(2):
+        assert store.publish_base("0" * 64, COMPONENTS) == PolicyRef(0, "0" * 64)
+    assert caplog.text.count("what the model's other components are now is kept from here on") == 1
     assert store.base_components() == COMPONENTS
     with pytest.raises(DigestError, match="vae is not"):
         store.require_base("0" * 64, {**COMPONENTS, "vae": "3" * 64})
