@@ -35,6 +35,14 @@ class TrainingReport:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Of workers, which Ray Train starts again."""
+
+    id: str
+    why: str
+
+
+@dataclass(frozen=True)
 class GaveUp:
     """The workers have ended, and would end again: a sentence for the user."""
 
@@ -50,7 +58,7 @@ class Coordinator:
         self._gave_up: GaveUp | None = None
         self._told = self._closed = False
         self._working = False
-        self._failure = ""
+        self._failure: Failure | None = None
         self._changed = asyncio.Condition()
         self._progress: tuple[int, int, int] = (0, 0, 0)
 
@@ -75,10 +83,11 @@ class Coordinator:
         async with self._changed:
             await self._changed.wait_for(lambda: self._working)
 
-    async def wait_failure(self) -> str:
-        """Until workers have failed that were at work; says why."""
+    async def wait_failure(self, after: str | None) -> Failure:
+        """Until workers have failed, at work or on the way to it; `after` is the failure that is known already."""
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._working and bool(self._failure))
+            await self._changed.wait_for(lambda: self._failure and self._failure.id != after)
+            assert self._failure
             return self._failure
 
     async def progress(self) -> tuple[int, int, int]:
@@ -134,10 +143,10 @@ class Coordinator:
             self._working = True
             self._changed.notify_all()
 
-    async def workers_failed(self, why: str) -> None:
+    async def workers_failed(self, failure: Failure) -> None:
         """They are being started again."""
         async with self._changed:
-            self._working, self._failure = False, why
+            self._working, self._failure = False, failure
             self._changed.notify_all()
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import uuid
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from kto_ray.errors import UserError
 from kto_ray.lost import last_words
 from kto_ray.storage import Storage
 from kto_ray.train.checkpoints import use_good_ones
-from kto_ray.train.coordinator import GaveUp, RoundTask, TrainingReport, start_coordinator
+from kto_ray.train.coordinator import Failure, GaveUp, RoundTask, TrainingReport, start_coordinator
 from kto_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Watching(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = min(worker_exceptions.items(), key=lambda item: item[0])
-        self.coordinator.workers_failed.remote(f"rank {rank}: {last_words(error)}")
+        self.coordinator.workers_failed.remote(Failure(uuid.uuid4().hex, f"rank {rank}: {last_words(error)}"))
 
 
 class Training:
@@ -67,6 +68,7 @@ class Training:
                 callbacks=[Watching(self.coordinator)],  # type: ignore[list-item]  # named for an older Ray Train
             ),
         )
+        self._told_of: str | None = None  # the last failure that was said
         self._ended: asyncio.Future[Result]  # what `fit()` came to; one for all who wait
 
     def start(self) -> None:
@@ -103,13 +105,20 @@ class Training:
         """While a round waits for workers, say so; and when they fail, why."""
         train = self.config.train
         while True:
-            async with noisily("train workers", self.config.cluster, train.resources, train.workers):
-                await _answer(self.coordinator.wait_workers.remote())
-            why = await _answer(self.coordinator.wait_failure.remote())
+            # Asked all the time: a coordinator that has to be started again knows of a failure only who asks for it.
+            failing = asyncio.create_task(_answer(self.coordinator.wait_failure.remote(self._told_of)))
+            working = asyncio.create_task(_answer(self.coordinator.wait_workers.remote()))
+            try:
+                async with noisily("train workers", self.config.cluster, train.resources, train.workers):
+                    await asyncio.wait({failing, working}, return_when=asyncio.FIRST_COMPLETED)
+                failure: Failure = await failing
+            finally:
+                await cancelled([failing, working])
+            self._told_of = failure.id
             logger.warning(
                 "the train workers failed (%s); they start again from the last checkpoint, up to train.max_failures "
                 "(%d) times in all",
-                *(why, train.max_failures),
+                *(failure.why, train.max_failures),
             )
 
     async def _unless_ended(self, reference: "ray.ObjectRef[Any]") -> Any:

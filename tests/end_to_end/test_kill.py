@@ -46,6 +46,7 @@ def test_a_killed_replica_scorer_train_worker_and_coordinator_cost_nothing(
     job.actors("ScorerActor")[0].kill()
     job.wait_until(lambda: (job.run / "rounds/00000/manifest.json").exists())
     job.wait_until(lambda: job.actors("RayTrainWorker"))[0].kill()
+    job.wait_until(lambda: "the train workers failed (rank 0: " in job.output())
     job.wait_until(lambda: job.actors("ray::Coordinator"))[0].kill()
     job.wait_until(lambda: (job.run / "rounds/00001/manifest.json").exists())
     job.wait_until(lambda: job.actors("ray::Coordinator"))[0].kill()

@@ -129,6 +129,24 @@ async def test_closing_lets_the_workers_end(make: Any) -> None:
     await closing
 
 
+async def test_a_failure_is_said_once_whenever_it_comes(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Also of workers that never asked for a round, and while no round is waited for."""
+    training, coordinator, _ = make()
+    watching = Watching(Remote(coordinator))
+    watching.after_exception(None, {0: RuntimeError("at the start")})
+    for index, word in enumerate(("while waiting", "again")):
+        waiting = asyncio.create_task(training.train(RoundTask(index)))
+        await asyncio.sleep(0.01)
+        watching.after_exception(None, {0: RuntimeError(word)})
+        while word not in caplog.text:
+            await asyncio.sleep(0.01)
+        working = asyncio.create_task(worker(coordinator, index))
+        await waiting
+        working.cancel()
+    said = [record.args[0] for record in caplog.records if "the train workers failed" in record.getMessage()]
+    assert said == ["rank 0: at the start", "rank 0: while waiting", "rank 0: again"]
+
+
 async def test_the_wait_after_a_failure_is_not_silent(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     training, coordinator, _ = make(wait_s=0.05)
     first = asyncio.create_task(coordinator.next_round(0))
