@@ -34,12 +34,10 @@ Everything is written down before it counts, so the same command goes on where a
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -62,10 +60,12 @@ from kto_ray.making import Making
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight
 from kto_ray.relabel import Replayed
+from kto_ray.retention import Retention
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.score.pool import Scorers
 from kto_ray.serving import start_serve
 from kto_ray.stage import Stage
+from kto_ray.stopwatch import Stopwatch
 from kto_ray.telling import evaluation_sentence, progress_bars, round_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask
@@ -98,21 +98,6 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
             return asyncio.run(lease.while_held(_Loop(config, preflight, console or Console()).run()))
 
 
-@dataclass
-class _Stopwatch:
-    """Seconds by what they were spent on; `measure` adds to one."""
-
-    seconds: dict[str, float]
-
-    @contextlib.contextmanager
-    def measure(self, what: str) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - began
-
-
 class _Loop:
     """The parts of one run, wired together."""
 
@@ -121,6 +106,7 @@ class _Loop:
         self.run_storage, self.prompts = preflight.run, preflight.train_prompts
         self.rounds = RoundStore(self.run_storage)
         self.policies = PolicyStore(self.run_storage)
+        self.retention = Retention(config, self.policies)
         self.metrics = Metrics(config, self.run_storage)
         self.caretaker = Caretaker(self.run_storage)
         self.generators = Generators(config, self.run_storage, drawing_digest(config, preflight.components))
@@ -140,7 +126,7 @@ class _Loop:
         self.published = asyncio.Condition()  # `walked` or `stopped` changed
         self.sealed = asyncio.Condition()  # a round was sealed
         self.stopped = False
-        self.watch = _Stopwatch({})
+        self.watch = Stopwatch()
         self.stage = Stage()
         self.progress = progress_bars(console)
         self.making = Making(
@@ -150,7 +136,8 @@ class _Loop:
     async def run(self) -> dict[str, Any]:
         began = time.monotonic()
         # Who holds most of the cluster is closed first; whatever then stays, the caretaker ends.
-        async with all_closed(self.generators, self.scorers, self.labeler, self.caretaker, self.metrics):
+        parts = self.generators, self.scorers, self.labeler, self.retention, self.caretaker, self.metrics
+        async with all_closed(*parts):
             with self.watch.measure("startup"):
                 await self._start()
             with self.progress:
@@ -229,6 +216,7 @@ class _Loop:
                     self.stopped = last = True
             if self._doubtful(index) and not last:
                 self.stopped = last = True
+            self.retention.published(version)
             self.walked = version
             async with self.published:
                 self.published.notify_all()

@@ -3,14 +3,19 @@
 The train worker publishes, generator replicas load. A version is `policies/00003/policy.safetensors` and its marker
 `policy.json`, written last: without marker, no version. Version 0 is the base model; its digest is the reference
 digest, beside which its marker has those of all components, and it has no weights of its own.
+
+Weights that nobody needs any more may go (`retention.py`), markers stay: a version whose weights are gone is still
+published, its digest known, and nothing else can ever be published in its place.
 """
 
 import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from kto_ray.errors import UserError
 from kto_ray.records import PolicyRef
 from kto_ray.storage import Storage
 
@@ -82,7 +87,8 @@ class PolicyStore:
         return components
 
     def publish(self, version: int, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> PolicyRef:
-        """Store weights as the given version, marker last. Publishing the same weights again changes nothing.
+        """Store weights as the given version, marker last. Publishing the same weights again changes nothing, also
+        where they have gone since.
 
         Raises:
             DigestError: the version exists already with other weights.
@@ -117,13 +123,49 @@ class PolicyStore:
         """The published versions, ascending."""
         return [int(name) for name in self.storage.names() if self.storage.exists(f"{name}/policy.json")]
 
+    def newest(self) -> int:
+        """The last of the published versions; 0 where nothing is."""
+        names = reversed(self.storage.names())
+        return next((int(name) for name in names if self.storage.exists(f"{name}/policy.json")), 0)
+
+    def has_weights(self, version: int) -> bool:
+        """Whether a published version can still be loaded. The base always can."""
+        return version == 0 or self.storage.exists(f"{version:05}/policy.safetensors")
+
+    def drop_before(self, version: int) -> None:
+        """Remove the weights of all versions before this one, oldest first; markers stay.
+
+        One file goes at a time, and what is gone are always the first versions, wherever a crash comes: the next call
+        looks back until it meets one of them.
+
+        Raises:
+            UserError: one cannot be removed, or the run's lease was lost.
+        """
+        self.storage.require_mine()
+        for old in reversed(list(takewhile(self.has_weights, range(version - 1, 0, -1)))):
+            self.storage.delete(f"{old:05}/policy.safetensors")
+
     def load(self, policy: PolicyRef) -> "dict[str, Tensor] | None":
-        """Weights of a policy, verified; None for the base model. Raises DigestError, FileNotFoundError."""
+        """Weights of a policy, verified; None for the base model.
+
+        Raises:
+            DigestError: they are not what the policy's digest says.
+            FileNotFoundError: there is no such version.
+            UserError: there was; its weights are gone.
+        """
         import safetensors.torch
 
         if policy.version == 0:
             return None
-        data = self.storage.read(f"{policy.version:05}/policy.safetensors")
+        try:
+            data = self.storage.read(f"{policy.version:05}/policy.safetensors")
+        except FileNotFoundError:
+            if not self.storage.exists(f"{policy.version:05}/policy.json"):
+                raise
+            raise UserError(
+                f"policy {policy.version} of {self.storage} has no weights any more: keep_policies lets go of what is "
+                "older than the last so many policies; use one that is still there"
+            ) from None
         if (digest := hashlib.sha256(data).hexdigest()) != policy.digest:
             raise DigestError(
                 f"policy {policy.version} of {self.storage} has digest {digest}, asked for {policy.digest}"

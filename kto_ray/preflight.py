@@ -166,9 +166,29 @@ def _changes(config: RunConfig, found: Preflight) -> list[Change]:
         if prompts.require_kept(found.run, name, texts)
     ]
     changes = require_same(config, saved, _argument_marks(config), same_content)
+    if any(change.field in ("evaluate.every", "rounds") for change in changes):
+        _check_evaluated(config, saved, found.run)
     if differs:
         raise UserError(f"model.name: {differs}; give the model that the run began with, or {ANOTHER}")
     return changes
+
+
+def _check_evaluated(config: RunConfig, saved: RunConfig, run: Storage) -> None:
+    """Raises UserError where other policies are to be evaluated than before, and one is not kept any more."""
+    policies, every = PolicyStore(run), config.evaluate.every
+    newest = min(policies.newest(), config.rounds)
+    wanted = [version for version in range(1, newest + 1) if version % every == 0 or version == config.rounds]
+    gone = [
+        version
+        for version in wanted
+        if not policies.has_weights(version) and not run.exists(f"evaluations/{version:05}/manifest.json")
+    ]
+    if gone:
+        raise UserError(
+            f"evaluate.every ({every}) and rounds ({config.rounds}) would have policies evaluated that were not before "
+            f"and whose weights are gone (keep_policies): {', '.join(map(str, gone))}; give the values of the run, "
+            f"{saved.evaluate.every} and {saved.rounds}, or more rounds"
+        )
 
 
 def _argument_marks(config: RunConfig) -> dict[str, Marks]:
@@ -189,7 +209,8 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     images = config.rounds * config.generate.images_per_round + evaluated * config.evaluate.images_per_prompt
     weights = sum(file.stat().st_size for file in source.weight_files(folder / layout.denoiser, config.model.variant))
     trained = weights * 2 if config.train.adapter.kind == "full" else weights // 10
-    return images * image + (config.rounds + 3 * config.train.keep_checkpoints) * trained
+    policies = config.rounds if config.keep_policies == "all" else min(config.rounds, config.keep_policies)
+    return images * image + (policies + 3 * config.train.keep_checkpoints) * trained
 
 
 def describe(config: RunConfig) -> str:

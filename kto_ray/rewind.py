@@ -73,8 +73,14 @@ def rewind(run: Storage, to: int, overrides: Sequence[str] = ()) -> Rewound:
 def _rewind(run: Storage, config: RunConfig, to: int, overrides: Sequence[str]) -> Rewound:
     policies = PolicyStore(run)
     changed = _with(config, overrides)
-    if to not in policies.versions():
-        raise UserError(f"--to: {run} has no policy {to}; it has those from 0 to {max(policies.versions(), default=0)}")
+    published = policies.versions()
+    if to not in published:
+        raise UserError(f"--to: {run} has no policy {to}; it has those from 0 to {max(published, default=0)}")
+    if not policies.has_weights(to):
+        left = ", ".join(str(version) for version in published if policies.has_weights(version))
+        raise UserError(
+            f"--to: the weights of policy {to} of {run} are gone (keep_policies); those that are still there: {left}"
+        )
     plan = _plan(run, to)
     folder = str(plan["folder"])
 

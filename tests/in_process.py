@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 
+from kto_ray.policies import PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest, Score
 from tests.factories import make_sample, ruined
 
@@ -22,6 +23,7 @@ class InProcess:
         self.drawn: list[str] = []
         self.scored: list[tuple[str, str]] = []
         self.ruined: set[str] = set()  # prompts whose images are none
+        self.policies: PolicyStore | None = None  # where those that it draws with have to be
         self.busy_seconds = 0.0
         self.drawing = "as always"
         self.shrunk = 0
@@ -31,6 +33,8 @@ class InProcess:
     async def stream(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> AsyncIterator[list[Sample]]:
         for start in range(0, len(requests), self.batch_size):
             await asyncio.sleep(0)
+            if self.policies:
+                await asyncio.to_thread(self.policies.load, policy)
             batch = requests[start : start + self.batch_size]
             self.drawn += [request.id for request in batch]
             yield [self._draw(request, policy) for request in batch]

@@ -5,7 +5,7 @@ The other sections have a file each beside this one. The text under a field is i
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -114,6 +114,9 @@ class RunConfig(Section):
     max_policy_lag: Fixed[Annotated[int, Field(ge=0)]] = 0
     """How many versions older than the policy being trained a sample's may be. 0: strictly on-policy. From 1 on, the
     next round is generated while this one is trained; more lets verdicts that people gave late be trained on, too."""
+    keep_policies: Free[Literal["all"] | Annotated[int, Field(ge=2)]] = "all"
+    """How many policies keep their weights: "all", or the last so many, at least `train.keep_checkpoints`. Of others
+    the digests are left; they can neither be evaluated later, nor can the run be rewound to them."""
     replay: Fixed[Replay | None] = None
     """Train on another run's rounds first."""
     model: Annotated[Model, BeforeValidator(as_model)] = Model()
@@ -139,6 +142,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"generate.images_per_round ({self.generate.images_per_round}) must be a multiple of "
                 f"generate.images_per_prompt ({self.generate.images_per_prompt})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policies_reach_as_far_back_as_checkpoints(self) -> "RunConfig":
+        kept = self.keep_policies
+        if kept != "all" and kept < self.train.keep_checkpoints:
+            raise ValueError(
+                f"keep_policies ({kept}) must be at least train.keep_checkpoints ({self.train.keep_checkpoints}), so "
+                "that the policy of a checkpoint that the run may have to go on from is there"
             )
         return self
 

@@ -53,7 +53,7 @@ def kept_checkpoints(run: Storage) -> list[KeptCheckpoint]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder}/{SNAPSHOT} is damaged ({error}); the run goes on from a published policy, without the "
-            f"optimizer's state, after: kto-ray rewind {run} --to {PolicyStore(run).versions()[-1]}"
+            f"optimizer's state, after: kto-ray rewind {run} --to {PolicyStore(run).newest()}"
         ) from error
 
 
@@ -99,8 +99,7 @@ def use_good_ones(run: Storage) -> None:
         flaws[checkpoint] = flaw
     # Older ones are not looked into, but must be there.
     good = [c for c in listed if c not in flaws and run.exists(f"checkpoints/{c.name}/state.pt")]
-    published = PolicyStore(run).versions()
-    trained = published[-1] if published else 0
+    trained = PolicyStore(run).newest()
     found = "; ".join(f"{run}/checkpoints/{checkpoint.name}: {flaw}" for checkpoint, flaw in flaws.items())
     if not good and trained not in (0, beginning(run)):
         raise UserError(

@@ -386,6 +386,7 @@ def test_a_batch_of_one_has_no_batch_reference_point() -> None:
         (["train.global_batch=10", "train.workers=3"], ["global_batch (10)", "workers (3)", "multiple"]),
         (["train.global_batch=64", "train.micro_batch=24"], ["global_batch (64)", "micro_batch (24)", "multiple"]),
         (["train.noise_range=[0.5, 0.5]"], ["noise_range [0.5, 0.5]", "for instance [0, 1]"]),
+        (["keep_policies=2", "train.keep_checkpoints=3"], ["keep_policies (2)", "at least train.keep_checkpoints (3)"]),
         (["generate.min_replicas=3"], ["max_replicas (1)", "min_replicas (3)", "at least"]),
         (["label.scorers.shapes.min_actors=3"], ["label.scorers.shapes: max_actors (2)", "min_actors (3)", "at least"]),
         (

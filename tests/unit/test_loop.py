@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import pickle
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -516,6 +517,7 @@ async def trained_to_the_end(
     await asyncio.wait_for(loop._train_rounds(), 120)
     making.cancel()
     await asyncio.gather(making, return_exceptions=True)
+    await loop.retention.close()
     return write_results(loop.config, loop.run_storage, loop.metrics, loop.rounds, loop.evaluation, loop.fresh, {})
 
 
@@ -574,6 +576,82 @@ async def test_without_a_goal_the_evaluations_themselves_are_reported(
     assert stages_of(loop, "fresh_evaluation") == []
     assert (summary["fresh_seeds"], summary["final"]["pass_rate"]) == (False, 1.0)
     assert summary["difference"].keys() == {"pass_rate", "mean_score", "score/shapes"}
+
+
+# -- policies that go -------------------------------------------------------------------------------------------------
+
+
+def kept_policies(loop: _Loop) -> list[int]:
+    return [version for version in loop.policies.versions() if loop.policies.has_weights(version)]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+async def test_policies_that_nobody_needs_go_and_the_run_goes_on(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
+    more = {"max_policy_lag": lag, "keep_policies": 2, "evaluate": {"every": 2, "images_per_prompt": 2}}
+    loop, workers = make_loop({}, {**more, "rounds": 5}, shapes=three_then_all)
+    workers.policies = loop.policies
+    summary = await trained_to_the_end(loop, monkeypatch)
+    assert kept_policies(loop) == [0, 4, 5]
+    assert summary["ledger"]["balances"]
+    rows, drawn = loop.metrics.of("evaluation"), loop.rounds.ledger().generated
+    digests = [loop.policies.resolve(version).digest for version in loop.policies.versions()]
+
+    loop, workers = make_loop({}, {**more, "rounds": 7}, shapes=three_then_all)
+    workers.policies = loop.policies
+    summary = await trained_to_the_end(loop, monkeypatch)
+    assert kept_policies(loop) == [0, 6, 7]
+    # What was evaluated is known, although its policy cannot draw any more.
+    assert stages_of(loop, "evaluation") == [0, 2, 4, 5, 6, 7]
+    assert loop.metrics.of("evaluation")[: len(rows)] == rows
+    assert summary["images"] == drawn + 2 * IMAGES
+    assert [loop.policies.resolve(version).digest for version in range(len(digests))] == digests
+
+
+async def test_all_policies_stay_unless_told_otherwise(make_loop: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, _ = make_loop({}, {"rounds": 4, "evaluate": {"images_per_prompt": 2}}, shapes=three_then_all)
+    await trained_to_the_end(loop, monkeypatch)
+    assert kept_policies(loop) == [0, 1, 2, 3, 4]
+    more = {"rounds": 5, "keep_policies": 3, "evaluate": {"images_per_prompt": 2}}
+    loop, _ = make_loop({}, more, shapes=three_then_all)
+    await trained_to_the_end(loop, monkeypatch)
+    assert kept_policies(loop) == [0, 3, 4, 5]
+
+
+async def test_a_policy_that_cannot_be_removed_stays_and_is_said(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(storage: Storage, name: str) -> None:
+        raise UserError(f"runs_folder: cannot delete {storage}/{name}: Permission denied")
+
+    more = {"rounds": 3, "keep_policies": 2, "evaluate": {"images_per_prompt": 2}}
+    loop, _ = make_loop({}, more, shapes=three_then_all)
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", refused)
+        assert (await trained_to_the_end(loop, monkeypatch))["policy_version"] == 3
+    assert "policies before 2 could not be removed: runs_folder: cannot delete" in caplog.text
+    assert kept_policies(loop) == [0, 1, 2, 3]
+
+
+async def test_a_round_does_not_wait_for_what_is_removed(make_loop: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"rounds": 4, "keep_policies": 2, "evaluate": {"images_per_prompt": 2}}
+    loop, _ = make_loop({}, more, shapes=three_then_all)
+    rounds_are_done, delete = threading.Event(), Storage.delete
+
+    def slow(storage: Storage, name: str) -> None:
+        assert rounds_are_done.wait(60)
+        delete(storage, name)
+
+    async def close() -> None:
+        assert kept_policies(loop) == [0, 1, 2, 3, 4]
+        rounds_are_done.set()
+        await asyncio.to_thread(loop.retention._thread.shutdown)
+
+    monkeypatch.setattr(Storage, "delete", slow)
+    monkeypatch.setattr(loop.retention, "close", close)
+    await trained_to_the_end(loop, monkeypatch)
+    assert kept_policies(loop) == [0, 3, 4]
 
 
 # -- figures and decisions --------------------------------------------------------------------------------------------

@@ -45,13 +45,13 @@ def test_importing_is_cheap() -> None:
 
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "identity", "images", "objective", "records", "stage"),
+    ("errors", "identity", "images", "objective", "records", "stage", "stopwatch"),
     ("concurrency", "lost", "plugins", "secrets", "shapes", "storage", "text"),
     ("section",),
     ("lease", "naming", "outbox", "prompt_files", "verdicts"),
     ("config",),
     ("cluster", "serving", "policies", "rounds", "prompts", "tracking", "diffusion"),
-    ("caretaker", "generate", "score", "train"),
+    ("caretaker", "generate", "retention", "score", "train"),
     ("holdings", "label"),
     ("people", "evaluate", "relabel"),
     ("labelers", "making", "telling"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kto_ray.errors import UserError
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef
 from kto_ray.storage import Storage
@@ -167,3 +168,107 @@ def test_versions_ascend_past_ten(run: Storage) -> None:
     for version in (11, 2, 1, 10):
         store.publish(version, weights(version), METADATA)
     assert store.versions() == [0, 1, 2, 10, 11]
+
+
+# -- weights that go --------------------------------------------------------------------------------------------------
+
+
+def published(run: Storage, count: int) -> PolicyStore:
+    """The base, and so many policies after it."""
+    store = PolicyStore(run)
+    store.publish_base("0" * 64, COMPONENTS)
+    for version in range(1, count + 1):
+        store.publish(version, weights(version), METADATA)
+    return store
+
+
+def kept(store: PolicyStore) -> list[int]:
+    return [version for version in store.versions() if store.has_weights(version)]
+
+
+def test_weights_before_a_version_go_and_digests_stay(run: Storage) -> None:
+    store = published(run, 5)
+    before = {version: store.resolve(version) for version in store.versions()}
+    store.drop_before(4)
+    assert kept(store) == [0, 4, 5]
+    assert {version: store.resolve(version) for version in store.versions()} == before
+    assert store.newest() == 5
+    assert store.load(before[0]) is None
+    assert store.load(before[4]) is not None
+    assert run.names("policies/00003") == ["policy.json"]
+    store.drop_before(4)
+    store.drop_before(0)
+    assert kept(store) == [0, 4, 5]
+
+
+def test_weights_that_went_are_said_to_have_gone(run: Storage) -> None:
+    store = published(run, 2)
+    store.drop_before(2)
+    with pytest.raises(UserError, match=r"policy 1 of .*policies has no weights any more: keep_policies"):
+        store.load(store.resolve(1))
+    with pytest.raises(FileNotFoundError):
+        store.load(PolicyRef(3, "f" * 64))
+
+
+def test_nothing_else_can_become_a_version_whose_weights_went(run: Storage) -> None:
+    store = published(run, 3)
+    store.drop_before(3)
+    # As by a worker that trains from an older checkpoint again.
+    assert store.publish(1, weights(1), METADATA) == store.resolve(1)
+    assert not store.has_weights(1)
+    with pytest.raises(DigestError, match=r"policy 1 .*immutable"):
+        store.publish(1, weights(7), METADATA)
+
+
+@pytest.mark.parametrize("crash", [1, 2, 3])
+def test_a_crash_among_removals_is_made_up_for_by_the_next(
+    run: Storage, monkeypatch: pytest.MonkeyPatch, crash: int
+) -> None:
+    store, left, delete = published(run, 5), [crash], Storage.delete
+
+    def dying(storage: Storage, name: str) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        delete(storage, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", dying)
+        with pytest.raises(KeyboardInterrupt):
+            store.drop_before(4)
+    assert kept(store) == [0, *range(crash, 6)]  # the oldest go first
+    PolicyStore(run).drop_before(5)
+    assert kept(store) == [0, 5]
+
+
+def test_few_looks_find_what_is_left_to_remove(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, looks, exists = published(run, 9), list[str](), Storage.exists
+    store.drop_before(8)
+
+    def looking(storage: Storage, name: str) -> bool:
+        looks.append(name)
+        return exists(storage, name)
+
+    monkeypatch.setattr(Storage, "exists", looking)
+    store.drop_before(9)
+    assert looks == ["00008/policy.safetensors", "00007/policy.safetensors"]
+
+
+def test_who_lost_the_run_removes_nothing(tmp_path: Path) -> None:
+    class Lost:
+        def require(self) -> None:
+            raise UserError("run: was taken over")
+
+        def require_seen(self) -> None: ...
+
+    store = published(Storage(str(tmp_path)), 3)
+    with pytest.raises(UserError, match="taken over"):
+        PolicyStore(Storage(str(tmp_path), Lost())).drop_before(3)
+    assert kept(store) == [0, 1, 2, 3]
+
+
+def test_the_newest_is_the_last_with_a_marker(run: Storage) -> None:
+    assert PolicyStore(run).newest() == 0
+    store = published(run, 2)
+    store.storage.write("00003/policy.safetensors", b"half of a crash")
+    assert store.newest() == 2

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from kto_ray.config import RunConfig, load, recipe_names, to_yaml
 from kto_ray.config.resuming import changes_of
@@ -369,6 +370,24 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_less(base: list[str]) -> None
     assert saved_config(run).generate.batch_size == 1
 
 
+def test_a_policy_whose_weights_went_is_not_evaluated_after_all(base: list[str]) -> None:
+    base = [*base, "keep_policies=2", "evaluate.every=2"]
+    run = begin(load("shapes_demo", [*base, "rounds=9"])).run
+    store = PolicyStore(run)
+    for version in range(1, 9):
+        store.publish(version, {"weight": torch.full((1,), float(version))}, {})
+    for version in (0, 2, 4, 6):
+        run.write_json(f"evaluations/{version:05}/manifest.json", {})
+    store.drop_before(7)
+    text = message(base, "rounds=9", "evaluate.every=1")
+    assert "evaluate.every (1) and rounds (9)" in text
+    assert "gone (keep_policies): 1, 3, 5; give the values of the run, 2 and 9, or more rounds" in text
+    assert "gone (keep_policies): 5;" in message(base, "rounds=5")
+    for well in (["rounds=9"], ["rounds=6"], ["rounds=7"], ["rounds=30"], ["rounds=9", "evaluate.every=4"]):
+        Preflight.check(load("shapes_demo", [*base, *well]))
+    begin(load("shapes_demo", [*base, "rounds=9", "keep_policies=all"]))
+
+
 @pytest.mark.parametrize("content", ["begun_by: another version\n", "a: [", "just text"])
 def test_a_run_folder_of_another_version_is_named(base: list[str], tmp_path: Path, content: str) -> None:
     (tmp_path / "runs" / "demo").mkdir(parents=True)
@@ -550,6 +569,10 @@ def test_the_estimate_covers_images_and_latents(model: Path) -> None:
     twice_more = small(model, "evaluate.stop_at_pass_rate=0.9") - small(model)  # base and last policy, from fresh seeds
     assert twice_more == 2 * 10 * 5 * one
     assert small(model, "train.adapter.kind=full") > small(model)
+    last_two = [
+        small(model, f"rounds={rounds}", "keep_policies=2", "generate.images_per_round=4") for rounds in (9, 10)
+    ]
+    assert last_two[1] - last_two[0] == 4 * one
 
 
 def test_the_dry_run_tells_what_follows(base: list[str]) -> None:

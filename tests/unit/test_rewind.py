@@ -195,6 +195,20 @@ def test_what_cannot_be_is_refused_before_anything_moves(
     assert files(folder) == before
 
 
+def test_a_policy_whose_weights_went_is_refused_with_those_that_are_there(folder: Storage) -> None:
+    PolicyStore(finished(folder)).drop_before(3)
+    before = files(folder)
+    with pytest.raises(
+        UserError, match=r"weights of policy 2 of .* are gone \(keep_policies\); .*still there: 0, 3, 4$"
+    ):
+        rewind(folder, 2)
+    assert files(folder) == before
+    rewind(folder, 3)
+    assert (PolicyStore(folder).versions(), PolicyStore(folder).newest()) == ([0, 1, 2, 3], 3)
+    use_good_ones(folder)
+    assert rewind(folder, 0).rounds == [1, 2, 3]
+
+
 def test_a_run_that_a_driver_works_on_is_left_alone(folder: Storage) -> None:
     before = files(finished(folder))
     with held(folder, 10, 60), pytest.raises(UserError, match="is in use by"):
