@@ -65,6 +65,7 @@ from kto_ray.rounds import Round, RoundStore
 from kto_ray.score.pool import Scorers
 from kto_ray.serving import start_serve
 from kto_ray.stage import Stage
+from kto_ray.stalls import stalls_said
 from kto_ray.stopwatch import Stopwatch
 from kto_ray.telling import evaluation_sentence, progress_bars, round_sentence
 from kto_ray.tracking import Metrics
@@ -137,7 +138,7 @@ class _Loop:
         began = time.monotonic()
         # Who holds most of the cluster is closed first; whatever then stays, the caretaker ends.
         parts = self.generators, self.scorers, self.labeler, self.retention, self.caretaker, self.metrics
-        async with all_closed(*parts):
+        async with all_closed(*parts), stalls_said():
             with self.watch.measure("startup"):
                 await self._start()
             with self.progress:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import pickle
+import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from kto_ray import loop
+from kto_ray import loop, stalls
 from kto_ray.config import Labeling, RunConfig, load
 from kto_ray.errors import UserError
 from kto_ray.evaluate.summary import write_results
@@ -177,6 +178,32 @@ async def test_every_part_is_closed_dearest_first_whatever_the_others_raise(
     assert closed == ["generators", "scorers", "labeler", "caretaker", "metrics"]
     assert isinstance(raised.value, UserError) or isinstance(error, asyncio.CancelledError)
     assert "Closable could not be closed" in caplog.text  # the one error does not hide the other
+
+
+async def test_stalls_of_a_run_are_said_where_the_environment_asks_for_it(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, _ = make_loop({"scorers": TWO}, shapes=half, other=coin)
+    for part in ("generators", "scorers", "labeler", "caretaker", "metrics"):
+        setattr(loop, part, Closable(part, []))
+    seen, stack_of = threading.Event(), stalls._stack_of
+
+    def looking(thread_id: int) -> str:
+        stack = stack_of(thread_id)
+        if "in start\n" in stack:
+            seen.set()
+        return stack
+
+    async def start() -> None:
+        assert seen.wait(60)
+        raise UserError("label.scorers.mine could not be built")
+
+    monkeypatch.setattr(stalls, "_stack_of", looking)
+    monkeypatch.setattr(loop, "_start", start)
+    monkeypatch.setenv("KTO_RAY_STALLS", "0.05")
+    with pytest.raises(UserError, match="could not be built"):
+        await loop.run()
+    assert re.search(r"the event loop did not get its turn for .* in start\n", caplog.text, re.DOTALL)
 
 
 async def test_a_round_is_drawn_scored_judged_and_sealed(make_loop: Make) -> None:

@@ -46,7 +46,7 @@ def test_importing_is_cheap() -> None:
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "identity", "images", "objective", "records", "stage", "stopwatch"),
-    ("concurrency", "lost", "plugins", "secrets", "shapes", "storage", "text"),
+    ("concurrency", "lost", "plugins", "secrets", "shapes", "stalls", "storage", "text"),
     ("section",),
     ("lease", "naming", "outbox", "prompt_files", "verdicts"),
     ("config",),
