@@ -14,9 +14,11 @@ import sqlalchemy as sa
 from kto_ray.config.people import Human
 from kto_ray.people.clock import clock_of
 from kto_ray.people.intake import Intake
+from kto_ray.people.overview import Overview, overview
 from kto_ray.people.people import People, Refused
 from kto_ray.people.queue import Queue
 from kto_ray.people.tables import open_database
+from kto_ray.people.tallies import Tallies
 from kto_ray.people.terms import NewItem
 
 LEASE_S = 100
@@ -77,6 +79,7 @@ class Office:
         self.intake = Intake(self.engine, self.human, self.clock)
         self.queue = Queue(self.engine, self.human, self.clock, self.max_policy_lag)
         self.people = People(self.engine, self.human, self.clock)
+        self.tallies = Tallies()
 
     def crash(self, back: float = 0, up: float = 3) -> None:
         """The computer starts again; its clock may have gone back."""
@@ -98,6 +101,13 @@ class Office:
         """Seal a round; the samples that went into it."""
         self.intake.finish(stage(number), number)
         return [judged.sample_id for judged in self.intake.seal(stage(number))]
+
+    def view(self) -> Overview:
+        """What the operator sees."""
+        if not self.people.badges_of("operator"):
+            self.people.admit("operator", "operator")
+        badge = self.people.badges_of("operator")[0].id
+        return overview(self.engine, self.human, badge, self.clock, self.tallies)
 
     def facts(self) -> "Facts":
         return Facts.read(self.engine)

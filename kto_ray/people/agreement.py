@@ -1,14 +1,16 @@
 """How far people agree: per cent, and Krippendorff's alpha, which takes out what chance would give."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 
 Annotation = tuple[str, str, str]
 """Labeler, item, and what the labeler said of it."""
+Mix = tuple[str, ...]
+"""All that was said of an image, sorted: for images of the same mix, people agree alike."""
 
 
 @dataclass(frozen=True)
@@ -25,44 +27,41 @@ class Reliability:
 
 def agreement(said: Iterable[Annotation]) -> Reliability:
     """Of all answers on images that at least two people judged (Krippendorff 2011, nominal data, any gaps)."""
-    shared = [answers for answers in _by_item(said).values() if len(answers) > 1]
-    pairs = [one[2] == other[2] for answers in shared for one, other in combinations(answers, 2)]
-    if not pairs:
+    by_item: dict[str, list[str]] = {}
+    for _, item, answer in said:
+        by_item.setdefault(item, []).append(answer)
+    return reliability(Counter(mix_of(answers) for answers in by_item.values()))
+
+
+def mix_of(answers: Iterable[str]) -> Mix:
+    return tuple(sorted(answers))
+
+
+def reliability(images: Mapping[Mix, int]) -> Reliability:
+    """The same of numbers of images by their mix."""
+    shared = {mix: number for mix, number in sorted(images.items()) if len(mix) > 1 and number}
+    if not shared:
         return Reliability(None, None)
-    return Reliability(sum(pairs) / len(pairs), _alpha([answer for answers in shared for answer in answers]))
-
-
-def _alpha(shared: Sequence[Annotation]) -> float | None:
-    """One minus the disagreement within images over that of all answers, whoever gave them to whichever image."""
-    items, item_N = np.unique([item for _, item, _ in shared], return_inverse=True)
-    answers, answer_N = np.unique([answer for _, _, answer in shared], return_inverse=True)
+    answers = sorted({answer for mix in shared for answer in mix})
+    counts_MA = np.array([[mix.count(answer) for answer in answers] for mix in shared])
+    images_M, differ_M, pairs_M = np.array([*shared.values()]), _differ(counts_MA), _pairs(counts_MA)
+    percent = float(images_M @ (pairs_M - differ_M) / (images_M @ pairs_M))
     if len(answers) < 2:
-        return None
-    counts_IA = np.zeros((len(items), len(answers)))  # how often an image was given an answer
-    np.add.at(counts_IA, (item_N, answer_N), 1)
-    return float(1 - _disagreement(counts_IA).sum() / _disagreement(counts_IA.sum(0)))
+        return Reliability(percent, None)
+    # One minus the disagreement within images over that of all answers, whoever gave them to whichever image.
+    total_A = images_M @ counts_MA
+    within = images_M @ (differ_M / (counts_MA.sum(-1) - 1))
+    return Reliability(percent, float(1 - within / (_differ(total_A) / (total_A.sum() - 1))))
 
 
-def _disagreement(counts_A: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ordered pairs of answers that differ, over those that one answer is in."""
+def _pairs(counts_A: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Ordered pairs of answers."""
     total = counts_A.sum(-1)
-    pairs: npt.NDArray[np.float64] = (total**2 - (counts_A**2).sum(-1)) / (total - 1)
+    pairs: npt.NDArray[np.int64] = total * (total - 1)
     return pairs
 
 
-def agreement_of(said: Iterable[Annotation]) -> dict[str, float]:
-    """Share of the other people's answers on the same images that each labeler's agree with; without those who have
-    no image in common with anybody."""
-    together: dict[str, list[bool]] = {}
-    for answers in _by_item(said).values():
-        for one, other in combinations(answers, 2):
-            for labeler in (one[0], other[0]):
-                together.setdefault(labeler, []).append(one[2] == other[2])
-    return {labeler: sum(agreed) / len(agreed) for labeler, agreed in together.items()}
-
-
-def _by_item(said: Iterable[Annotation]) -> dict[str, list[Annotation]]:
-    table: dict[str, list[Annotation]] = {}
-    for answer in said:
-        table.setdefault(answer[1], []).append(answer)
-    return table
+def _differ(counts_A: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Ordered pairs of answers that differ."""
+    pairs: npt.NDArray[np.int64] = counts_A.sum(-1) ** 2 - (counts_A**2).sum(-1)
+    return pairs

@@ -1,8 +1,8 @@
 """The desk: one async Ray actor a run, where the loop, the page and the operator meet; it owns the queue.
 
 `labeler.py` starts it on the driver's node and hands its handle to the page's replicas (`web/`). It keeps nothing that
-is not in the database: killed, it is started again by Ray and calls that were under way are repeated, which `queue.py`
-and `intake.py` allow. One thread talks to the database, so calls come one after the other.
+does not follow from the database: killed, it is started again by Ray and calls that were under way are repeated, which
+`queue.py` and `intake.py` allow. One thread talks to the database, so calls come one after the other.
 """
 
 import asyncio
@@ -18,10 +18,11 @@ from kto_ray.config.people import Human
 from kto_ray.people.access import secret_of
 from kto_ray.people.clock import clock_of
 from kto_ray.people.intake import Intake
-from kto_ray.people.overview import Overview, answers_table, export, overview
+from kto_ray.people.overview import Overview, answers_table, catch_up, export, overview
 from kto_ray.people.people import Badge, People, Role
 from kto_ray.people.queue import Queue
 from kto_ray.people.tables import PATIENCE_S, open_database
+from kto_ray.people.tallies import Tallies
 from kto_ray.people.terms import Judged, NewItem, Offer, Progress, Standing
 
 Result = TypeVar("Result")
@@ -52,7 +53,7 @@ class Desk:
         self.intake = Intake(self.engine, settings, self.clock)
         self.queue = Queue(self.engine, settings, self.clock, max_policy_lag)
         self.people = People(self.engine, settings, self.clock)
-        self.settings = settings
+        self.settings, self.tallies = settings, Tallies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._revision = secrets.randbits(32)  # differs from that of the actor before
         self._changed = asyncio.Condition()
@@ -144,7 +145,10 @@ class Desk:
     # -- for the operator
 
     async def overview(self, badge: str) -> Overview:
-        return await self._do(overview, self.engine, self.settings, badge, self.clock)
+        await self._do(self.people.require_operator, badge)
+        while await self._do(catch_up, self.engine, self.tallies):  # long when it begins: others may call in between
+            pass
+        return await self._do(overview, self.engine, self.settings, badge, self.clock, self.tallies)
 
     async def export(self, badge: str) -> pa.Table:
         return await self._do(export, self.engine, badge, self.clock)

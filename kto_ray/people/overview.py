@@ -2,22 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from typing import Any
 
 import pyarrow as pa
 import sqlalchemy as sa
-from sqlalchemy import and_, exists, func, select
+from sqlalchemy import func, select
 
 from kto_ray.config.people import Human
-from kto_ray.people.agreement import Annotation, Reliability, agreement, agreement_of
-from kto_ray.people.people import OPERATOR, doubt, known_answers, require_operator, works
-from kto_ray.people.settling import COUNTS, OPEN, STANDS
+from kto_ray.people.agreement import Reliability
+from kto_ray.people.people import OPERATOR, doubt, require_operator, works
+from kto_ray.people.settling import OPEN
 from kto_ray.people.tables import answers, badges, in_transaction, items, labelers, leases, rounds
+from kto_ray.people.tallies import Labels, Tallies
 
 RATE_S = 600.0
 """Over so many seconds rates are taken."""
-RECENT = 24
-"""So many images of each verdict are shown."""
 
 ANSWER_SCHEMA = pa.schema(
     [
@@ -90,90 +89,82 @@ class Overview:
     """Items by label, the latest first."""
 
 
-def overview(engine: sa.Engine, settings: Human, badge: str, clock: Callable[[], float]) -> Overview:
-    """Raises Refused when the badge is not the operator's."""
+def overview(engine: sa.Engine, settings: Human, badge: str, clock: Callable[[], float], tallies: Tallies) -> Overview:
+    """Everything as it is now.
+
+    Args:
+        tallies: of this database; brought up to date here.
+
+    Raises:
+        Refused: the badge is not the operator's.
+    """
 
     def work(connection: sa.Connection) -> Overview:
         now = clock()
         require_operator(connection, badge, now)
-        said = _said(connection)
-        open_items = and_(OPEN, items.c.stage.is_not(None))
-        looked_at = exists().where(leases.c.item == items.c.id, leases.c.expires_at > now)
+        while tallies.follow(connection):
+            pass
+        found = connection.execute(select(rounds).order_by(rounds.c.number)).all()
+        labels = tallies.labels(connection, {row.stage: row.sealed_at is not None for row in found})
+        looked_at = select(func.count(leases.c.item.distinct())).select_from(leases.join(items))
+        looked_at = looked_at.where(leases.c.expires_at > now, OPEN, items.c.stage.is_not(None))
         return Overview(
-            labelers=_labeler_rows(connection, settings, said, now),
-            rounds=_round_rows(connection),
-            waiting=connection.scalar(select(func.count()).where(open_items)) or 0,
-            leased=connection.scalar(select(func.count()).where(open_items, looked_at)) or 0,
-            agreement=agreement(said),
-            recent={label: _recent(connection, label) for label in ("desirable", "undesirable", "abstain")},
+            labelers=_labeler_rows(connection, settings, tallies, now),
+            rounds=[_round_row(row, labels[row.stage]) for row in reversed(found)],
+            waiting=sum(images[None, False] for images in labels.values()),
+            leased=connection.scalar(looked_at) or 0,
+            agreement=tallies.agreement(),
+            recent={label: tallies.recent(connection, label) for label in ("desirable", "undesirable", "abstain")},
         )
 
     return in_transaction(engine, work)
 
 
-def _said(connection: sa.Connection) -> list[Annotation]:
-    """Answers that count on images that are not gold."""
-    rows = select(labelers.c.name, answers.c.item, answers.c.answer).select_from(answers.join(items).join(labelers))
-    found = connection.execute(rows.where(COUNTS, items.c.expected.is_(None)))
-    return [(name, item, answer) for name, item, answer in found]
+def catch_up(engine: sa.Engine, tallies: Tallies) -> bool:
+    """Count some of the answers that are not counted yet; whether there were any."""
+    return in_transaction(engine, tallies.follow)
 
 
-def _labeler_rows(connection: sa.Connection, settings: Human, said: list[Annotation], now: float) -> list[LabelerRow]:
-    agreed, rows = agreement_of(said), []
+def _labeler_rows(connection: sa.Connection, settings: Human, tallies: Tallies, now: float) -> list[LabelerRow]:
+    def numbers(table: sa.Table, which: sa.ColumnElement[bool]) -> dict[int, int]:
+        rows = select(table.c.labeler, func.count().label("number")).where(which).group_by(table.c.labeler)
+        return {row.labeler: row.number for row in connection.execute(rows)}
+
+    links, looking, rows = numbers(badges, works(now)), numbers(leases, leases.c.expires_at > now), []
     for person in connection.execute(select(labelers).where(labelers.c.role != OPERATOR).order_by(labelers.c.name)):
-        mine = and_(answers.c.labeler == person.id, STANDS)
-        given = connection.execute(select(answers.c.answer, answers.c.seconds, answers.c.at).where(mine)).all()
-        theirs = [row.answer for row in given]
-        seconds = [row.seconds for row in given if row.seconds is not None]
-        known = known_answers(connection, person.id)
-        links = select(func.count()).where(badges.c.labeler == person.id, works(now))
-        looking = select(func.count()).where(leases.c.labeler == person.id, leases.c.expires_at > now)
+        tally = tallies.people[person.id]
         rows.append(
             LabelerRow(
                 name=person.name,
-                answers=len(given),
-                desirable=theirs.count("desirable"),
-                undesirable=theirs.count("undesirable"),
-                unsure=theirs.count("unsure"),
-                skipped=theirs.count("skip"),
-                per_minute=sum(row.at > now - RATE_S for row in given) / (RATE_S / 60),
-                median_seconds=median(seconds) if seconds else None,
-                agreement=agreed.get(person.name),
-                gold_right=known[True],
-                gold_seen=known.total(),
-                doubt=doubt(settings, known),
+                answers=tally.said.total(),
+                desirable=tally.said["desirable"],
+                undesirable=tally.said["undesirable"],
+                unsure=tally.said["unsure"],
+                skipped=tally.said["skip"],
+                per_minute=tally.since(now - RATE_S) / (RATE_S / 60),
+                median_seconds=tally.median_seconds,
+                agreement=tally.agreement,
+                gold_right=tally.known[True],
+                gold_seen=tally.known.total(),
+                doubt=doubt(settings, tally.known),
                 excluded_why=person.excluded_why,
-                links=connection.scalar(links) or 0,
-                looking_at=connection.scalar(looking) or 0,
-                last_at=max((row.at for row in given), default=None),
+                links=links.get(person.id, 0),
+                looking_at=looking.get(person.id, 0),
+                last_at=tally.at[-1] if tally.at else None,
             )
         )
     return rows
 
 
-def _round_rows(connection: sa.Connection) -> list[RoundRow]:
-    """The latest first."""
-    found = []
-    for round_ in connection.execute(select(rounds).order_by(rounds.c.number.desc())):
-        labels = list(connection.scalars(select(items.c.label).where(items.c.stage == round_.stage)))
-        found.append(
-            RoundRow(
-                number=round_.number,
-                asked=len(labels),
-                desirable=labels.count("desirable"),
-                undesirable=labels.count("undesirable"),
-                abstained=labels.count("abstain"),
-                open=labels.count(None),
-                state="sealed" if round_.sealed_at else "open" if round_.finished_at else "drawing",
-            )
-        )
-    return found
-
-
-def _recent(connection: sa.Connection, label: str) -> list[str]:
-    latest = select(func.max(answers.c.id)).where(answers.c.item == items.c.id).scalar_subquery()
-    return list(
-        connection.scalars(select(items.c.id).where(items.c.label == label).order_by(latest.desc()).limit(RECENT))
+def _round_row(round_: sa.Row[Any], labels: Labels) -> RoundRow:
+    return RoundRow(
+        number=round_.number,
+        asked=labels.total(),
+        desirable=labels["desirable", False] + labels["desirable", True],
+        undesirable=labels["undesirable", False] + labels["undesirable", True],
+        abstained=labels["abstain", False] + labels["abstain", True],
+        open=labels[None, False] + labels[None, True],
+        state="sealed" if round_.sealed_at else "open" if round_.finished_at else "drawing",
     )
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import and_, func, select
 
 from kto_ray.config.people import Human
 from kto_ray.errors import UserError
-from kto_ray.people.settling import COUNTS, STANDS, settle
+from kto_ray.people.settling import COUNTS, STANDS, make_void, settle
 from kto_ray.people.tables import answers, badges, in_transaction, items, labelers, leases
 
 Role = Literal["labeler", "operator"]
@@ -87,7 +87,7 @@ def exclude(connection: sa.Connection, settings: Human, labeler: int, why: str, 
     open_items = select(items.c.id).where(items.c.sealed_in.is_(None), items.c.expected.is_(None))
     taken_out = and_(answers.c.labeler == labeler, STANDS, answers.c.item.in_(open_items))
     touched = connection.scalars(select(answers.c.item).where(taken_out)).all()
-    connection.execute(answers.update().where(taken_out).values(void="excluded"))
+    make_void(connection, taken_out, "excluded")
     settle(connection, settings.overlap.rule, touched)
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import and_, exists, func, or_, select
 from kto_ray.config.people import Human
 from kto_ray.people.intake import counts_of, target_of
 from kto_ray.people.people import OPERATOR, Refused, bearer, doubt, exclude, known_answers
-from kto_ray.people.settling import COUNTS, OPEN, STANDS, settle
+from kto_ray.people.settling import COUNTS, OPEN, STANDS, make_void, settle
 from kto_ray.people.tables import answers, images, in_transaction, items, leases, meta, rounds
 from kto_ray.people.terms import ANSWERS, Offer, Progress
 from kto_ray.records import derive_seed
@@ -194,7 +194,7 @@ class Queue:
                 raise Refused("undo", f"only your latest {UNDOABLE} answers can be taken back")
             if row.sealed_in is not None:
                 raise Refused("sealed", "this image's round is sealed; nothing in it changes any more")
-            connection.execute(answers.update().where(answers.c.id == before.id).values(void="undone"))
+            make_void(connection, answers.c.id == before.id, "undone")
             settle(connection, self.settings.overlap.rule, [item])
             # Asked for again after the image went to somebody else: it is theirs now.
             if row.expected is None and not self._is_free(connection, me, item, now):

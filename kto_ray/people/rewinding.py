@@ -1,11 +1,15 @@
 """Taking rounds out of the queue of people, as if they had never been asked about them. `rewind.py` calls it."""
 
+import secrets
 from collections.abc import Sequence
 
 import sqlalchemy as sa
 from sqlalchemy import select
 
-from kto_ray.people.tables import answers, images, in_transaction, items, leases, rounds
+from kto_ray.people.tables import answers, images, in_transaction, items, leases, meta, rounds, voids
+
+REWOUND = "rewound"
+"""Fact that differs after every rewinding: who has counted answers has to begin anew."""
 
 
 def take_back(engine: sa.Engine, stages: Sequence[str]) -> None:
@@ -17,6 +21,10 @@ def take_back(engine: sa.Engine, stages: Sequence[str]) -> None:
 
     def work(connection: sa.Connection) -> None:
         gone = select(items.c.id).where(items.c.stage.in_(stages))
+        connection.execute(meta.delete().where(meta.c.key == REWOUND))
+        connection.execute(meta.insert().values(key=REWOUND, value=secrets.token_hex(8)))
+        said = select(answers.c.id).where(answers.c.item.in_(gone))
+        connection.execute(voids.delete().where(voids.c.answer.in_(said)))
         for table in (answers, leases, images):
             connection.execute(table.delete().where(table.c.item.in_(gone)))
         connection.execute(items.delete().where(items.c.stage.in_(stages)))

@@ -9,7 +9,7 @@ from typing import Literal
 import sqlalchemy as sa
 from sqlalchemy import and_, select
 
-from kto_ray.people.tables import answers, items
+from kto_ray.people.tables import answers, items, voids
 from kto_ray.records import Label
 
 Rule = Literal["majority", "unanimous"]
@@ -27,6 +27,13 @@ def decide(rule: Rule, said: Sequence[str]) -> Label:
     if rule == "unanimous":
         return "desirable" if yes == len(said) else "undesirable" if no == len(said) else "abstain"
     return "desirable" if yes > no else "undesirable" if no > yes else "abstain"
+
+
+def make_void(connection: sa.Connection, which: sa.ColumnElement[bool], why: Literal["undone", "excluded"]) -> None:
+    """Let answers count no more; those that are void already stay as they are."""
+    standing = and_(which, STANDS)
+    connection.execute(voids.insert().from_select(["answer"], select(answers.c.id).where(standing)))
+    connection.execute(answers.update().where(standing).values(void=why))
 
 
 def settle(connection: sa.Connection, rule: Rule, keys: Iterable[str]) -> None:

@@ -5,6 +5,7 @@
     leases    who is looking at what, until when; a lease that ended stays, so that a late answer can be told from
               one without a lease
     answers   what people said, never deleted: an answer that was taken back, or whose labeler was excluded, is void
+    voids     the answers that became void, in that order: so who has counted answers learns which to count no more
     labelers  people and the operator      badges  their links: expiring, revocable
     rounds    stages of the loop           meta    facts about the whole
 
@@ -121,6 +122,13 @@ Index(
     unique=True,
     sqlite_where=answers.c.void.is_(None),
     postgresql_where=answers.c.void.is_(None),
+)
+
+voids = Table(
+    "voids",
+    metadata,
+    Column("id", sa.Integer, primary_key=True),
+    Column("answer", sa.Integer, ForeignKey("answers.id"), nullable=False),
 )
 
 

@@ -17,6 +17,7 @@ from tests.queue_machine import check_promises
 from tests.unit.test_label_queue import *  # noqa: F403  the same tests, in other databases
 from tests.unit.test_label_queue import EFFORT
 from tests.unit.test_labelers_cli import Desk, write_run
+from tests.unit.test_tallies import test_the_page_shows_what_a_recount_of_all_rows_gives  # noqa: F401
 
 
 @pytest.fixture
