@@ -5,9 +5,12 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.blocking import BlockingCall
 
 # Before torch is imported: tiny tensors gain nothing from threads, and nothing may be downloaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -76,3 +79,12 @@ def s3_bucket(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -
     for name, value in s3_environment.items():
         monkeypatch.setenv(name, value)
     return make_bucket(s3_environment, "bucket")
+
+
+@pytest.fixture
+def calls_on_the_loop() -> Iterator[list["BlockingCall"]]:
+    """What kept an event loop of this process waiting, see `tests/blocking.py`; a test says that there is nothing."""
+    from tests.blocking import blocking_calls
+
+    with blocking_calls() as calls:
+        yield calls
