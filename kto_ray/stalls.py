@@ -4,14 +4,16 @@
                         \\--> no answer within the limit: what the loop's thread is doing now is the cause
 
 A debug hook. With `KTO_RAY_STALLS=0.05` in its environment a driver says every stall of more than 50 ms, with the stack
-of its event loop; tests and benchmarks ask a `StallMeter`. Where a stack ends in `select` the loop was idle, and the
-machine too busy to wake it.
+of its event loop; tests and benchmarks ask a `StallMeter`. Where a stack ends in `select` the loop had nothing in hand:
+the machine was too busy to wake it, or another thread kept the interpreter. What other threads were at is said then.
 """
 
 import asyncio
+import concurrent.futures.thread
 import contextlib
 import logging
 import os
+import selectors
 import sys
 import threading
 import time
@@ -27,6 +29,9 @@ logger = logging.getLogger(__name__)
 VARIABLE = "KTO_RAY_STALLS"
 BEAT_S = 0.005
 FRAMES = 12  # of a stack, the innermost
+WAITING = f'"{selectors.__file__}"'
+IDLE = (threading.__file__, concurrent.futures.thread.__file__, selectors.__file__)
+"""Where threads are that wait."""
 UNKNOWN = "unknown: whatever it was kept all other threads from running, too\n"
 
 
@@ -42,6 +47,11 @@ class Stall:
     seconds: float = 0.0
     stack: str = ""
 
+    @property
+    def at_work(self) -> bool:
+        """Whether something ran on the loop, as far as that is known of what was longer than the limit."""
+        return bool(self.stack) and not self.stack.rpartition("  File ")[2].startswith(WAITING)
+
 
 class StallMeter:
     """Measures the event loop that enters it, as an async context.
@@ -54,6 +64,8 @@ class StallMeter:
     def __init__(self, limit_s: float = 0.05, tell: Callable[[Stall], None] | None = None) -> None:
         self.limit_s, self._tell = limit_s, tell
         self.longest = Stall()
+        self.longest_at_work = Stall()
+        """Of those longer than the limit."""
         self.stalls = 0
         """How many took longer than the limit."""
         self.beats = 0
@@ -98,13 +110,26 @@ class StallMeter:
             self.longest = stall
         if stall.stack:
             self.stalls += 1
+            if stall.at_work and stall.seconds > self.longest_at_work.seconds:
+                self.longest_at_work = stall
             if self._tell:
                 self._tell(stall)
 
 
 def _stack_of(thread_id: int) -> str:
-    frame = sys._current_frames().get(thread_id)
-    return "".join(traceback.format_stack(frame, FRAMES)) if frame else UNKNOWN
+    """Of a thread; where it waits, with the last line of each other thread that does not."""
+    frames = sys._current_frames()
+    if thread_id not in frames:
+        return UNKNOWN
+    stack = "".join(traceback.format_stack(frames[thread_id], FRAMES))
+    if not Stall(stack=stack).at_work:
+        for thread in threading.enumerate():
+            frame = frames.get(thread.ident or 0)
+            if frame and thread.ident not in (thread_id, threading.get_ident()):
+                path, line, function, _ = traceback.extract_stack(frame, 1)[0]
+                if path not in IDLE:
+                    stack += f"thread {thread.name}: {path}, line {line}, in {function}\n"
+    return stack
 
 
 @contextlib.asynccontextmanager
@@ -130,4 +155,7 @@ async def stalls_said() -> AsyncIterator[None]:
     async with StallMeter(limit_s, say) as meter:
         yield
     if meter.stalls:
-        logger.warning("stalls of more than %g s: %d, at most %.3f s", limit_s, meter.stalls, meter.longest.seconds)
+        logger.warning(
+            "stalls of more than %g s: %d, at most %.3f s, and %.3f s with something at work on the loop",
+            *(limit_s, meter.stalls, meter.longest.seconds, meter.longest_at_work.seconds),
+        )

@@ -48,6 +48,7 @@ async def test_what_holds_the_loop_is_named(seen: threading.Event) -> None:
         await until(lambda: any("hold_the_loop" in stall.stack for stall in told))
     assert meter.stalls == len(told)
     assert meter.longest.seconds == max(stall.seconds for stall in told) > 0.05
+    assert meter.longest_at_work.seconds == max(stall.seconds for stall in told if stall.at_work) > 0.05
 
 
 async def test_an_idle_loop_has_no_stall() -> None:
@@ -65,6 +66,31 @@ async def test_a_busy_thread_beside_the_loop_is_none(seen: threading.Event) -> N
         beside.set()
         await working
     assert (meter.stalls, seen.is_set()) == (0, False)
+
+
+def wait_idly(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def test_a_loop_that_has_nothing_in_hand_is_not_at_work_and_busy_threads_are_said() -> None:
+    loop, until = asyncio.new_event_loop(), threading.Event()
+    idle = threading.Thread(target=wait_idly, args=[loop])
+    busy = threading.Thread(target=hold_the_loop, args=[until], name="busy")
+    for thread in (idle, busy):
+        thread.start()
+    try:
+        while not ("in select" in (stack := stalls._stack_of(idle.ident or 0)) and "thread busy: " in stack):
+            time.sleep(0.001)
+        assert "in hold_the_loop" in stack
+        assert "MainThread" not in stack  # which is the one that looks
+        assert not Stall(1.0, stack).at_work
+        assert Stall(1.0, stalls._stack_of(busy.ident or 0)).at_work
+    finally:
+        until.set()
+        loop.call_soon_threadsafe(loop.stop)
+        for thread in (idle, busy):
+            thread.join()
 
 
 async def test_a_stall_that_ended_before_anybody_could_look_has_no_cause(monkeypatch: pytest.MonkeyPatch) -> None:
