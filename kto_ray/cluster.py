@@ -28,6 +28,9 @@ WORKER_ENVIRONMENT = {
     # off a convolutional training step on a CPU.
     "MALLOC_TRIM_THRESHOLD_": "1000000000",
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    # Serve's controller ends a proxy that is not ready in three times 5 s; on a busy machine its imports take longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
 
 

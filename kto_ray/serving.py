@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import ActorAlreadyExistsError
+from ray.exceptions import ActorAlreadyExistsError, ActorDiedError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationDetails, ApplicationStatus, LoggingConfig, ServeInstanceDetails
@@ -61,9 +61,12 @@ def start_serve(human: Human | None, alone: bool = False) -> None:
 
 
 def _start(**options: Any) -> None:
-    """`serve.start`, which fails for all but one of the drivers that start it at the same moment."""
+    """`serve.start`, which fails for all but one of the drivers that start it at the same moment.
+
+    It also fails when its controller replaces the proxy that it waits for, as it does on a machine that is busy.
+    """
     for _ in range(START_TRIES):
-        with contextlib.suppress(ActorAlreadyExistsError):
+        with contextlib.suppress(ActorAlreadyExistsError, ActorDiedError):
             serve.start(**options, logging_config=QUIET)
             return
         time.sleep(POLL_S)  # until the other's controller can be found

@@ -3,19 +3,25 @@
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorAlreadyExistsError
+from ray.exceptions import ActorAlreadyExistsError, ActorDiedError
 
 from kto_ray import serving
 
 
-def test_who_comes_second_uses_the_serve_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two drivers that start Serve at once, Ray lets one make the controller and gives the other an error."""
+@pytest.mark.parametrize(
+    "error", [ActorAlreadyExistsError("Actor with name 'SERVE_CONTROLLER_ACTOR' already exists"), ActorDiedError()]
+)
+def test_who_comes_second_uses_the_serve_of_the_first(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two drivers that start Serve at once, Ray lets one make the controller and gives the other an error.
+
+    It gives one, too, when a proxy came too slowly and was replaced.
+    """
     calls: list[dict[str, Any]] = []
 
     def start(**options: Any) -> None:
         calls.append(options)
         if len(calls) < 3:
-            raise ActorAlreadyExistsError("Actor with name 'SERVE_CONTROLLER_ACTOR' already exists")
+            raise error
 
     monkeypatch.setattr("ray.serve.start", start)
     monkeypatch.setattr(serving, "POLL_S", 0)
