@@ -9,16 +9,22 @@ folder, and the run does not go on; the same command finishes what a crash left.
 """
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import sqlalchemy as sa
+
 from kto_ray.config import RunConfig, override, to_yaml
 from kto_ray.config.resuming import differences, write_down
 from kto_ray.errors import UserError
+from kto_ray.images import to_png
 from kto_ray.lease import held
 from kto_ray.people.address import database_owner, database_url
+from kto_ray.people.keeping import lacking, put_back
 from kto_ray.people.overview import answers_table
 from kto_ray.people.rewinding import take_back
 from kto_ray.people.tables import open_database
@@ -35,6 +41,8 @@ from kto_ray.train.checkpoints import (
     keep_only,
     kept_checkpoints,
 )
+
+logger = logging.getLogger(__name__)
 
 RESULTS = ("summary.json", "report.html", "before_after.png")
 
@@ -171,15 +179,31 @@ def _set_checkpoints_aside(run: Storage, to: int, folder: str) -> bool:
 
 
 def _set_answers_aside(config: RunConfig, run: Storage, gone: Sequence[int], folder: str) -> None:
-    """Keep a copy of all answers, and take those on the rounds that go out of the database."""
+    """Keep a copy of all answers, and take those on the rounds that go out of the database.
+
+    Labels that went into those rounds may change again, and images of older rounds be asked about again.
+    """
     human = config.label.human
     engine = open_database(database_url(human, run), database_owner(human, run))
     try:
         if not run.exists(f"{folder}/people/answers.parquet"):
             run.write_table(f"{folder}/people/answers.parquet", answers_table(engine))
         take_back(engine, [RoundStore(run).stage(index) for index in gone])
+        for stage, sample_ids in lacking(engine, config.max_policy_lag).items():
+            _show_again(run, engine, stage, sample_ids)
     finally:
         engine.dispose()
+
+
+def _show_again(run: Storage, engine: sa.Engine, stage: str, sample_ids: set[str]) -> None:
+    """Put images back that left people's database with their seal."""
+    try:
+        samples = [sample for sample in RoundStore(run).round(round_number(stage)).samples() if sample.id in sample_ids]
+    except UserError as error:
+        logger.warning("%s: people are not asked about %d of its images again", error, len(sample_ids))
+        return
+    pngs = to_png(np.stack([sample.pixels_HWC for sample in samples]))
+    put_back(engine, {sample.id: png for sample, png in zip(samples, pngs, strict=True)})
 
 
 def _cut_metrics(run: Storage, to: int, folder: str) -> None:

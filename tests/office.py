@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from kto_ray.config.people import Human
+from kto_ray.people import keeping
 from kto_ray.people.clock import clock_of
 from kto_ray.people.intake import Intake
 from kto_ray.people.overview import Overview, overview
@@ -109,6 +110,10 @@ class Office:
         badge = self.people.badges_of("operator")[0].id
         return overview(self.engine, self.human, badge, self.clock, self.tallies)
 
+    def drop_images(self) -> None:
+        """Those that nobody will be shown any more."""
+        keeping.drop(self.engine, keeping.spare(self.engine, self.max_policy_lag, self.clock()))
+
     def facts(self) -> "Facts":
         return Facts.read(self.engine)
 
@@ -160,6 +165,7 @@ class Facts:
     labelers: dict[str, Row]
     rounds: list[Row]
     badges: list[Row]
+    images: dict[str, bytes]
 
     @classmethod
     def read(cls, engine: sa.Engine) -> "Facts":
@@ -185,6 +191,7 @@ class Facts:
                 labelers={row["name"]: row for row in labelers},
                 rounds=rows("rounds", "number"),
                 badges=rows("badges"),
+                images={sample[row["item"]]: bytes(row["png"]) for row in rows("images", "item")},
             )
 
     def counting(self, sample: str) -> list[str]:

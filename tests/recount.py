@@ -84,5 +84,5 @@ def reliability(pairs: Sequence[tuple[Row, ...]]) -> Reliability:
 
 def recent(facts: Facts, images: Sequence[Row], label: str) -> list[str]:
     latest = {row["sample"]: row["id"] for row in facts.answers}
-    labelled = [image for image in images if image["label"] == label]
+    labelled = [image for image in images if image["label"] == label and image["sample_id"] in facts.images]
     return [i["id"] for i in sorted(labelled, key=lambda i: latest[i["sample_id"]], reverse=True)[:24]]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import pyarrow as pa
 
 from kto_ray.config.people import Human
+from kto_ray.people import keeping
 from kto_ray.people.access import secret_of
 from kto_ray.people.clock import clock_of
 from kto_ray.people.intake import Intake
@@ -53,7 +54,7 @@ class Desk:
         self.intake = Intake(self.engine, settings, self.clock)
         self.queue = Queue(self.engine, settings, self.clock, max_policy_lag)
         self.people = People(self.engine, settings, self.clock)
-        self.settings, self.tallies = settings, Tallies()
+        self.settings, self.max_policy_lag, self.tallies = settings, max_policy_lag, Tallies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._revision = secrets.randbits(32)  # differs from that of the actor before
         self._changed = asyncio.Condition()
@@ -104,7 +105,12 @@ class Desk:
         return now, await self._do(self.intake.standing, stage)
 
     async def seal(self, stage: str, withdraw: bool = False) -> list[Judged]:
-        return await self._change(self.intake.seal, stage, withdraw)
+        """Seal a round, and delete the images that nobody will be shown any more; see `keeping.py`."""
+        judged = await self._change(self.intake.seal, stage, withdraw)
+        spare = await self._do(keeping.spare, self.engine, self.max_policy_lag, self.clock())
+        for start in range(0, len(spare), keeping.BATCH):
+            await self._do(keeping.drop, self.engine, spare[start : start + keeping.BATCH])
+        return judged
 
     async def answers(self, stage: str) -> pa.Table:
         """Everything that was said on the samples whose label went into this round; see `ANSWER_SCHEMA`."""

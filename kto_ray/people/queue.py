@@ -18,6 +18,7 @@ from sqlalchemy import and_, exists, func, or_, select
 
 from kto_ray.config.people import Human
 from kto_ray.people.intake import counts_of, target_of
+from kto_ray.people.keeping import HAS_IMAGE, timely
 from kto_ray.people.people import OPERATOR, Refused, bearer, doubt, exclude, known_answers
 from kto_ray.people.settling import COUNTS, OPEN, STANDS, make_void, settle
 from kto_ray.people.tables import answers, images, in_transaction, items, leases, meta, rounds
@@ -68,12 +69,10 @@ class Queue:
             exists().where(answers.c.item == items.c.id, answers.c.labeler == me, STANDS),
             exists().where(leases.c.item == items.c.id, leases.c.labeler == me, leases.c.expires_at > now),
         )
-        sealed = connection.scalar(select(func.max(rounds.c.number)).where(rounds.c.sealed_at.is_not(None)))
-        upcoming = 0 if sealed is None else sealed + 1  # the round that an answer would go into
         wanted = (
             select(items.c.id)
             .where(items.c.stage.is_not(None), OPEN, ~mine, self._free(me, now))
-            .where(items.c.policy_version >= upcoming - self.max_policy_lag)
+            .where(timely(connection, self.max_policy_lag), HAS_IMAGE)
             .order_by(items.c.number.desc(), self._said().desc(), items.c.shuffle)
             .limit(count)
         )
@@ -194,6 +193,8 @@ class Queue:
                 raise Refused("undo", f"only your latest {UNDOABLE} answers can be taken back")
             if row.sealed_in is not None:
                 raise Refused("sealed", "this image's round is sealed; nothing in it changes any more")
+            if not connection.scalar(select(exists().where(images.c.item == item))):
+                raise Refused("undo", "this image is too old to be judged again")
             make_void(connection, answers.c.id == before.id, "undone")
             settle(connection, self.settings.overlap.rule, [item])
             # Asked for again after the image went to somebody else: it is theirs now.
@@ -231,13 +232,13 @@ class Queue:
 
     def _undoable(self, connection: sa.Connection, me: int) -> tuple[str, ...]:
         rows = connection.execute(
-            select(answers.c.item, answers.c.void, items.c.sealed_in)
+            select(answers.c.item, answers.c.void, items.c.sealed_in, HAS_IMAGE.label("has_image"))
             .select_from(answers.join(items))
             .where(answers.c.labeler == me)
             .order_by(answers.c.id.desc())
             .limit(UNDOABLE)
         )
-        return tuple(row.item for row in rows if row.void is None and row.sealed_in is None)
+        return tuple(row.item for row in rows if row.void is None and row.sealed_in is None and row.has_image)
 
     def image(self, badge: str, item: str) -> bytes:
         """The PNG of an item that this labeler was given, or has answered; of any item, for the operator."""

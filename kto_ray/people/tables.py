@@ -1,7 +1,7 @@
 """Where the queue of people keeps what it knows: tables in SQLite or PostgreSQL, for `intake.py` and `queue.py`.
 
     items     one image to judge each: what it shows, how many answers it needs, its label once they are there
-    images    the PNG of each item
+    images    the PNG of each item that somebody may be shown; see `keeping.py`
     leases    who is looking at what, until when; a lease that ended stays, so that a late answer can be told from
               one without a lease
     answers   what people said, never deleted: an answer that was taken back, or whose labeler was excluded, is void

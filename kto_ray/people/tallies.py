@@ -19,7 +19,7 @@ from sqlalchemy import func, select, union
 
 from kto_ray.people.agreement import Mix, Reliability, mix_of, reliability
 from kto_ray.people.rewinding import REWOUND
-from kto_ray.people.tables import answers, items, meta, voids
+from kto_ray.people.tables import answers, images, items, meta, voids
 
 Row = sa.Row[Any]
 STEP = 1000
@@ -179,11 +179,12 @@ class Tallies:
         return found
 
     def recent(self, connection: sa.Connection, label: str) -> list[str]:
-        """The images of a label, the latest first."""
+        """The items of a label whose images are kept, the latest first: after a rewinding, some may be gone."""
         if label in self._oldest and len(self._recent[label]) < RECENT:  # many answers were taken out
             latest = func.max(answers.c.id).label("latest")
             rows = select(items.c.id, latest).select_from(items.join(answers)).where(items.c.label == label)
             rows = rows.group_by(items.c.id).order_by(latest.desc()).limit(4 * RECENT)
             self._remember(label, {row.id: row.latest for row in connection.execute(rows)})
         recent = self._recent.get(label, {})
-        return sorted(recent, key=recent.__getitem__, reverse=True)[:RECENT]
+        kept = connection.scalars(select(images.c.item).where(images.c.item.in_([*recent])))
+        return sorted(kept, key=recent.__getitem__, reverse=True)[:RECENT]

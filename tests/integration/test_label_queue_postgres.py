@@ -14,6 +14,7 @@ from tests import postgres
 from tests.office import Facts, refused
 from tests.postgres import Server, server  # noqa: F401  a fixture
 from tests.queue_machine import check_promises
+from tests.unit.test_keeping import test_whoever_may_be_shown_an_image_is  # noqa: F401
 from tests.unit.test_label_queue import *  # noqa: F403  the same tests, in other databases
 from tests.unit.test_label_queue import EFFORT
 from tests.unit.test_labelers_cli import Desk, write_run

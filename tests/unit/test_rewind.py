@@ -3,29 +3,34 @@
 import json
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import pyarrow.fs as pafs
 import pytest
 from click.testing import CliRunner
 
 from kto_ray.cli import main
-from kto_ray.config import RunConfig, to_yaml
+from kto_ray.config import Labeling, RunConfig, to_yaml
 from kto_ray.config.people import Human
 from kto_ray.config.resuming import changes_of
 from kto_ray.errors import UserError
+from kto_ray.images import to_png
 from kto_ray.lease import held
-from kto_ray.people import clock
+from kto_ray.people import clock, tallies
+from kto_ray.people.address import database_owner, database_url
+from kto_ray.people.desk import Desk
 from kto_ray.people.rewinding import take_back
+from kto_ray.people.terms import NewItem
 from kto_ray.policies import PolicyStore
 from kto_ray.records import PolicyRef
 from kto_ray.relabel import saved_config
 from kto_ray.rewind import rewind
-from kto_ray.rounds import RoundStore
+from kto_ray.rounds import Round, RoundStore
 from kto_ray.storage import Storage
 from kto_ray.train.checkpoints import REWINDING, beginning, kept_checkpoints, use_good_ones
 from tests.factories import make_samples, make_score, make_verdict, write_checkpoints
-from tests.office import Machine, Office, stage
+from tests.office import Facts, Machine, Office, stage
 
 ROUNDS = 4
 
@@ -250,3 +255,35 @@ def test_people_are_asked_again_only_about_rounds_that_went(tmp_path: Path, monk
     assert len(office.end_round(1)) == 3
     assert late
     office.engine.dispose()
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+async def test_images_that_people_may_judge_again_come_back_from_their_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, pixels: bool
+) -> None:
+    monkeypatch.setattr(tallies, "RECENT", 0)
+    run, human = finished(Storage(str(tmp_path / "run")), lag=1), Human()
+    config = RunConfig(rounds=ROUNDS, max_policy_lag=2, label=Labeling(labeler="human"))
+    run.write("config.yaml", to_yaml(config).encode())
+    samples = RoundStore(run).round(0).samples()
+    pngs = dict(zip([s.id for s in samples], to_png(np.stack([s.pixels_HWC for s in samples])), strict=True))
+    desk = Desk(database_url(human, run), database_owner(human, run), human, max_policy_lag=2)
+    ann = (await desk.badge_of("ann")).id
+    await desk.add(stage(0), 0, [NewItem(sample, "p", "a prompt", png) for sample, png in pngs.items()])
+    for number in range(ROUNDS):
+        if number == 2:  # late: the labels go into this round
+            for offer in (await desk.turn(ann, 2)).offers:
+                await desk.answer(ann, offer.item, "desirable", None, 0)
+        await desk.finish(stage(number), number)
+        await desk.seal(stage(number))
+    assert Facts.read(desk.engine).images == {}
+
+    def gone(_: Round) -> NoReturn:
+        raise UserError("no pixels")
+
+    if not pixels:
+        monkeypatch.setattr(Round, "samples", gone)
+    assert rewind(run, 0).rounds == [2, 3]
+    assert Facts.read(desk.engine).images == (pngs if pixels else {})
+    assert ("no pixels: people are not asked about 4 of its images again" in caplog.text) == (not pixels)
+    desk.engine.dispose()

@@ -49,7 +49,8 @@ class Life:
         self.rng, self.machine = random.Random(seed), machine
         known = {"file": "gold.jsonl", "share": 0.2, "least": 2, "action": self.rng.choice(["show", "exclude"])}
         human = Human(overlap={"labels": 3}, gold=known, lease_s=LEASE_S)  # type: ignore[arg-type]
-        self.offices = [Office(url, machine, human, max_policy_lag=self.rng.randrange(3)) for _ in range(2)]
+        lag = self.rng.randrange(3)
+        self.offices = [Office(url, machine, human, max_policy_lag=lag) for _ in range(2)]
         self.badges = {name: self.office.people.admit(name).id for name in NAMES}
         self.office.intake.add_gold(gold(4) + gold(4, "undesirable"))
         self.round, self.drawn = 0, 0
@@ -109,6 +110,8 @@ class Life:
         office = self.office
         office.intake.finish(stage(self.round), self.round)
         office.intake.seal(stage(self.round), withdraw=self.rng.random() < 0.3)
+        if self.rng.random() < 0.7:  # else there was a crash in between
+            office.drop_images()
         self.round, self.drawn = self.round + 1, 0
 
     def exclude(self) -> None:
@@ -161,6 +164,22 @@ def test_the_page_shows_what_a_recount_of_all_rows_gives(
     assert min(life.seen.values()) > 0
     assert len(life.seen) == 10
     life.close()
+
+
+def test_many_answers_that_are_taken_out_bring_older_images_back(
+    fresh: Callable[[], str], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tallies, "RECENT", 3)
+    office = Office(fresh(), machine, Human(lease_s=LEASE_S))
+    ann, bob = office.admit("ann", "bob")
+    office.draw(0, 60)
+    first = ann.label("desirable", 30)
+    assert office.view().recent["desirable"] == first[:-4:-1]
+    second = bob.label("desirable", 30)
+    assert office.view().recent["desirable"] == second[:-4:-1]
+    office.people.exclude("bob", "by the operator")
+    assert office.view().recent["desirable"] == first[:-4:-1]
+    office.engine.dispose()
 
 
 def test_answers_of_a_database_from_before_tallies_were_kept(fresh: Callable[[], str], machine: Machine) -> None:

@@ -97,8 +97,8 @@ async def release(some: wire.SomeItems, me: LabelersBadge, desk: TheDesk) -> Non
     tags=["labeling"],
     responses=refusals(
         _404="There is no such image.",
-        _409="undo: it is none of your latest answers; sealed: its round is sealed; taken: somebody else has the "
-        "image now.",
+        _409="undo: it is none of your latest answers, or the image is too old to be judged again; sealed: its round "
+        "is sealed; taken: somebody else has the image now.",
     ),
 )
 async def undo(one: wire.OneItem, me: LabelersBadge, desk: TheDesk) -> wire.OfferedImage:
