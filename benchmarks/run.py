@@ -9,6 +9,7 @@ from pathlib import Path
 
 import kto_step
 import labeling
+import operator_page
 import rounds
 import scorers
 from measuring import arguments, become_like_a_worker, machine
@@ -28,7 +29,7 @@ def main() -> None:
     console.print(machine(), highlight=False)
     quick = "A quick run, too short for conclusions: " if args.quick else ""
     sections = [f"{quick}{machine()}."]
-    for benchmark in (kto_step.measure, rounds.measure, scorers.measure, labeling.measure):
+    for benchmark in (kto_step.measure, rounds.measure, scorers.measure, labeling.measure, operator_page.measure):
         table = benchmark(args.quick)
         console.print(table.rich())
         sections.append(table.markdown())

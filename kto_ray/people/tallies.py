@@ -6,7 +6,7 @@ an image as they were at the look before follow from its rows. A new process cou
 that sees that the run was rewound.
 """
 
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,11 +38,13 @@ class PersonTally:
     alike: Counter[bool] = field(default_factory=Counter)
     """Other people's answers on the same images, as this one's (True) or not."""
     seconds: list[float] = field(default_factory=list)
+    """That the answers took."""
     at: list[float] = field(default_factory=list)
+    """When they were given, in order."""
 
     def add(self, row: Row) -> None:
         self.said[row.answer] += 1
-        self.at.append(row.at)
+        insort(self.at, row.at)  # mostly at the end
         if row.seconds is not None:
             self.seconds.append(row.seconds)
 
@@ -54,7 +56,6 @@ class PersonTally:
 
     def since(self, at: float) -> int:
         """Answers after a time."""
-        self.at.sort()  # almost sorted already, but for answers that had to be counted anew
         return len(self.at) - bisect_right(self.at, at)
 
     @property
