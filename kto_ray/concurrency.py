@@ -7,14 +7,16 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from kto_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextlib.asynccontextmanager
@@ -65,6 +67,40 @@ async def cancelled(tasks: Iterable["asyncio.Task[Any]"]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Gathering(Generic[T, R]):
+    """Gives what comes at the same moment to one call of a slow function, which runs in a thread, one at a time.
+
+    What comes while it runs waits for the next call: the slower storage answers, the more goes into a file.
+
+    Args:
+        write: gives something for each of the items, in order. What it raises reaches all whose items it was given.
+    """
+
+    def __init__(self, write: Callable[[list[T]], Sequence[R]]) -> None:
+        self._write = write
+        self._lock = asyncio.Lock()
+        self._next = _Gathered[T, R]()
+
+    async def __call__(self, items: Sequence[T]) -> Sequence[R]:
+        """Returns when the items are written, with what was given for them. Raises what writing raises."""
+        gathered, start = self._next, len(self._next.items)
+        gathered.items += items
+        gathered.writing = gathered.writing or asyncio.create_task(self._give(gathered))
+        given = await asyncio.shield(gathered.writing)  # others may wait for it, too
+        return given[start : start + len(items)]
+
+    async def _give(self, gathered: "_Gathered[T, R]") -> Sequence[R]:
+        async with self._lock:
+            self._next = _Gathered()
+            return await asyncio.to_thread(self._write, gathered.items) if gathered.items else []
+
+
+@dataclass
+class _Gathered(Generic[T, R]):
+    items: list[T] = field(default_factory=list)
+    writing: "asyncio.Task[Sequence[R]] | None" = None
 
 
 @contextlib.asynccontextmanager

@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from kto_ray.concurrency import as_done, foremost, together
+from kto_ray.concurrency import Gathering, as_done, foremost, together
 from kto_ray.errors import UserError
 
 
@@ -132,3 +133,147 @@ async def test_a_cancelled_group_is_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert endless.ended == 2
+
+
+# -- what is gathered while something slow runs -----------------------------------------------------------------------
+
+
+class Disk:
+    """Writes words, slowly: each call waits for its turn, and is remembered."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.begun, self.turn = threading.Semaphore(0), threading.Semaphore(0)
+        self.errors: list[Exception | None] = []  # of the next calls
+        self.running = self.most = 0
+        self.threads: set[threading.Thread] = set()
+
+    def write(self, words: Sequence[str]) -> list[str]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.threads.add(threading.current_thread())
+        self.calls.append(list(words))
+        self.begun.release()
+        assert self.turn.acquire(timeout=60)
+        self.running -= 1
+        if self.errors and (error := self.errors.pop(0)):
+            raise error
+        return [word.upper() for word in words]
+
+    async def has_begun(self) -> None:
+        assert await asyncio.to_thread(self.begun.acquire, timeout=60)
+
+    def go(self, times: int = 100) -> None:
+        self.turn.release(times)
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    disk = Disk()
+    yield disk
+    disk.go()
+
+
+async def begin(store: Gathering[str, str], *words: str) -> "asyncio.Task[Sequence[str]]":
+    """Ask for them to be written; returns once they wait for that."""
+    task = asyncio.ensure_future(store(words))
+    await asyncio.sleep(0)
+    return task
+
+
+async def busy(store: Gathering[str, str], disk: Disk) -> "list[asyncio.Task[Sequence[str]]]":
+    """ "a" is being written while "b", "c" and "d" wait."""
+    tasks = [await begin(store, "a")]
+    await disk.has_begun()
+    return [*tasks, await begin(store, "b"), await begin(store, "c", "d")]
+
+
+async def test_what_comes_meanwhile_goes_into_one_call_and_each_gets_what_is_his(disk: Disk) -> None:
+    store = Gathering(disk.write)
+    tasks = await busy(store, disk)
+    disk.go()
+    assert [await task for task in tasks] == [["A"], ["B"], ["C", "D"]]
+    assert disk.calls == [["a"], ["b", "c", "d"]]
+    assert await store(["e"]) == ["E"]
+    assert disk.calls[2:] == [["e"]]
+    assert disk.most == 1
+    assert threading.main_thread() not in disk.threads
+
+
+async def test_nothing_is_written_for_nothing(disk: Disk) -> None:
+    assert await Gathering(disk.write)([]) == []
+    assert disk.calls == []
+
+
+async def test_who_waits_for_nothing_gets_it_among_others(disk: Disk) -> None:
+    store = Gathering(disk.write)
+    first = await begin(store, "a")
+    await disk.has_begun()
+    nothing, other = await begin(store), await begin(store, "b")
+    disk.go()
+    assert [await task for task in (first, nothing, other)] == [["A"], [], ["B"]]
+
+
+async def test_an_error_is_everybody_s_who_waits_for_that_call(disk: Disk) -> None:
+    store, full = Gathering(disk.write), UserError("no room")
+    disk.errors = [None, full, full]
+    tasks = await busy(store, disk)
+    disk.go()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert answers == [["A"], full, full]
+    disk.errors.clear()
+    assert await store(["e"]) == ["E"]
+
+
+async def test_after_an_error_nobody_is_told_what_was_not_written(disk: Disk) -> None:
+    """One call fails and the next does not: whoever is given something, it was written."""
+    store, full = Gathering(disk.write), UserError("no room")
+    disk.errors = [full]
+    tasks = await busy(store, disk)
+    disk.go()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert answers == [full, ["B"], ["C", "D"]]
+    assert disk.calls[0] == ["a"]
+    assert {word for call in disk.calls[1:] for word in call} == {"b", "c", "d"}
+    assert await store(["a"]) == ["A"]
+
+
+@pytest.mark.parametrize("given_up", [0, 1, 2])
+async def test_who_gives_up_loses_nobody_else_s(disk: Disk, given_up: int) -> None:
+    """Whether it is being written, or waits first or last."""
+    store = Gathering(disk.write)
+    tasks = await busy(store, disk)
+    tasks[given_up].cancel()
+    await asyncio.wait([tasks[given_up]])
+    assert tasks[given_up].cancelled()
+    tasks.append(await begin(store, "e"))
+    disk.go()
+    expected = [["A"], ["B"], ["C", "D"], ["E"]]
+    for place, task in enumerate(tasks):
+        if place != given_up:
+            assert await task == expected[place]
+    assert await store(["f"]) == ["F"]
+
+
+async def test_nobody_is_written_beside_another_also_when_one_gave_up() -> None:
+    writing, most, go_on = [0], [0], threading.Event()
+
+    def write(items: list[int]) -> list[int]:
+        writing[0] += 1
+        most[0] = max(most[0], writing[0])
+        assert go_on.wait(60)
+        writing[0] -= 1
+        return items
+
+    gather = Gathering(write)
+    first = asyncio.create_task(gather([1]))
+    while not writing[0]:
+        await asyncio.sleep(0.001)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    second = asyncio.create_task(gather([2]))
+    await asyncio.sleep(0.05)  # time enough to begin beside the first
+    go_on.set()
+    assert await second == [2]
+    assert most == [1]
