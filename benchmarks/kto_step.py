@@ -27,7 +27,7 @@ from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import Family, load_family
 from kto_ray.objective import DiffusionKTO, denoising_error
 from kto_ray.shapes.world import all_scenes, draw_somewhere
-from kto_ray.train.batches import RoundData
+from kto_ray.train.batches import LatentsInMemory, RoundData
 from kto_ray.train.sampler import plan_round
 from kto_ray.train.worker import build_learner
 
@@ -89,7 +89,9 @@ def make_round(family: Family, images: int) -> tuple[npt.NDArray[np.uint8], Roun
     scenes = rng.choice(np.array(all_scenes(), object), images).tolist()
     pixels_NHWC = np.stack([draw_somewhere(scene, rng) for scene in scenes])
     latents_NCHW = encode_pictures(family.pipeline, torch.from_numpy(pixels_NHWC)).numpy()
-    return pixels_NHWC, RoundData(0, latents_NCHW, [scene.caption for scene in scenes], rng.random(images) < 0.5)
+    return pixels_NHWC, RoundData(
+        0, LatentsInMemory(latents_NCHW), [scene.caption for scene in scenes], rng.random(images) < 0.5
+    )
 
 
 @torch.no_grad()
@@ -103,7 +105,7 @@ def encode_pictures(pipeline: Any, pixels_BHWC: Tensor) -> Tensor:
 def bound(family: Family, policy: nn.Module, reference: nn.Module, data: RoundData, steps: int) -> Callable[[], None]:
     """What no step can do without, `steps` times: the passes through policy and reference."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    clean_BCHW = torch.from_numpy(data.latents_NCHW[:BATCH])
+    clean_BCHW = torch.from_numpy(data.latents.take(np.arange(BATCH)))
     timesteps_B = family.noise.timesteps(torch.rand(BATCH))
     noisy_BCHW = family.noise.noisy(clean_BCHW, torch.randn_like(clean_BCHW), timesteps_B)
     text_B = family.encode_prompts(data.prompts[:BATCH])

@@ -39,6 +39,7 @@ from kto_ray.people.address import base_url, database_url
 from kto_ray.people.labeler import HumanLabeler
 from kto_ray.people.tables import answers
 from kto_ray.records import PolicyRef, Prompt, Sample
+from kto_ray.samples import Samples
 from kto_ray.serving import start_serve
 from kto_ray.shapes.world import all_scenes, draw_somewhere
 from kto_ray.storage import Storage
@@ -88,7 +89,8 @@ class Page:
         while self.asked - len(self.taken) < OPEN:
             number, place = divmod(self.asked, ROUND)
             stage = f"round-{number:05}"
-            await self.labeler.submit([make_sample(stage, place + offset) for offset in range(BATCH)])
+            samples = [make_sample(stage, place + offset) for offset in range(BATCH)]
+            await self.labeler.submit(Samples.of(samples))
             self.asked += BATCH
             if place + BATCH == ROUND:
                 await self.labeler.finish(stage)

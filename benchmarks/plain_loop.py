@@ -26,7 +26,7 @@ from kto_ray.prompts import load_prompts, round_requests
 from kto_ray.records import SampleRequest
 from kto_ray.score.protocol import Scorer
 from kto_ray.score.scorers import load_scorer
-from kto_ray.train.batches import RoundData
+from kto_ray.train.batches import LatentsInMemory, RoundData
 from kto_ray.train.worker import build_learner
 from kto_ray.verdicts.thresholds import Absolute
 
@@ -98,7 +98,10 @@ class PlainLoop:
         judged = np.abs(scores_N - self.threshold.value) >= self.threshold.dead_band
         order = [place for place in np.argsort([request.id for request in requests]) if judged[place]]  # the store's
         data = RoundData(
-            index, latents_NCHW[order], [requests[place].prompt.text for place in order], desirable_N[order]
+            index,
+            LatentsInMemory(latents_NCHW[order]),
+            [requests[place].prompt.text for place in order],
+            desirable_N[order],
         )
         began = time.perf_counter()
         figures, _ = self.learner.train_round(data)

@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from kto_ray.label.protocol import Labeler
-from kto_ray.records import Sample, Verdict
+from kto_ray.records import Verdict
+from kto_ray.samples import Samples
 
 
 class GrowingCsv(Labeler):
@@ -26,10 +27,10 @@ class GrowingCsv(Labeler):
     async def start(self, memory: Mapping[str, Any]) -> None:
         self.taken = memory.get("taken", 0)
 
-    async def submit(self, samples: Sequence[Sample]) -> None:
-        for sample in samples:
+    async def submit(self, samples: Samples) -> None:
+        for sample, pixels_HWC in zip(samples, await samples.pixels_BHWC(), strict=True):
             if not (picture := self.folder / f"{sample.id}.png").exists():
-                Image.fromarray(sample.pixels_HWC).save(picture)
+                Image.fromarray(pixels_HWC).save(picture)
                 with (self.folder / "to_judge.csv").open("a", newline="") as file:
                     csv.writer(file).writerow([sample.id, sample.prompt.text])
 

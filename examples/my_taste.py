@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kto_ray.label.protocol import Labeler
-from kto_ray.records import Prompt, Sample, Verdict
+from kto_ray.records import Prompt, Verdict
+from kto_ray.samples import Samples
 from kto_ray.score.protocol import check_batch
 
 
@@ -60,16 +61,17 @@ class NeitherDarkNorGlaring(Labeler):
         self.seen: set[str] = set()
         self.verdicts: asyncio.Queue[list[Verdict]] = asyncio.Queue()
 
-    async def submit(self, samples: Sequence[Sample]) -> None:
-        new = [sample for sample in samples if sample.id not in self.seen]
-        self.seen.update(sample.id for sample in new)
+    async def submit(self, samples: Samples) -> None:
+        pixels_BHWC = await samples.pixels_BHWC()
+        new = {s.id: pixels_HWC for s, pixels_HWC in zip(samples, pixels_BHWC, strict=True) if s.id not in self.seen}
+        self.seen.update(new)
         if new:
-            self.verdicts.put_nowait([self.judge(sample) for sample in new])
+            self.verdicts.put_nowait([self.judge(*one) for one in new.items()])
 
-    def judge(self, sample: Sample) -> Verdict:
-        pleasant = self.low <= sample.pixels_HWC.mean() <= self.high
+    def judge(self, sample_id: str, pixels_HWC: npt.NDArray[np.uint8]) -> Verdict:
+        pleasant = self.low <= pixels_HWC.mean() <= self.high
         rule = f"{self.low:g} <= mean brightness <= {self.high:g}"
-        return Verdict(sample.id, "desirable" if pleasant else "undesirable", self.name, rule)
+        return Verdict(sample_id, "desirable" if pleasant else "undesirable", self.name, rule)
 
     async def collect(self) -> Sequence[Verdict]:
         return await self.verdicts.get()

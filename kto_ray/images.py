@@ -1,7 +1,6 @@
-"""Images as PNG files: across the border of a Python environment, to people's browsers, and into reports."""
+"""Images as PNG files: to people's browsers, to servers, and into reports."""
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +15,3 @@ def to_png(images_BHWC: npt.NDArray[np.uint8]) -> list[bytes]:
         Image.fromarray(image_HWC).save(buffer, "png", compress_level=1)
         files.append(buffer.getvalue())
     return files
-
-
-def from_png(pngs: Sequence[bytes]) -> npt.NDArray[np.uint8]:
-    """The inverse of `to_png`: read-only uint8 of shape (B, H, W, 3)."""
-    images_BHWC = np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pngs])
-    images_BHWC.flags.writeable = False  # as arrays are that come from the object store
-    return images_BHWC

@@ -49,7 +49,6 @@ from kto_ray.config import RunConfig
 from kto_ray.diffusion.sampling import drawing_digest
 from kto_ray.evaluate.doubts import doubts_of
 from kto_ray.evaluate.evaluation import Evaluation
-from kto_ray.evaluate.statistics import EvaluationSummary
 from kto_ray.evaluate.summary import evaluation_row, write_results
 from kto_ray.generate.client import Generators
 from kto_ray.label.judging import worth_training
@@ -57,6 +56,7 @@ from kto_ray.label.protocol import Labeler
 from kto_ray.labelers import make_labeler
 from kto_ray.lease import held
 from kto_ray.making import Making
+from kto_ray.outbox import Row
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight
 from kto_ray.relabel import Replayed
@@ -67,7 +67,7 @@ from kto_ray.serving import start_serve
 from kto_ray.stage import Stage
 from kto_ray.stalls import stalls_said
 from kto_ray.stopwatch import Stopwatch
-from kto_ray.telling import evaluation_sentence, progress_bars, round_sentence
+from kto_ray.telling import all_too_old, evaluation_sentence, progress_bars, round_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask
 from kto_ray.train.job import Training
@@ -75,7 +75,7 @@ from kto_ray.train.sampler import imbalance
 
 logger = logging.getLogger(__name__)
 
-NOT_FIGURES = ("files", "stage", "labeler", "replayed_from", "drawing")
+NOT_FIGURES = ("format", "files", "parts", "stage", "labeler", "replayed_from", "drawing")
 """What else a round's manifest holds."""
 
 
@@ -118,11 +118,14 @@ class _Loop:
         if self.replayed:
             self.replayed.settle(self.run_storage)
         self.evaluation = Evaluation(config, self.run_storage, preflight.held_out_prompts)
-        goal = config.evaluate.stop_at_pass_rate
-        fresh = Evaluation(config, self.run_storage, preflight.held_out_prompts, fresh=True)
-        self.fresh = fresh if goal is not None else None
+        asks_fresh = config.evaluate.stop_at_pass_rate is not None
+        self.fresh = Evaluation(config, self.run_storage, preflight.held_out_prompts, True) if asks_fresh else None
         self.policies.publish_base(preflight.reference_digest, preflight.components)
 
+        rows = {row["step"] for row in self.metrics.of("round")}
+        # Rounds that an earlier process has trained on and written down.
+        self.settled = next(index for index in range(len(rows) + 1) if index not in rows)
+        self.made: dict[int, Round] = {}  # sealed rounds that wait for training
         self.walked = 0  # rounds that are trained, logged and evaluated, also by this process
         self.published = asyncio.Condition()  # `walked` or `stopped` changed
         self.sealed = asyncio.Condition()  # a round was sealed
@@ -148,7 +151,8 @@ class _Loop:
                     making.cancel()  # training ended early: a round in the making is given up
             await self.training.close()
         self.watch.seconds["total"] = time.monotonic() - began
-        return write_results(
+        return await asyncio.to_thread(
+            write_results,
             *(self.config, self.run_storage, self.metrics, self.rounds),
             *(self.evaluation, self.fresh, self.watch.seconds),
         )
@@ -157,23 +161,21 @@ class _Loop:
         """Start all parts; what cannot be started ends the starting of the others."""
         alone = await asyncio.to_thread(self.caretaker.start)
         # What is refused here has cost no machine time yet.
-        await asyncio.to_thread(start_serve, self.config.label.human if self._asks_people else None, alone)
+        people = self.config.label.human if self.config.label.labeler == "human" else None
+        await asyncio.to_thread(start_serve, people, alone)
         # Training starts while the generators do: both spend their first seconds on imports.
         self.training.start()
         async with together() as group:
             group.create_task(self.generators.start())
             group.create_task(self.scorers.start())
-            group.create_task(self.labeler.start(self.making.memory()))
-
-    @property
-    def _asks_people(self) -> bool:
-        return self.config.label.labeler == "human"
+            group.create_task(self.labeler.start(await asyncio.to_thread(self.making.memory)))
 
     # -- generate, label, seal ------------------------------------------------------------------------------------
 
     async def _make_rounds(self) -> None:
-        for index in range(self.config.rounds):
+        for index in range(self.settled, self.config.rounds):
             round_ = self.rounds.round(index)
+            await asyncio.to_thread(round_.open)
             if not round_.sealed and self.replayed and index < self.replayed.rounds:
                 await asyncio.to_thread(self.replayed.fill, index, round_)
                 await self.making.seal(index, round_, {"replayed_from": str(self.replayed.run)})
@@ -182,8 +184,11 @@ class _Loop:
                 if not await self._until_published(policy_version):
                     return
                 async with self.stage.turn("making"):
-                    await self.making.make(index, round_, self.policies.resolve(policy_version))
+                    policy = await asyncio.to_thread(self.policies.resolve, policy_version)
+                    await self.making.make(index, round_, policy)
             async with self.sealed:
+                self.made[index] = round_
+                self.retention.sealed(self.rounds, index)
                 self.sealed.notify_all()
 
     async def _until_published(self, version: int) -> bool:
@@ -197,23 +202,15 @@ class _Loop:
     async def _train_rounds(self) -> None:
         await self._evaluate(0)
         for index in range(self.config.rounds):
-            round_began = time.monotonic()
-            round_ = await self._until_sealed(index)
-            if not round_.trained:
-                await self._train_round(index, round_)
-            facts = {name: value for name, value in round_.manifest.items() if name not in NOT_FIGURES}
-            facts |= round_.storage.read_json("training.json")["figures"]
-            passes = self.evaluation.pass_rate(round_.prompt_ids(), round_.scores())
-            facts |= {"pass_rate": passes} if passes is not None else {}
-            self.metrics.log("round", index, facts | {"seconds/round": time.monotonic() - round_began})
+            if index >= self.settled:
+                await self._walk(index)
             version = index + 1
             last = version == self.config.rounds
-            self.console.print(round_sentence(facts))
             if version % self.config.evaluate.every == 0 and not last:
-                summary = await self._evaluate(version)
+                row = await self._evaluate(version)
                 goal = self.config.evaluate.stop_at_pass_rate
                 # Not the rate itself: of the rates of many policies, one is high by chance.
-                if goal is not None and summary.pass_rate.low >= goal:
+                if goal is not None and row.get("pass_rate_low", 0) >= goal:
                     self.stopped = last = True
             if self._doubtful(index) and not last:
                 self.stopped = last = True
@@ -228,10 +225,20 @@ class _Loop:
                     await self._evaluate(version, self.fresh)
                 return
 
-    async def _until_sealed(self, index: int) -> Round:
+    async def _walk(self, index: int) -> None:
+        """Train on a round, as soon as it is sealed, and write down its row."""
+        began = time.monotonic()
         async with self.sealed:
-            await self.sealed.wait_for(lambda: self.rounds.round(index).sealed)
-        return self.rounds.round(index)
+            await self.sealed.wait_for(lambda: index in self.made)
+        round_ = self.made.pop(index)
+        if not await asyncio.to_thread(lambda: round_.trained):
+            await self._train_round(index, round_)
+        facts = {name: value for name, value in round_.manifest.items() if name not in NOT_FIGURES}
+        facts |= (await asyncio.to_thread(round_.storage.read_json, "training.json"))["figures"]
+        passes = self.evaluation.pass_rate(round_.prompt_ids(), round_.scores())
+        facts |= {"pass_rate": passes} if passes is not None else {}
+        await asyncio.to_thread(self.metrics.log, "round", index, facts | {"seconds/round": time.monotonic() - began})
+        self.console.print(round_sentence(facts))
 
     async def _train_round(self, index: int, round_: Round) -> None:
         verdicts = round_.verdicts()
@@ -256,26 +263,27 @@ class _Loop:
         finally:
             self.progress.remove_task(bar)
         if train and not any(report.draws.values()):
-            logger.warning(
-                "round %d: nothing was trained on: all of its verdicts are on images of policies older than "
-                "max_policy_lag (%d) allows",
-                index,
-                self.config.max_policy_lag,
-            )
+            logger.warning(all_too_old(index, self.config.max_policy_lag))
         if report.left_out:
             logger.warning("round %d: %d samples whose error is not finite were left out", index, len(report.left_out))
-        policy = self.policies.resolve(report.version)
+        policy = await asyncio.to_thread(self.policies.resolve, report.version)
         facts = {"policy_version": policy.version, "policy_digest": policy.digest, "figures": report.figures}
-        round_.record_training(report.draws, facts | ({"left_out": report.left_out} if report.left_out else {}))
+        facts |= {"left_out": report.left_out} if report.left_out else {}
+        await asyncio.to_thread(round_.record_training, report.draws, facts)
 
-    async def _evaluate(self, version: int, evaluation: Evaluation | None = None) -> EvaluationSummary:
+    async def _evaluate(self, version: int, evaluation: Evaluation | None = None) -> Row:
         evaluation = evaluation or self.evaluation
+        if version and (row := self.metrics.row(evaluation.stage, version)):  # what the base drew is everybody's bar
+            return row
         async with self.stage.turn("evaluating"):
             with self.watch.measure("evaluate"):
-                summary = await evaluation.run_for(self.policies.resolve(version), self.generators, self.scorers)
-        self.metrics.log(evaluation.stage, version, evaluation_row(summary))
+                policy = await asyncio.to_thread(self.policies.resolve, version)
+                summary = await evaluation.run_for(policy, self.generators, self.scorers)
+        self.retention.evaluated(evaluation, version)
+        row = evaluation_row(summary)
+        await asyncio.to_thread(self.metrics.log, evaluation.stage, version, row)
         self.console.print(evaluation_sentence(version, summary, evaluation.fresh))
-        return summary
+        return row
 
     def _doubtful(self, index: int) -> bool:
         """Say what there is to doubt, see `evaluate/doubts.py`; whether the run has to end therefore."""

@@ -33,6 +33,11 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, LOST) and not isinstance(error, RayTaskError)
 
 
+def pixels_lost(error: BaseException) -> bool:
+    """Whether what an actor was given is gone, and the actor is not."""
+    return isinstance(error, ObjectLostError)
+
+
 def last_words(error: BaseException | str) -> str:
     """What an error, or a report of one, says at the end, below pages of traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

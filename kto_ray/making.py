@@ -15,16 +15,20 @@ import numpy as np
 from rich.progress import Progress, TaskID
 
 from kto_ray.cluster import noisily
-from kto_ray.concurrency import cancelled, together
+from kto_ray.concurrency import Gathering, cancelled, together
 from kto_ray.config import RunConfig
-from kto_ray.evaluate.pictures import picture_figures
 from kto_ray.generate.client import Generators
-from kto_ray.generate.drawn import BY_DRAWING, failed_draws, failed_verdicts, require_drawn
+from kto_ray.generate.drawn import failed_verdicts, require_drawn
 from kto_ray.label.protocol import Labeler
+from kto_ray.parts import write_part
+from kto_ray.pictures import figures_of
 from kto_ray.prompts import round_requests
-from kto_ray.records import PolicyRef, Prompt, Sample, Score
+from kto_ray.records import PolicyRef, Prompt, Sample, Score, Verdict
 from kto_ray.rounds import Round, RoundStore
+from kto_ray.samples import Samples
 from kto_ray.score.pool import Scorers, require_scored
+
+SHOW_EVERY_S = 0.5
 
 
 class Making:
@@ -45,8 +49,8 @@ class Making:
 
     def memory(self) -> dict[str, Any]:
         """What the labeler kept with the last sealed round."""
-        sealed = [round_ for round_ in self.rounds.rounds() if round_.sealed]
-        memory: dict[str, Any] = sealed[-1].manifest["labeler"] if sealed else {}
+        newest = next((round_ for round_ in reversed(self.rounds.rounds()) if round_.sealed), None)
+        memory: dict[str, Any] = newest.manifest["labeler"] if newest else {}
         return memory
 
     async def make(self, index: int, round_: Round, policy: PolicyRef) -> None:
@@ -61,27 +65,31 @@ class Making:
         bars = [self.progress.add_task(f"round {index}: {what}", total=images) for what in stations]
         try:
             async with together() as group:
-                collecting = group.create_task(self._collect(round_, images, bars))
+                scoring: list[asyncio.Task[None]] = []
+                store_scores = Gathering(round_.store_scores)
+
+                async def label(samples: Samples) -> None:
+                    await self.labeler.submit(samples)
+                    scoring.append(group.create_task(self._score(round_, samples, store_scores)))
+
+                left = await self._left(round_)
+                collecting = group.create_task(self._collect(round_, images))
+                showing = group.create_task(self._show(index, round_, bars))
                 # What a crash left; verdicts that are there already stay.
-                there = self._store(round_, round_.samples())
-                left = [s for s in there if self.labeler.whole_rounds or s.id not in round_.judged_ids]
-                await self.labeler.submit(left)
-                size = config.generate.batch_size
-                scoring = [
-                    group.create_task(self._score(round_, left[start : start + size], bars))
-                    for start in range(0, len(left), size)
-                ]
-                async with contextlib.aclosing(self.generators.stream(round_.missing(requests), policy)) as batches:
-                    async for drawn_now in batches:
-                        if samples := self._store(round_, drawn_now):
-                            await self.labeler.submit(samples)
-                            scoring.append(group.create_task(self._score(round_, samples, bars)))
-                        self._show(round_, bars)
+                for samples in left:
+                    await label(samples)
+                drawing = self.generators.stream(round_.missing(requests), policy, round_.storage)
+                async with contextlib.aclosing(drawing) as batches:
+                    async for samples, failed in batches:
+                        round_.know_samples(samples)
+                        await self._store_failed(round_, failed)
+                        if samples:
+                            await label(samples)
                 drawn = time.monotonic()
                 if round_.sample_ids <= round_.judged_ids and not collecting.done():
                     # It waits for a last verdict, which a failed draw has made unnecessary.
                     await cancelled([collecting])
-                    collecting = group.create_task(self._collect(round_, images, bars))
+                    collecting = group.create_task(self._collect(round_, images))
 
                 def awaited() -> str:
                     is_scored = all(task.done() for task in scoring)
@@ -93,12 +101,11 @@ class Making:
                             await asyncio.gather(*scoring)
                     await self.labeler.finish(round_.stage)
                     enough = group.create_task(self.labeler.enough(round_.stage))
-                    showing = group.create_task(self._show_status(index, round_.stage, bars[-1]))
                     # Past the deadline there is still a moment for what the labeler can say at once.
                     left_s = deadline_s and max(1.0, drawn + deadline_s - time.monotonic())
                     await asyncio.wait({collecting, enough}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                     await cancelled([collecting, enough])
-                    round_.add_verdicts(await self.labeler.seal(round_.stage))
+                    await self._add_verdicts(round_, await self.labeler.seal(round_.stage))
                     showing.cancel()
         finally:
             for bar in bars:
@@ -116,71 +123,82 @@ class Making:
             },
         )
 
-    def _store(self, round_: Round, samples: Sequence[Sample]) -> list[Sample]:
-        """Store what was drawn, with a verdict on what is no image; gives the images.
+    async def _left(self, round_: Round) -> list[Samples]:
+        """What a crash left in a round, and has still to be labeled, in batches."""
+        await asyncio.to_thread(round_.open)
+        failed = [record for record in round_.records() if record.error is not None]
+        require_drawn(self.config, round_.stage, len(failed), self.config.generate.images_per_round)
+        await self._add_verdicts(round_, failed_verdicts(failed))
+        all_again, judged = self.labeler.whole_rounds, round_.judged_ids
+        left = [r for r in round_.records() if r.error is None and (all_again or r.id not in judged)]
+        size = self.config.generate.batch_size
+        return [Samples(left[start : start + size], round_.storage) for start in range(0, len(left), size)]
+
+    async def _store_failed(self, round_: Round, failed: Sequence[Sample]) -> None:
+        """Store what is no image, with its verdict.
 
         Failures past the limit are not stored: continued with another limit, or weights, the run draws them anew.
         """
-        if failed := failed_draws(samples):
-            before = {verdict.sample_id for verdict in round_.verdicts() if verdict.labeler == BY_DRAWING}
-            all_failed, images = before | {sample.id for sample in failed}, self.config.generate.images_per_round
-            round_.add_samples([sample for sample in samples if sample.error is None])
-            require_drawn(self.config, round_.stage, len(all_failed), images)
-        round_.add_samples(samples)
-        round_.add_verdicts(failed_verdicts(failed))
-        return [sample for sample in samples if sample.error is None]
+        if failed:
+            all_failed = {r.id for r in round_.records() if r.error is not None} | {sample.id for sample in failed}
+            require_drawn(self.config, round_.stage, len(all_failed), self.config.generate.images_per_round)
+            round_.know_samples(await asyncio.to_thread(write_part, round_.storage, failed))
+            await self._add_verdicts(round_, failed_verdicts(failed))
 
-    async def _score(self, round_: Round, samples: Sequence[Sample], bars: Sequence[TaskID]) -> None:
+    async def _add_verdicts(self, round_: Round, verdicts: Sequence[Verdict]) -> None:
+        if new := round_.new_verdicts(verdicts):
+            await asyncio.to_thread(round_.store_verdicts, new)
+            round_.know_verdicts(new)
+
+    async def _score(self, round_: Round, samples: Samples, store: Gathering[Score, Score]) -> None:
         """Score samples (again only what a crash left unscored), store the scores, and hand them to the labeler."""
-        ids = {sample.id for sample in samples}
-        stored = round_.scores() if ids & round_.scored_ids else []
-        known = [score for score in stored if score.sample_id in ids and score.value is not None]
+        known = round_.known_scores(samples, self.config.label.scorers)
         await self.labeler.scored(round_.stage, known)
         async with contextlib.aclosing(self.scorers.score_each(samples, known)) as answers:
             async for scores in answers:
-                round_.add_scores(scores)
+                round_.know_scores(await store(round_.new_scores(scores)))
                 await self.labeler.scored(round_.stage, scores)
-                self._show(round_, bars)
                 images = self.config.generate.images_per_round
                 require_scored(self.config.label, round_.stage, round_.failures, images)
 
-    async def _collect(self, round_: Round, expected: int, bars: Sequence[TaskID]) -> None:
+    async def _collect(self, round_: Round, expected: int) -> None:
         """Store verdicts as they come, until every sample of the round has one."""
         while len(round_.judged_ids & round_.sample_ids) < expected:
-            round_.add_verdicts(await self.labeler.collect())
-            self._show(round_, bars)
+            await self._add_verdicts(round_, await self.labeler.collect())
 
-    def _show(self, round_: Round, bars: Sequence[TaskID]) -> None:
-        for bar, ids in zip(bars, (round_.sample_ids, round_.scored_ids, round_.judged_ids), strict=True):
-            self.progress.update(bar, completed=len(ids & round_.sample_ids))
-
-    async def _show_status(self, index: int, stage: str, bar: TaskID) -> None:
+    async def _show(self, index: int, round_: Round, bars: Sequence[TaskID]) -> None:
         while True:
-            self.progress.update(bar, description=f"round {index}: {self.labeler.status(stage)}")
-            await asyncio.sleep(1)
+            for bar, ids in zip(bars, (round_.sample_ids, round_.scored_ids, round_.judged_ids), strict=True):
+                self.progress.update(bar, completed=len(ids & round_.sample_ids))
+            self.progress.update(bars[-1], description=f"round {index}: {self.labeler.status(round_.stage)}")
+            await asyncio.sleep(SHOW_EVERY_S)
 
     async def seal(self, index: int, round_: Round, more: dict[str, Any]) -> None:
         """Close a round, with the figures of what is in it and `more`."""
-        samples = round_.samples()
-        pictures = [sample.pixels_HWC for sample in samples if sample.error is None]
-        failed = len(samples) - len(pictures)
-        labels = Counter(verdict.label for verdict in round_.verdicts())
-        facts = {
-            "round": index,
-            "policy_version": samples[0].policy.version,
-            "policy_lag_mean": sum(index - sample.policy.version for sample in samples) / len(samples),
-            "desirable": labels["desirable"],
-            "undesirable": labels["undesirable"],
-            "abstained": labels["abstain"],
-            "failed": labels["failed"],
-            "pending": len(round_.sample_ids - round_.judged_ids),
-            **score_figures(round_.scores()),
-            **({"failed_draws": failed} if failed else {}),
-            **(await asyncio.to_thread(picture_figures, np.stack(pictures)) if pictures else {}),
-            **self.labeler.figures(round_.stage),
-            **more,
-        }
-        round_.seal(**facts, labeler=dict(self.labeler.memory()))
+        facts = await asyncio.to_thread(round_figures, index, round_)
+        facts |= {**self.labeler.figures(round_.stage), **more, "labeler": dict(self.labeler.memory())}
+        await asyncio.to_thread(round_.seal, **facts)
+
+
+def round_figures(index: int, round_: Round) -> dict[str, Any]:
+    """What a round's manifest says of it: policy, verdicts, scores, and what its pictures look like."""
+    records = round_.records()
+    looks = [record.look for record in records if record.error is None and record.look]
+    failed = sum(record.error is not None for record in records)
+    labels = Counter(verdict.label for verdict in round_.verdicts())
+    return {
+        "round": index,
+        "policy_version": records[0].policy.version,
+        "policy_lag_mean": sum(index - record.policy.version for record in records) / len(records),
+        "desirable": labels["desirable"],
+        "undesirable": labels["undesirable"],
+        "abstained": labels["abstain"],
+        "failed": labels["failed"],
+        "pending": len(round_.sample_ids - round_.judged_ids),
+        **score_figures(round_.scores()),
+        **({"failed_draws": failed} if failed else {}),
+        **(figures_of(looks) if looks else {}),
+    }
 
 
 def score_figures(scores: Sequence[Score]) -> dict[str, float]:

@@ -83,8 +83,9 @@ class Preflight:
 
     def begin(self, config: RunConfig) -> None:
         """Open the run's folder, whose lease is held: what it began with is written down, and what changes now."""
-        trained = sum(self.run.exists(f"rounds/{name}/training.json") for name in self.run.names("rounds"))
-        write_down(self.changes, self.run, trained)
+        if self.changes:
+            trained = sum(self.run.exists(f"rounds/{name}/training.json") for name in self.run.names("rounds"))
+            write_down(self.changes, self.run, trained)
         prompts.keep(self.run, "prompts.train", self.train_prompts)
         prompts.keep(self.run, "prompts.held_out", self.held_out_prompts)
         self.run.write("config.yaml", to_yaml(config).encode())

@@ -3,13 +3,13 @@
 Everybody imports this module and it imports nobody. Records are frozen; tables are what `rounds.py` stores, one row a
 record, so that a round folder can be read by anything that reads Parquet.
 
-Shape suffixes: N rows; C, H, W channels, height, width of latents (CHW) and pixels (HWC).
+Shape suffixes: C, H, W channels, height, width of latents (CHW) and pixels (HWC).
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -61,12 +61,18 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One generated image: what was asked for, who made it, and both its faces.
+class Place:
+    """Where the arrays of a sample lie in its round's folder (see `parts.py`), and the SHA-256 of their bytes."""
 
-    `latents_CHW` is the clean latent as the sampler left it (float32, in the scaled space in which the model is
-    trained); `pixels_HWC` is its decoding (uint8 RGB). Neither is ever recomputed from the other.
-    """
+    part: str
+    row: int
+    latents_digest: str
+    pixels_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRecord:
+    """One generated image without its arrays: what was asked for, who made it, and where it lies."""
 
     id: str
     stage: str
@@ -74,11 +80,47 @@ class Sample:
     index: int
     seed: int
     policy: PolicyRef
-    latents_CHW: npt.NDArray[np.float32]
-    pixels_HWC: npt.NDArray[np.uint8]
-    error: str | None = None
+    error: str | None = field(default=None, kw_only=True)
     """Why this is no image: its numbers are not finite. Its pixels are black then; nobody is shown them, no scorer
     scores them, its verdict is "failed"."""
+    place: Place | None = field(default=None, kw_only=True, compare=False)
+    """None while it is not stored."""
+    look: bytes = field(default=b"", kw_only=True, compare=False, repr=False)
+    """What its pixels look like in a few numbers, see `pictures.look`; empty where nobody looked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(SampleRecord):
+    """One generated image with both its faces, as a sampler leaves it.
+
+    `latents_CHW` is the clean latent (float32, in the scaled space in which the model is trained); `pixels_HWC` is its
+    decoding (uint8 RGB). Neither is ever recomputed from the other.
+    """
+
+    latents_CHW: npt.NDArray[np.float32]
+    pixels_HWC: npt.NDArray[np.uint8]
+
+    @classmethod
+    def of(
+        cls, record: SampleRecord, latents_CHW: npt.NDArray[np.float32], pixels_HWC: npt.NDArray[np.uint8]
+    ) -> "Sample":
+        return cls(
+            *(record.id, record.stage, record.prompt, record.index, record.seed, record.policy),
+            latents_CHW=latents_CHW,
+            pixels_HWC=pixels_HWC,
+            error=record.error,
+            place=record.place,
+            look=record.look,
+        )
+
+    def record(self, place: Place | None = None, look: bytes = b"") -> SampleRecord:
+        """Without the arrays, which lie at `place`."""
+        return SampleRecord(
+            *(self.id, self.stage, self.prompt, self.index, self.seed, self.policy),
+            error=self.error,
+            place=place or self.place,
+            look=look or self.look,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,60 +184,65 @@ def table_to_verdicts(table: pa.Table) -> list[Verdict]:
     return [Verdict(**row) for row in table.to_pylist()]
 
 
-def samples_to_table(samples: Sequence[Sample]) -> pa.Table:
-    """One row a sample; `latents` and `pixels` are fixed-shape tensor columns.
-
-    Raises:
-        ValueError: no samples, or samples whose latents or pixels differ in shape.
-    """
-    if not samples:
-        raise ValueError("a table of samples needs at least one sample: its tensor shapes come from them")
-    return pa.table(
-        {
-            "sample_id": [s.id for s in samples],
-            "stage": [s.stage for s in samples],
-            "prompt_id": [s.prompt.id for s in samples],
-            "prompt": [s.prompt.text for s in samples],
-            "prompt_metadata": pa.array([list(s.prompt.metadata.items()) for s in samples], METADATA_TYPE),
-            "index": pa.array([s.index for s in samples], pa.int32()),
-            "seed": pa.array([s.seed for s in samples], pa.int64()),
-            "policy_version": pa.array([s.policy.version for s in samples], pa.int32()),
-            "policy_digest": [s.policy.digest for s in samples],
-            "latents": _tensors([s.latents_CHW for s in samples]),
-            "pixels": _tensors([s.pixels_HWC for s in samples]),
-            "error": pa.array([s.error for s in samples], pa.string()),
-        }
-    )
+RECORD_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("prompt_metadata", METADATA_TYPE),
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("policy_version", pa.int32(), nullable=False),
+        pa.field("policy_digest", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+PLACE_SCHEMA = pa.schema(
+    [
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("latents_digest", pa.string(), nullable=False),
+        pa.field("pixels_digest", pa.string(), nullable=False),
+    ]
+)
 
 
-def _tensors(arrays: Sequence[npt.NDArray[Any]]) -> pa.Array:
-    # Arrow stores an array that is not in C order transposed, and gives it back transposed.
-    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(np.stack(arrays)))
+def records_to_table(records: Sequence[SampleRecord]) -> pa.Table:
+    """One row a sample, without its arrays and its place."""
+    rows = [
+        (
+            *(r.id, r.stage, r.prompt.id, r.prompt.text, list(r.prompt.metadata.items()), r.index, r.seed),
+            *(r.policy.version, r.policy.digest, r.error),
+        )
+        for r in records
+    ]
+    columns = zip(*rows, strict=True) if rows else [()] * len(RECORD_SCHEMA)
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, RECORD_SCHEMA, strict=True)], RECORD_SCHEMA)
 
 
-def table_to_samples(table: pa.Table) -> list[Sample]:
-    """The inverse of `samples_to_table`."""
-    table = table.combine_chunks()
-    latents_NCHW, pixels_NHWC = tensor_column(table, "latents"), tensor_column(table, "pixels")
-    rows = table.drop_columns(["latents", "pixels"]).to_pylist()
+def index_to_table(records: Sequence[SampleRecord]) -> pa.Table:
+    """One row a sample with its place, which it must have."""
+    places = [record.place for record in records]
+    table = records_to_table(records)
+    for field_ in PLACE_SCHEMA:
+        table = table.append_column(field_, pa.array([getattr(place, field_.name) for place in places], field_.type))
+    return table
+
+
+def table_to_records(table: pa.Table) -> list[SampleRecord]:
+    """The inverse of `records_to_table`, with the places where the table has them."""
     return [
-        Sample(
+        SampleRecord(
             id=row["sample_id"],
             stage=row["stage"],
             prompt=Prompt(row["prompt_id"], row["prompt"], dict(row["prompt_metadata"])),
             index=row["index"],
             seed=row["seed"],
             policy=PolicyRef(row["policy_version"], row["policy_digest"]),
-            latents_CHW=latents_CHW,
-            pixels_HWC=pixels_HWC,
             error=row.get("error"),  # rounds of older versions have no such column
+            place=Place(*(row[name] for name in PLACE_SCHEMA.names)) if "part" in row else None,
+            look=row.get("look") or b"",
         )
-        for row, latents_CHW, pixels_HWC in zip(rows, latents_NCHW, pixels_NHWC, strict=True)
+        for row in table.to_pylist()
     ]
-
-
-def tensor_column(table: pa.Table, name: str) -> npt.NDArray[Any]:
-    """A fixed-shape tensor column as one array of shape (N, ...)."""
-    column = table.column(name).combine_chunks()
-    array: npt.NDArray[Any] = column.to_numpy_ndarray()
-    return array

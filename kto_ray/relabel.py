@@ -141,7 +141,7 @@ class Replayed:
         """Copy samples, scores and verdicts of a round into an open round of another run."""
         origin = RoundStore(self.run).round(index)
         origin.verify()
-        round_.add_samples(origin.samples())
+        round_.copy_samples(origin)
         round_.add_scores(origin.scores())
         round_.add_verdicts(self._verdicts(index, origin))
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 
 from kto_ray.config import RunConfig, override, to_yaml
@@ -197,13 +196,14 @@ def _set_answers_aside(config: RunConfig, run: Storage, gone: Sequence[int], fol
 
 def _show_again(run: Storage, engine: sa.Engine, stage: str, sample_ids: set[str]) -> None:
     """Put images back that left people's database with their seal."""
+    round_ = RoundStore(run).round(round_number(stage))
+    records = [record for record in round_.records() if record.id in sample_ids]
     try:
-        samples = [sample for sample in RoundStore(run).round(round_number(stage)).samples() if sample.id in sample_ids]
+        pngs = to_png(round_.pixels_of(records)) if records else []
     except UserError as error:
         logger.warning("%s: people are not asked about %d of its images again", error, len(sample_ids))
         return
-    pngs = to_png(np.stack([sample.pixels_HWC for sample in samples]))
-    put_back(engine, {sample.id: png for sample, png in zip(samples, pngs, strict=True)})
+    put_back(engine, {record.id: png for record, png in zip(records, pngs, strict=True)})
 
 
 def _cut_metrics(run: Storage, to: int, folder: str) -> None:

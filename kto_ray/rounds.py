@@ -1,39 +1,54 @@
 """The round store and the ledger: samples, scores and verdicts as Parquet, sealed by a manifest written last.
 
-    rounds/00003/samples/*.parquet  scores/*.parquet  verdicts/*.parquet     parts, written as they come
-                 manifest.json                                               seals: files, hashes, counts
-                 training.parquet  training.json                             samples trained on, figures
+    rounds/00003/samples/*.parquet  pixels/*.parquet     what was drawn, by the replicas that drew it; see parts.py
+                 scores/*.parquet  verdicts/*.parquet    of an open round, as they come
+                 samples.parquet  scores.parquet  verdicts.parquet    of a sealed one: all of it but arrays
+                 manifest.json                           seals: format, hashes, counts
+                 training.parquet  training.json         samples trained on, figures
 
-The loop adds parts to an open round and seals it; the train worker reads sealed rounds; a resumed run reopens the
-round that was not sealed and finds what is there. Records already there are not written twice, so everything before
-the seal may be repeated. Evaluations are stored in the same way, under `evaluations/`.
+The loop adds to an open round and seals it; the train workers read sealed rounds; a resumed run reopens the round that
+was not sealed and finds what is there. Records already there are not written twice, so everything before the seal may
+be repeated. What a round holds, but for arrays, is read once and kept in memory as long as the `Round` is. Evaluations
+are stored in the same way, under `evaluations/`.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from kto_ray.errors import UserError
+from kto_ray.parts import AT_ONCE, PART_SIZE, read_arrays, read_records, write_part
 from kto_ray.records import (
     SCORE_SCHEMA,
     VERDICT_SCHEMA,
     Sample,
+    SampleRecord,
     SampleRequest,
     Score,
     Verdict,
-    samples_to_table,
+    index_to_table,
     scores_to_table,
-    table_to_samples,
+    table_to_records,
     table_to_scores,
     table_to_verdicts,
     verdicts_to_table,
 )
 from kto_ray.storage import Storage
+
+FORMAT = 2
+"""Of a round's folder, in its manifest; release 0.1.0 wrote none, which is 1."""
+NO_PIXELS = "no_pixels.json"
+"""Written before a sealed round's pixels are deleted."""
 
 
 def by_sample(scores: Iterable[Score]) -> dict[str, dict[str, Score]]:
@@ -72,126 +87,325 @@ def round_number(stage: str) -> int:
 
 
 class Round:
-    """One round's folder, open until it has a manifest.
+    """One round's folder, open until it has a manifest. Made without looking at it.
+
+    Of what is in it a `Round` sees what was there when it first looked, and what was added through itself.
 
     Raises (from every method that adds): RuntimeError when the round is sealed.
     """
 
     def __init__(self, storage: Storage, stage: str) -> None:
         self.storage, self.stage = storage, stage
-        self.sample_ids = set(self._ids("samples"))
-        self.sealed = storage.exists("manifest.json")
-        # A score that failed before a crash, or before the run was stopped for it, is asked for again in an open round.
-        scores = [score for score in self.scores() if self.sealed or score.value is not None]
-        self.scored = {(score.sample_id, score.scorer) for score in scores}
-        self.failures = [score for score in scores if score.value is None]
-        self.judged_ids = {verdict.sample_id for verdict in self.verdicts()}
+        self._manifest: dict[str, Any] | None = None
+        self._is_open = self._trained = False
+
+    # -- what is there ----------------------------------------------------------------------------------------------
+
+    @property
+    def sealed(self) -> bool:
+        if self._manifest is None and not self._is_open:
+            self._is_open = not self.storage.exists("manifest.json")
+            self._manifest = None if self._is_open else self._read_manifest()
+        return self._manifest is not None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Raises FileNotFoundError while the round is open, UserError when a newer version has made it."""
+        if self._manifest is None:
+            self._manifest = self._read_manifest()
+        return self._manifest
+
+    def _read_manifest(self) -> dict[str, Any]:
+        manifest: dict[str, Any] = self.storage.read_json("manifest.json")
+        if manifest.get("format", 1) > FORMAT:
+            raise UserError(
+                f"{self.storage} was made by a newer version of kto-ray: its format is {manifest['format']}, this "
+                f"version reads up to {FORMAT}"
+            )
+        return manifest
+
+    @property
+    def _in_one(self) -> bool:
+        """Whether tables lie in one file each: not in an open round, nor in those of release 0.1.0."""
+        return self.sealed and self.manifest.get("format", 1) > 1
+
+    @cached_property
+    def _records(self) -> dict[str, SampleRecord]:
+        records = table_to_records(self._sealed_table("samples")) if self._in_one else read_records(self.storage)
+        return {record.id: record for record in sorted(records, key=lambda record: record.id)}
+
+    @cached_property
+    def _scores(self) -> dict[tuple[str, str], Score]:
+        """A value that came after a failure stands in its place."""
+        scores = table_to_scores(self._table("scores", SCORE_SCHEMA))
+        scores.sort(key=lambda score: (score.sample_id, score.scorer, score.value is not None))
+        return {(score.sample_id, score.scorer): score for score in scores}
+
+    @cached_property
+    def _verdicts(self) -> dict[str, Verdict]:
+        verdicts = table_to_verdicts(self._table("verdicts", VERDICT_SCHEMA))
+        return {verdict.sample_id: verdict for verdict in sorted(verdicts, key=lambda verdict: verdict.sample_id)}
+
+    def _table(self, kind: str, schema: pa.Schema) -> pa.Table:
+        if self._in_one:
+            return self._sealed_table(kind)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            tables = list(pool.map(self.storage.read_table, self._parts(kind)))
+        return pa.concat_tables([schema.empty_table(), *tables])
+
+    def _sealed_table(self, kind: str) -> pa.Table:
+        """Raises ValueError when it is not as it was sealed."""
+        return pq.read_table(pa.BufferReader(self._sealed_file(f"{kind}.parquet")))
+
+    def _sealed_file(self, name: str) -> bytes:
+        data = self.storage.read(name)
+        if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
+            raise ValueError(f"{self.storage}/{name} has changed since the round was sealed")
+        return data
 
     def _parts(self, kind: str) -> list[str]:
         return [f"{kind}/{name}" for name in self.storage.names(kind, suffix=".parquet")]
 
-    def _all_parts(self) -> list[str]:
-        return [part for kind in ("samples", "scores", "verdicts") for part in self._parts(kind)]
+    @cached_property
+    def _asked_again(self) -> set[tuple[str, str]]:
+        """Failed scores of an open round from before a crash, or before the run was stopped for them."""
+        return set() if self.sealed else {key for key, score in self._scores.items() if score.value is None}
 
-    def _ids(self, kind: str) -> list[str]:
-        parts = (self.storage.read_table(part, ["sample_id"]) for part in self._parts(kind))
-        return [row for table in parts for row in table["sample_id"].to_pylist()]
-
-    def _add(self, kind: str, table: pa.Table) -> None:
-        if self.sealed:
-            raise RuntimeError(f"{self.storage} is sealed, {kind} cannot be added")
-        keys = [table[name].to_pylist() for name in ("sample_id", "scorer") if name in table.column_names]
-        name = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
-        self.storage.write_table(f"{kind}/{name}.parquet", table)
-
-    def missing(self, requests: Iterable[SampleRequest]) -> list[SampleRequest]:
-        """Those requests whose samples are not here yet."""
-        return [request for request in requests if request.id not in self.sample_ids]
-
-    def add_samples(self, samples: Sequence[Sample]) -> None:
-        """Store samples; those already here are left as they are."""
-        if new := {sample.id: sample for sample in samples if sample.id not in self.sample_ids}:
-            self._add("samples", samples_to_table(list(new.values())))
-            self.sample_ids |= new.keys()
-
-    def add_scores(self, scores: Sequence[Score]) -> None:
-        """Store scores; a sample already scored by the same scorer keeps its first score."""
-        firsts = {(score.sample_id, score.scorer): score for score in reversed(scores)}
-        if new := {key: score for key, score in firsts.items() if key not in self.scored}:
-            self._add("scores", scores_to_table(list(new.values())))
-            self.scored |= new.keys()
-            self.failures += [score for score in new.values() if score.value is None]
+    @property
+    def scored(self) -> Set[tuple[str, str]]:
+        """Sample ids and scorers of the scores that are there, failed ones included."""
+        return self._scores.keys() - self._asked_again
 
     @property
     def scored_ids(self) -> set[str]:
         """Samples with a score, or a failed one, of any scorer."""
         return {sample_id for sample_id, _ in self.scored}
 
-    def add_verdicts(self, verdicts: Sequence[Verdict]) -> None:
-        """Store verdicts; a sample already judged keeps its first verdict."""
-        firsts = {verdict.sample_id: verdict for verdict in reversed(verdicts)}
-        if new := {sample_id: verdict for sample_id, verdict in firsts.items() if sample_id not in self.judged_ids}:
-            self._add("verdicts", verdicts_to_table(list(new.values())))
-            self.judged_ids |= new.keys()
+    @cached_property
+    def failures(self) -> list[Score]:
+        return [score for key, score in self._scores.items() if score.value is None and key not in self._asked_again]
 
-    def samples(self) -> list[Sample]:
+    def known_scores(self, samples: Iterable[SampleRecord], scorers: Iterable[str]) -> list[Score]:
+        """Of these samples by these scorers, those with a value."""
+        found = (self._scores.get((sample.id, scorer)) for sample in samples for scorer in scorers)
+        return [score for score in found if score and score.value is not None]
+
+    @property
+    def sample_ids(self) -> Set[str]:
+        return self._records.keys()
+
+    @property
+    def judged_ids(self) -> Set[str]:
+        return self._verdicts.keys()
+
+    def records(self) -> list[SampleRecord]:
         """All samples, in the order of their ids, whatever order they came in."""
-        parts = [table_to_samples(self.storage.read_table(part)) for part in self._parts("samples")]
-        return sorted((sample for part in parts for sample in part), key=lambda sample: sample.id)
+        return sorted(self._records.values(), key=lambda record: record.id)
+
+    def samples(self, records: Sequence[SampleRecord] | None = None) -> list[Sample]:
+        """All, or those of these records, with their arrays. Raises ValueError when these are not what was stored."""
+        records = self.records() if records is None else records
+        if not records:
+            return []
+        arrays = zip(self.latents_of(records), self.pixels_of(records), strict=True)
+        return [Sample.of(record, latents, pixels) for record, (latents, pixels) in zip(records, arrays, strict=True)]
+
+    def latents_of(self, records: Sequence[SampleRecord]) -> npt.NDArray[np.float32]:
+        """(B, C, H, W), of samples of this round; see `parts.read_arrays`."""
+        return read_arrays(self.storage, "latents", records)
+
+    def pixels_of(self, records: Sequence[SampleRecord]) -> npt.NDArray[np.uint8]:
+        """(B, H, W, 3), of samples of this round; see `parts.read_arrays`.
+
+        Raises:
+            UserError: `keep_pixels` did not keep them.
+        """
+        try:
+            return read_arrays(self.storage, "pixels", records)
+        except FileNotFoundError as error:
+            if not self.storage.exists(NO_PIXELS):
+                raise
+            raise UserError(f"{self.storage}: its pixels were not kept (keep_pixels)") from error
 
     def prompt_ids(self) -> dict[str, str]:
-        """Prompt id by sample id, in the order of `samples`, without reading latents and pixels."""
-        tables = [self.storage.read_table(part, ["sample_id", "prompt_id"]) for part in self._parts("samples")]
-        return dict(sorted((row["sample_id"], row["prompt_id"]) for table in tables for row in table.to_pylist()))
+        """Prompt id by sample id, in the order of `records`."""
+        return {record.id: record.prompt.id for record in self.records()}
+
+    def prompt_texts(self) -> set[str]:
+        return {record.prompt.text for record in self._records.values()}
 
     def policy_versions(self) -> set[int]:
         """Of the policies that drew its samples."""
-        parts = (self.storage.read_table(part, ["policy_version"]) for part in self._parts("samples"))
-        return {version for table in parts for version in table["policy_version"].to_pylist()}
-
-    def prompt_texts(self) -> set[str]:
-        parts = (self.storage.read_table(part, ["prompt"]) for part in self._parts("samples"))
-        return {text for table in parts for text in table["prompt"].to_pylist()}
+        return {record.policy.version for record in self._records.values()}
 
     def scores(self) -> list[Score]:
-        """One a sample and scorer; a value that came after a failure stands in its place."""
-        tables = [self.storage.read_table(part) for part in self._parts("scores")]
-        scores = table_to_scores(pa.concat_tables([SCORE_SCHEMA.empty_table(), *tables]))
-        scores.sort(key=lambda score: (score.sample_id, score.scorer, score.value is not None))
-        return list({(score.sample_id, score.scorer): score for score in scores}.values())
+        """One a sample and scorer, in the order of their ids."""
+        return sorted(self._scores.values(), key=lambda score: (score.sample_id, score.scorer))
 
     def verdicts(self) -> list[Verdict]:
         """Verdicts sealed in this round; some may be on samples of earlier rounds, which people answered late."""
-        tables = [self.storage.read_table(part) for part in self._parts("verdicts")]
-        records = table_to_verdicts(pa.concat_tables([VERDICT_SCHEMA.empty_table(), *tables]))
-        return sorted(records, key=lambda verdict: verdict.sample_id)
+        return sorted(self._verdicts.values(), key=lambda verdict: verdict.sample_id)
+
+    # -- adding -------------------------------------------------------------------------------------------------------
+    # A loop of asyncio asks for what is new, stores that in a thread, and takes note of it in its own.
+
+    def open(self) -> None:
+        """Read what is there; from then on nothing is read any more, and this object knows what is added."""
+        self._rewrite_old_parts()
+        _ = self._scores, self._verdicts, self.failures
+
+    def missing(self, requests: Iterable[SampleRequest]) -> list[SampleRequest]:
+        """Those requests whose samples are not here yet."""
+        return [request for request in requests if request.id not in self._records]
+
+    def add_samples(self, samples: Sequence[Sample]) -> None:
+        """Store samples; those already here are left as they are."""
+        new = {sample.id: sample for sample in samples if sample.id not in self._records}
+        self._require_open("samples")
+        if new:
+            self.know_samples(write_part(self.storage, list(new.values())))
+
+    def copy_samples(self, origin: "Round") -> None:
+        """Store those of a sealed round of another run, which may have lost its pixels."""
+        if not origin._in_one:
+            for start in range(0, len(origin.records()), PART_SIZE):
+                self.add_samples(origin.samples(origin.records()[start : start + PART_SIZE]))
+            return
+        kept = not origin.storage.exists(NO_PIXELS)
+        for part in origin.manifest["parts"]:
+            for kind in ("pixels", "samples") if kept else ("samples",):
+                self.storage.write(f"{kind}/{part}.parquet", origin.storage.read(f"{kind}/{part}.parquet"))
+        if not kept:
+            self.storage.write(NO_PIXELS, origin.storage.read(NO_PIXELS))
+        self.know_samples(read_records(self.storage))
+
+    def know_samples(self, records: Iterable[SampleRecord]) -> None:
+        """Take note of samples that whoever drew them has stored."""
+        self._records.update((record.id, record) for record in records if record.id not in self._records)
+
+    def add_scores(self, scores: Sequence[Score]) -> None:
+        """Store scores; a sample already scored by the same scorer keeps its first score."""
+        new = self.new_scores(scores)
+        self.store_scores(new)
+        self.know_scores(new)
+
+    def new_scores(self, scores: Sequence[Score]) -> list[Score]:
+        """Those that are not here yet."""
+        firsts = {(score.sample_id, score.scorer): score for score in reversed(scores)}
+        return [score for key, score in firsts.items() if key not in self._scores or key in self._asked_again]
+
+    def store_scores(self, new: Sequence[Score]) -> Sequence[Score]:
+        self._store("scores", scores_to_table(new))
+        return new
+
+    def know_scores(self, new: Sequence[Score]) -> None:
+        """Take note of scores that are stored."""
+        keys = {(score.sample_id, score.scorer): score for score in new}
+        self.failures += [score for score in new if score.value is None]
+        self._scores.update(keys)
+        self._asked_again.difference_update(keys)
+
+    def add_verdicts(self, verdicts: Sequence[Verdict]) -> None:
+        """Store verdicts; a sample already judged keeps its first verdict."""
+        new = self.new_verdicts(verdicts)
+        self.store_verdicts(new)
+        self.know_verdicts(new)
+
+    def new_verdicts(self, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """Those that are not here yet."""
+        firsts = {verdict.sample_id: verdict for verdict in reversed(verdicts)}
+        return [verdict for verdict in firsts.values() if verdict.sample_id not in self._verdicts]
+
+    def store_verdicts(self, new: Sequence[Verdict]) -> None:
+        self._store("verdicts", verdicts_to_table(new))
+
+    def know_verdicts(self, new: Sequence[Verdict]) -> None:
+        """Take note of verdicts that are stored."""
+        self._verdicts.update((verdict.sample_id, verdict) for verdict in new)
+
+    def _store(self, kind: str, table: pa.Table) -> None:
+        self._require_open(kind)
+        if table.num_rows:
+            keys = [table[name].to_pylist() for name in ("sample_id", "scorer") if name in table.column_names]
+            name = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+            self.storage.write_table(f"{kind}/{name}.parquet", table)
+
+    def _require_open(self, kind: str) -> None:
+        if self._manifest is not None:
+            raise RuntimeError(f"{self.storage} is sealed, {kind} cannot be added")
+
+    # -- sealing ------------------------------------------------------------------------------------------------------
 
     def seal(self, **facts: Any) -> None:
-        """Close the round: its manifest, written last, names every file with its hash, and `facts`."""
+        """Close the round: its manifest, written last, has the hashes of its tables, and `facts`.
+
+        The tables have the digests of all arrays, taken when those were written.
+        """
         if self.sealed:
             return
-        files = {part: hashlib.sha256(self.storage.read(part)).hexdigest() for part in self._all_parts()}
-        self.storage.write_json("manifest.json", {"stage": self.stage, **facts, "files": files})
-        self.sealed = True
+        records = self.records()
+        tables = {
+            "samples": index_to_table(records),
+            "scores": scores_to_table(self.scores()),
+            "verdicts": verdicts_to_table(self.verdicts()),
+        }
+        files = {f"{name}.parquet": self.storage.write_table(f"{name}.parquet", t) for name, t in tables.items()}
+        parts = sorted({record.place.part for record in records if record.place})
+        manifest = {"stage": self.stage, **facts, "format": FORMAT, "files": files, "parts": parts}
+        self.storage.write_json("manifest.json", manifest)
+        self._manifest = manifest
 
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """Raises FileNotFoundError while the round is open."""
-        manifest: dict[str, Any] = self.storage.read_json("manifest.json")
-        return manifest
+    def _rewrite_old_parts(self) -> None:
+        """Bring samples of an open round that release 0.1.0 has begun into the form of this one."""
+        old = [record for record in self.records() if record.place and not record.place.latents_digest]
+        if old and not self.sealed:
+            arrays = zip(self.latents_of(old), self.pixels_of(old), strict=True)
+            samples = [Sample.of(record, *both) for record, both in zip(old, arrays, strict=True)]
+            self._records.update((record.id, record) for record in write_part(self.storage, samples))
 
     def verify(self) -> None:
-        """Raises ValueError when a file is not as it was sealed, is gone, or came later."""
-        sealed = self.manifest["files"]
-        if others := set(self._all_parts()) ^ sealed.keys():
+        """Read all of a sealed round. Raises ValueError when something is not as it was sealed, or is gone."""
+        if not self._in_one and (others := set(self._old_parts()) ^ self.manifest["files"].keys()):
             raise ValueError(f"{self.storage}: {sorted(others)[0]} was added or removed since the round was sealed")
-        for part, digest in sealed.items():
-            if hashlib.sha256(self.storage.read(part)).hexdigest() != digest:
-                raise ValueError(f"{self.storage}/{part} has changed since the round was sealed")
+        for name in self.manifest["files"]:
+            self._sealed_file(name)
+        if not self._in_one:
+            return
+        parts: dict[str, list[SampleRecord]] = {}
+        for record in self.records():
+            assert record.place
+            parts.setdefault(record.place.part, []).append(record)
+        kept = not self.storage.exists(NO_PIXELS)
+        for part, records in parts.items():
+            try:
+                self.latents_of(records)
+                if kept:
+                    self.pixels_of(records)
+            except FileNotFoundError as error:
+                raise ValueError(f"{self.storage}: {part} was removed since the round was sealed") from error
+
+    def _old_parts(self) -> list[str]:
+        return [part for kind in ("samples", "scores", "verdicts") for part in self._parts(kind)]
+
+    def tidy(self) -> None:
+        """Delete what a sealed round has in its tables, too: the parts in which scores and verdicts came."""
+        if self._in_one:
+            for part in [*self._parts("scores"), *self._parts("verdicts")]:
+                self.storage.delete(part)
+
+    def drop_pixels(self) -> None:
+        """Delete the pixels of a sealed round; latents, records, scores and verdicts stay."""
+        if self.sealed and (parts := self._parts("pixels")):
+            self.storage.write_json(NO_PIXELS, {"why": "keep_pixels"})
+            for part in parts:
+                self.storage.delete(part)
+
+    # -- training -----------------------------------------------------------------------------------------------------
 
     @property
     def trained(self) -> bool:
-        return self.storage.exists("training.json")
+        self._trained = self._trained or self.storage.exists("training.json")
+        return self._trained
 
     def record_training(self, draws: dict[str, int], report: dict[str, Any]) -> None:
         """Write down which samples were drawn, how often, and the training report; `training.json` last."""
@@ -223,7 +437,7 @@ class RoundStore:
     def rounds(self) -> list[Round]:
         return [self.round(int(name)) for name in self.storage.names() if name.isdigit()]
 
-    def trainable(self, index: int, policy_version: int, max_policy_lag: int) -> tuple[list[Sample], list[bool]]:
+    def trainable(self, index: int, policy_version: int, max_policy_lag: int) -> tuple[list[SampleRecord], list[bool]]:
         """The samples that a sealed round trains on, and whether each is desirable.
 
         Those with a verdict, made by a policy at most `max_policy_lag` versions older than `policy_version`, in the
@@ -231,24 +445,40 @@ class RoundStore:
         got a verdict in an earlier round already keeps that one and is not trained on again. In a replayed round
         ("replayed_from" in its manifest) whatever policy made a sample will do: that is what replaying means.
         """
-        replayed = "replayed_from" in self.round(index).manifest
+        here = self.round(index)
+        replayed = "replayed_from" in here.manifest
         desirable = {
             verdict.sample_id: verdict.label == "desirable"
-            for verdict in self.round(index).verdicts()
+            for verdict in here.verdicts()
             if verdict.label in ("desirable", "undesirable")
         }
-        stages = {sample_id.rpartition("-")[0] for sample_id in desirable}
-        homes = [round_number(stage) for stage in sorted(stages)]
+        homes = self.homes(desirable)
         for earlier in range(min(homes, default=index), index):
             for verdict in self.round(earlier).verdicts():
                 desirable.pop(verdict.sample_id, None)
-        samples = [
-            sample
+        records = [
+            record
             for home in homes
-            for sample in self.round(home).samples()
-            if sample.id in desirable and (replayed or policy_version - sample.policy.version <= max_policy_lag)
+            for record in (here if home == index else self.round(home)).records()
+            if record.id in desirable and (replayed or policy_version - record.policy.version <= max_policy_lag)
         ]
-        return samples, [desirable[sample.id] for sample in samples]
+        return records, [desirable[record.id] for record in records]
+
+    @staticmethod
+    def homes(sample_ids: Iterable[str]) -> list[int]:
+        """Numbers of the rounds in which these samples were drawn, ascending."""
+        return sorted({round_number(sample_id.rpartition("-")[0]) for sample_id in sample_ids})
+
+    def latents_of(self, records: Sequence[SampleRecord]) -> npt.NDArray[np.float32]:
+        """(B, C, H, W), of samples of any rounds, at least one; see `parts.read_arrays`."""
+        by_stage: dict[str, list[SampleRecord]] = {}
+        for record in records:
+            by_stage.setdefault(record.stage, []).append(record)
+        latents: dict[str, npt.NDArray[np.float32]] = {}
+        for stage, those in by_stage.items():
+            found_BCHW = self.round(round_number(stage)).latents_of(those)
+            latents |= {record.id: latents_CHW for record, latents_CHW in zip(those, found_BCHW, strict=True)}
+        return np.stack([latents[record.id] for record in records])
 
     def ledger(self) -> Ledger:
         """Adds up all rounds from their tables alone."""

@@ -7,6 +7,7 @@ run's lease (`lease.py`), which is asked before every write.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -211,10 +212,12 @@ class Storage:
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
 
-    def write_table(self, name: str, table: pa.Table) -> None:
+    def write_table(self, name: str, table: pa.Table) -> str:
+        """Gives the SHA-256 of the file."""
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
         self.write(name, sink.getvalue())
+        return hashlib.sha256(sink.getvalue()).hexdigest()
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(pa.BufferReader(self.read(name)), columns=columns)

@@ -33,6 +33,14 @@ def round_sentence(facts: Mapping[str, Any]) -> str:
     )
 
 
+def all_too_old(index: int, max_policy_lag: int) -> str:
+    """A round of which nothing is trained on."""
+    return (
+        f"round {index}: nothing was trained on: all of its verdicts are on images of policies older than "
+        f"max_policy_lag ({max_policy_lag}) allows"
+    )
+
+
 def evaluation_sentence(version: int, summary: EvaluationSummary, fresh: bool) -> str:
     """One policy on the held-out prompts; `fresh`: with seeds by which nothing was decided."""
     win = f", win rate vs base {summary.win_rate.value:.0%}" if summary.win_rate else ""

@@ -154,13 +154,16 @@ class Metrics:
 
     def log(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
         """Add the row of one event; `kind` is "round" or "evaluation", `step` the round or policy version."""
-        if any(row["kind"] == kind and row["step"] == step for row in self.rows):
+        if self.row(kind, step):
             return
         # As it will be read again: what is null on disk is None here.
         row = json.loads(to_json({"kind": kind, "step": step, "time": time.time(), **figures}))
         self.rows.append(row)
         self.run.write("metrics.jsonl", "".join(to_json(row) + "\n" for row in self.rows).encode())
         self._post([row])
+
+    def row(self, kind: str, step: int) -> Row | None:
+        return next((row for row in self.rows if row["kind"] == kind and row["step"] == step), None)
 
     def of(self, kind: str) -> list[Row]:
         return sorted((row for row in self.rows if row["kind"] == kind), key=lambda row: int(row["step"]))

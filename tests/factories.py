@@ -57,6 +57,7 @@ def same_sample(one: Sample, other: Sample) -> bool:
         if name in arrays
         else getattr(one, name) == getattr(other, name)
         for name in one.__dataclass_fields__
+        if name not in ("place", "look")  # of those that are stored
     )
 
 

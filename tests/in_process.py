@@ -3,11 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 
+from kto_ray.parts import write_part
 from kto_ray.policies import PolicyStore
-from kto_ray.records import PolicyRef, Sample, SampleRequest, Score
+from kto_ray.records import PolicyRef, Sample, SampleRecord, SampleRequest, Score
+from kto_ray.samples import Samples
+from kto_ray.storage import Storage
 from tests.factories import make_sample, ruined
 
-Value = Callable[[Sample], float | None]
+Value = Callable[[SampleRecord], float | None]
 
 
 class InProcess:
@@ -30,20 +33,25 @@ class InProcess:
         self.answering = asyncio.Event()
         self.answering.set()
 
-    async def stream(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> AsyncIterator[list[Sample]]:
+    async def stream(
+        self, requests: Sequence[SampleRequest], policy: PolicyRef, folder: Storage
+    ) -> AsyncIterator[tuple[Samples, list[Sample]]]:
         for start in range(0, len(requests), self.batch_size):
             await asyncio.sleep(0)
             if self.policies:
                 await asyncio.to_thread(self.policies.load, policy)
             batch = requests[start : start + self.batch_size]
             self.drawn += [request.id for request in batch]
-            yield [self._draw(request, policy) for request in batch]
+            drawn = [self._draw(request, policy) for request in batch]
+            images = [sample for sample in drawn if sample.error is None]
+            records = await asyncio.to_thread(write_part, folder, images) if images else []
+            yield Samples(records, folder), [sample for sample in drawn if sample.error is not None]
 
     def _draw(self, request: SampleRequest, policy: PolicyRef) -> Sample:
         sample = make_sample(request, policy)
         return ruined(sample) if request.prompt.id in self.ruined else sample
 
-    async def score(self, samples: Sequence[Sample], known: Iterable[Score] = ()) -> list[Score]:
+    async def score(self, samples: Sequence[SampleRecord], known: Iterable[Score] = ()) -> list[Score]:
         await self.answering.wait()
         have = {(score.sample_id, score.scorer) for score in known}
         lacking = [(sample, name) for name in self.values for sample in samples if (sample.id, name) not in have]
@@ -51,11 +59,11 @@ class InProcess:
         return [self._score(sample, name) for sample, name in lacking]
 
     async def score_each(
-        self, samples: Sequence[Sample], known: Iterable[Score] = ()
+        self, samples: Sequence[SampleRecord], known: Iterable[Score] = ()
     ) -> AsyncGenerator[list[Score], None]:
         yield await self.score(samples, known)
 
-    def _score(self, sample: Sample, name: str) -> Score:
+    def _score(self, sample: SampleRecord, name: str) -> Score:
         value = self.values[name](sample)
         return Score(sample.id, name, "1", value, "RuntimeError: no" if value is None else None)
 

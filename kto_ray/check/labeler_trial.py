@@ -17,6 +17,7 @@ from kto_ray.check.finding import PICTURES, Broken, Size, number, picture
 from kto_ray.label.protocol import Labeler
 from kto_ray.labelers import labeler_class
 from kto_ray.records import LABELS, PolicyRef, Prompt, Sample, SampleRequest, Score, Verdict
+from kto_ray.samples import Samples
 
 INTERRUPTIONS = 20
 SPIN_S = 0.1  # a `collect` that gives nothing so soon would keep the loop busy
@@ -63,7 +64,7 @@ class LabelerTrial:
         """Twice the same samples: they may come again after a crash."""
         await self.call("submit", self.samples)
         await self.call("submit", self.samples)
-        await self.call("submit", [])
+        await self.call("submit", self.samples.only(set()))
         return ""
 
     async def take_scores(self) -> str:
@@ -151,7 +152,7 @@ class LabelerTrial:
         for _ in range(INTERRUPTIONS):
             verdicts += await self.collect(self.seconds / INTERRUPTIONS) or []
         judged = judged_ids(verdicts)
-        verdicts += await self.gather([sample for sample in samples if sample.id not in judged], self.wait_s)
+        verdicts += await self.gather(samples.only(ids(samples) - judged), self.wait_s)
         if lost := ids(samples) - judged_ids(verdicts):
             raise Broken(
                 f"{len(lost)} of {len(samples)} verdicts are lost when collect() is cancelled; keep a verdict until "
@@ -166,7 +167,7 @@ class LabelerTrial:
     def complete(self) -> bool:
         return ids(self.samples) <= judged_ids(self.verdicts)
 
-    def scores(self, samples: Sequence[Sample]) -> list[Score]:
+    def scores(self, samples: Samples) -> list[Score]:
         """From 0 to 1, and one that failed, of every scorer."""
         last = samples[-1]
         return [
@@ -235,7 +236,7 @@ class LabelerTrial:
             raise Broken(f"collect() gives {answer!r}; give a sequence of Verdict")
         return list(answer)
 
-    async def gather(self, samples: Sequence[Sample], seconds: float) -> list[Verdict]:
+    async def gather(self, samples: Samples, seconds: float) -> list[Verdict]:
         """What `collect` gives until all samples have a verdict, or the time is over."""
         now = asyncio.get_running_loop().time
         deadline, verdicts = now() + seconds, list[Verdict]()
@@ -267,14 +268,13 @@ LABELER_ESSENTIAL = (
 )
 
 
-def trial_samples(stage: str, size: Size) -> list[Sample]:
+def trial_samples(stage: str, size: Size) -> Samples:
     """Two samples of each trial picture, with read-only pixels."""
     samples = []
     for place, (caption, shown) in enumerate(PICTURES * 2):
         index, prompt = divmod(place, len(PICTURES))
         request = SampleRequest.make(0, stage, Prompt(f"check-{prompt}", caption), index)
         pixels_HWC = picture(shown, size)
-        pixels_HWC.flags.writeable = False
         latents_CHW = np.zeros((4, max(1, size[0] // 8), max(1, size[1] // 8)), np.float32)
         samples.append(
             Sample(
@@ -283,10 +283,10 @@ def trial_samples(stage: str, size: Size) -> list[Sample]:
                 pixels_HWC=pixels_HWC,
             )
         )
-    return samples
+    return Samples.of(samples)
 
 
-def ids(samples: Sequence[Sample]) -> set[str]:
+def ids(samples: Samples) -> set[str]:
     return {sample.id for sample in samples}
 
 

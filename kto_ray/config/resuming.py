@@ -122,8 +122,6 @@ def write_down(changes: Sequence[Change], run: Storage, round_index: int) -> Non
     Args:
         round_index: the first round that is not trained yet.
     """
-    if not changes:
-        return
     rows = [
         {"round": round_index, "field": change.field, "before": change.before, "after": change.after}
         for change in changes

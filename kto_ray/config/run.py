@@ -117,6 +117,10 @@ class RunConfig(Section):
     keep_policies: Free[Literal["all"] | Annotated[int, Field(ge=2)]] = "all"
     """How many policies keep their weights: "all", or the last so many, at least `train.keep_checkpoints`. Of others
     the digests are left; they can neither be evaluated later, nor can the run be rewound to them."""
+    keep_pixels: Free[Literal["all"] | Annotated[int, Field(ge=0)]] = "all"
+    """Of how many rounds, and of which evaluations, the images themselves are kept: "all", or the last so many rounds
+    (0: none once the round is sealed) and the evaluations of the base and of the newest policy, which the report shows.
+    Latents, scores and verdicts stay, and with them all that training, `relabel` and `replay` need."""
     replay: Fixed[Replay | None] = None
     """Train on another run's rounds first."""
     model: Annotated[Model, BeforeValidator(as_model)] = Model()

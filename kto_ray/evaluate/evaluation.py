@@ -6,6 +6,7 @@ again. All policies are judged by the run's rule as fitted to the base's images:
 same bar for everybody.
 """
 
+import asyncio
 import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from kto_ray.concurrency import together
+from kto_ray.concurrency import Gathering, together
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.report import Pair
 from kto_ray.evaluate.statistics import (
@@ -27,10 +28,12 @@ from kto_ray.evaluate.statistics import (
     pass_rate_difference,
 )
 from kto_ray.generate.client import Generators
-from kto_ray.generate.drawn import failed_draws, require_drawn
+from kto_ray.generate.drawn import require_drawn
 from kto_ray.label.judging import rule_of, table_of
+from kto_ray.parts import write_part
 from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest, Score
 from kto_ray.rounds import Round, by_sample
+from kto_ray.samples import Samples
 from kto_ray.score.pool import Scorers, require_scored
 from kto_ray.storage import Storage
 from kto_ray.verdicts.rule import Judgement, RuleFit
@@ -59,36 +62,58 @@ class Evaluation:
             for index in range(config.evaluate.images_per_prompt)
         ]
         self.rule = rule_of(config.label)
+        self._rounds: dict[int, Round] = {}
 
-    def _round(self, version: int) -> Round:
+    def round(self, version: int) -> Round:
+        """The folder of a policy's images and scores."""
         return Round(self.run / f"{self.stage}s" / f"{version:05}", self.stage)
 
+    def _round(self, version: int) -> Round:
+        """That of the base and the last one that was asked for are kept in memory, without arrays."""
+        if version not in self._rounds:
+            self._rounds = {kept: round_ for kept, round_ in self._rounds.items() if kept == 0}
+            self._rounds[version] = self.round(version)
+        return self._rounds[version]
+
     async def run_for(self, policy: PolicyRef, generators: Generators, scorers: Scorers) -> EvaluationSummary:
-        """Draw and score what is not there yet, then sum up."""
+        """Draw and score what is not there yet, as a stream, then sum up."""
         folder = self._round(policy.version)
+        await asyncio.to_thread(folder.open)
         if not folder.sealed:
-            what, failed = f"evaluation of policy {policy.version}", failed_draws(folder.samples())
-            async with contextlib.aclosing(generators.stream(folder.missing(self.requests), policy)) as batches:
-                async for drawn in batches:
-                    failed += failed_draws(drawn)
-                    require_drawn(self.config, what, len(failed), len(self.requests))
-                    folder.add_samples(drawn)
-            folder.add_scores(
-                [Score(s.id, name, "", None, s.error) for s in failed for name in self.config.label.scorers]
-            )
-            samples = [sample for sample in folder.samples() if sample.error is None]
-            size = self.config.generate.batch_size
-            known = [score for score in folder.scores() if score.value is not None]
+            what, names = f"evaluation of policy {policy.version}", list(self.config.label.scorers)
+            store_scores = Gathering(folder.store_scores)
 
-            async def score(batch: Sequence[Sample]) -> None:
-                folder.add_scores(await scorers.score(batch, known))
+            async def add(scores: Sequence[Score]) -> None:
+                folder.know_scores(await store_scores(folder.new_scores(scores)))
 
+            async def score(samples: Samples) -> None:
+                await add(await scorers.score(samples, folder.known_scores(samples, names)))
+
+            async def store_failed(failed: Sequence[Sample]) -> None:
+                known = {record.id for record in folder.records() if record.error is not None}
+                require_drawn(self.config, what, len(known | {s.id for s in failed}), len(self.requests))
+                folder.know_samples(await asyncio.to_thread(write_part, folder.storage, failed) if failed else [])
+                known_failed = [record for record in folder.records() if record.error is not None]
+                await add([Score(record.id, name, "", None, record.error) for record in known_failed for name in names])
+
+            await store_failed([])
+            there = [record for record in folder.records() if record.error is None]
             async with together() as group:
-                for start in range(0, len(samples), size):
-                    group.create_task(score(samples[start : start + size]))
+                for start in range(0, len(there), self.config.generate.batch_size):
+                    batch = Samples(there[start : start + self.config.generate.batch_size], folder.storage)
+                    group.create_task(score(batch))
+                drawing = generators.stream(folder.missing(self.requests), policy, folder.storage)
+                async with contextlib.aclosing(drawing) as batches:
+                    async for samples, failed in batches:
+                        folder.know_samples(samples)
+                        if failed:
+                            await store_failed(failed)
+                        if samples:
+                            group.create_task(score(samples))
             require_scored(self.config.label, what, folder.failures, len(self.requests))
-            folder.seal(policy_version=policy.version, policy_digest=policy.digest, drawing=generators.drawing)
-        return self.summary(policy.version)
+            facts = {"policy_version": policy.version, "policy_digest": policy.digest, "drawing": generators.drawing}
+            await asyncio.to_thread(folder.seal, **facts)
+        return await asyncio.to_thread(self.summary, policy.version)
 
     def summary(self, version: int) -> EvaluationSummary:
         """Figures of a sealed evaluation."""
@@ -194,23 +219,28 @@ class Evaluation:
             self.prompts[i] for i in np.linspace(0, len(self.prompts) - 1, min(count, len(self.prompts))).astype(int)
         ]
 
-        def images(version: int) -> dict[str, list[Sample]]:
-            by_prompt: dict[str, list[Sample]] = {prompt.id: [] for prompt in chosen}
-            for sample in sorted(self._round(version).samples(), key=lambda sample: sample.index):
-                if sample.prompt.id in by_prompt:
-                    by_prompt[sample.prompt.id].append(sample)
+        wanted = {prompt.id for prompt in chosen}
+
+        def pictures(version: int) -> dict[str, list[tuple[str, npt.NDArray[np.uint8]]]]:
+            """Sample ids and pixels by prompt."""
+            by_prompt: dict[str, list[tuple[str, npt.NDArray[np.uint8]]]] = {prompt_id: [] for prompt_id in wanted}
+            records = [record for record in self._round(version).records() if record.prompt.id in wanted]
+            records.sort(key=lambda record: record.index)
+            pixels_BHWC = self._round(version).pixels_of(records) if records else ()
+            for record, pixels_HWC in zip(records, pixels_BHWC, strict=True):
+                by_prompt[record.prompt.id].append((record.id, pixels_HWC))
             return by_prompt
 
-        before, after, marks = images(0), images(version), {v: self._marks(v) for v in (0, version)}
+        before, after, marks = pictures(0), pictures(version), {v: self._marks(v) for v in (0, version)}
         return [
             Pair(
                 prompt=prompt.text,
-                base=[sample.pixels_HWC for sample in before[prompt.id]],
-                final=[sample.pixels_HWC for sample in after[prompt.id]],
-                base_scores=[marks[0][sample.id][0] for sample in before[prompt.id]],
-                final_scores=[marks[version][sample.id][0] for sample in after[prompt.id]],
-                base_passes=[marks[0][sample.id][1] for sample in before[prompt.id]],
-                final_passes=[marks[version][sample.id][1] for sample in after[prompt.id]],
+                base=[pixels_HWC for _, pixels_HWC in before[prompt.id]],
+                final=[pixels_HWC for _, pixels_HWC in after[prompt.id]],
+                base_scores=[marks[0][sample_id][0] for sample_id, _ in before[prompt.id]],
+                final_scores=[marks[version][sample_id][0] for sample_id, _ in after[prompt.id]],
+                base_passes=[marks[0][sample_id][1] for sample_id, _ in before[prompt.id]],
+                final_passes=[marks[version][sample_id][1] for sample_id, _ in after[prompt.id]],
             )
             for prompt in chosen
         ]

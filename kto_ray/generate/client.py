@@ -14,10 +14,12 @@ from ray.serve.handle import DeploymentHandle
 from kto_ray.cluster import noisily
 from kto_ray.concurrency import as_done
 from kto_ray.config import RunConfig
-from kto_ray.generate.replica import Drawn, Generator
+from kto_ray.generate.drawn import Drawn
+from kto_ray.generate.replica import Generator
 from kto_ray.lost import is_lost, last_words
 from kto_ray.policies import DigestError
 from kto_ray.records import PolicyRef, Sample, SampleRequest
+from kto_ray.samples import Samples
 from kto_ray.serving import QUIET, application_name, deploy, end_applications
 from kto_ray.storage import Storage
 
@@ -70,8 +72,15 @@ class Generators:
             self._handle.shutdown()  # type: ignore[no-untyped-call]  # its thread would begin a Ray of its own once this one is left
             self._handle = None
 
-    def stream(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> AsyncGenerator[list[Sample], None]:
+    def stream(
+        self, requests: Sequence[SampleRequest], policy: PolicyRef, folder: Storage
+    ) -> AsyncGenerator[tuple[Samples, list[Sample]], None]:
         """Draw all requests from this policy; batches come as they are done, in any order. See `as_done`.
+
+        Gives the images, which are stored, and what is no image, which is not.
+
+        Args:
+            folder: of the round, within the run's, in which the replicas store what they draw.
 
         Raises:
             DigestError: a replica answered with another policy than asked for, or could not prove its own.
@@ -81,18 +90,19 @@ class Generators:
         # More in flight than the replicas hold would only come back as back-pressure.
         room = asyncio.Semaphore(self.config.max_replicas * self.config.max_ongoing_requests)
 
-        async def one(batch: Sequence[SampleRequest]) -> list[Sample]:
+        async def one(batch: Sequence[SampleRequest]) -> tuple[Samples, list[Sample]]:
             async with room:
-                return await self._draw(batch, policy)
+                drawn = await self._draw(batch, policy, folder.uri.removeprefix(f"{self._run.uri}/"))
+            return Samples(drawn.records, folder, drawn.pixels), drawn.failed
 
         return as_done(one(batch) for batch in batches)
 
-    async def _draw(self, batch: Sequence[SampleRequest], policy: PolicyRef) -> list[Sample]:
+    async def _draw(self, batch: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:
         """Draw a batch; asks again, for the same images, when what was asked for is lost."""
         async with contextlib.AsyncExitStack() as waiting:
             for attempt in range(MAX_TRIES):
                 try:
-                    drawn = await self._ask(batch, policy)
+                    drawn = await self._ask(batch, policy, folder)
                 except BackPressureError:
                     problem = "no replica had room"
                 except RayError as error:
@@ -109,16 +119,17 @@ class Generators:
                             f"a generator replica of {self.name} draws from another base model or with other settings "
                             f"({drawn.drawing[:8]}) than this run ({self.drawing[:8]})"
                         )
-                    if any(sample.policy != policy for sample in drawn.samples):
-                        raise DigestError(f"asked for policy {policy}, got {drawn.samples[0].policy}")
+                    for sample in (*drawn.records, *drawn.failed):
+                        if sample.policy != policy:
+                            raise DigestError(f"asked for policy {policy}, got {sample.policy}")
                     self.busy_seconds += drawn.seconds
-                    return drawn.samples
+                    return drawn
                 await asyncio.sleep(BACK_OFF_S * 2**attempt)
         raise RuntimeError(f"{len(batch)} images could not be drawn in {MAX_TRIES} tries; at last {problem}")
 
-    async def _ask(self, batch: Sequence[SampleRequest], policy: PolicyRef) -> Drawn:
+    async def _ask(self, batch: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:
         assert self._handle is not None, "start() the generators first"
-        response = self._handle.draw.remote(batch, policy)
+        response = self._handle.draw.remote(batch, policy, folder)
         try:
             drawn: Drawn = await response
         except asyncio.CancelledError:

@@ -1,26 +1,40 @@
-"""What of that which was drawn is an image. `making.py` and `evaluate/` ask before they store and score anything.
+"""What a replica answers with, and what of it is an image. `making.py` and `evaluate/` ask before they count on it.
 
 A replica's numbers may overflow, above all in float16. Such a sample is stored with its `error`: a counted failure that
 nobody is shown, no scorer scores and no training sees.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
-from kto_ray.records import Sample, Verdict
+from kto_ray.records import Sample, SampleRecord, Verdict
 
 BY_DRAWING = "drawing"
 """Whose verdicts these are, in the record."""
 
 
-def failed_draws(samples: Sequence[Sample]) -> list[Sample]:
-    return [sample for sample in samples if sample.error is not None]
+@dataclass(frozen=True)
+class Drawn:
+    """A replica's answer to some requests."""
+
+    records: list[SampleRecord]
+    """Of the images, which are stored, in the order of the requests."""
+    pixels: Any
+    """A reference to their pixels, see `Samples`; None when there are none."""
+    failed: list[Sample]
+    """What is no image, whole: these are stored by whoever asked, if they are to be."""
+    seconds: float
+    """It computed so long."""
+    drawing: str
+    """`drawing_digest` of this replica."""
 
 
-def failed_verdicts(samples: Sequence[Sample]) -> list[Verdict]:
+def failed_verdicts(failed: Sequence[SampleRecord]) -> list[Verdict]:
     """On samples that are no images."""
-    return [Verdict(sample.id, "failed", BY_DRAWING, str(sample.error)) for sample in failed_draws(samples)]
+    return [Verdict(sample.id, "failed", BY_DRAWING, str(sample.error)) for sample in failed]
 
 
 def require_drawn(config: RunConfig, what: str, failed: int, images: int) -> None:

@@ -4,13 +4,15 @@ Every request names the policy it wants. A replica that holds another one loads 
 one thread that ever touches the pipeline, and proves it: bytes against the digest, then the weights that sit in the
 model against the bytes. Every sample is stamped with the policy that made it. A replica that cannot prove its digest
 makes no samples. An image whose numbers are not finite is a sample with an `error`.
+
+A replica stores what it draws itself, while it draws the next batch, and answers with records: pixels go from here to
+storage and into Ray's object store, where scorers take them from, and latents to storage alone.
 """
 
 import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
@@ -19,18 +21,11 @@ from kto_ray.diffusion import source
 from kto_ray.diffusion.families import DTYPES, load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.diffusion.sampling import draw, drawing_digest, use_scheduler
+from kto_ray.generate.drawn import Drawn
+from kto_ray.generate.storing import Storing
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.storage import Storage
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A replica's answer: samples in the order of the requests, the seconds it computed for them, and how it drew."""
-
-    samples: list[Sample]
-    seconds: float
-    drawing: str  # `drawing_digest` of this replica
 
 
 class Generator:
@@ -63,16 +58,26 @@ class Generator:
         # One thread: a call that is cancelled in the middle ends there before the next one begins, and the replica's
         # event loop is free for Serve's health checks.
         self._pipeline_thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
+        self._store = Storing(run)
 
-    async def draw(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> Drawn:
-        """Draw one image a request from exactly this policy.
+    async def draw(self, requests: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:
+        """Draw one image a request from exactly this policy, and store those that are images.
+
+        Args:
+            folder: of the round that they belong to, in the run's.
 
         Raises:
             DigestError: the policy's weights, or the base model, are not what the digest says.
+            UserError: they cannot be stored.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._pipeline_thread, self._draw, requests, policy)
+        loop = asyncio.get_running_loop()
+        samples, seconds = await loop.run_in_executor(self._pipeline_thread, self._draw, requests, policy)
+        images = [sample for sample in samples if sample.error is None]
+        failed = [sample for sample in samples if sample.error is not None]
+        records, pixels = await self._store(folder, images)
+        return Drawn(records, pixels, failed, seconds, self.drawing)
 
-    def _draw(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> Drawn:
+    def _draw(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> tuple[list[Sample], float]:
         began = time.monotonic()
         if self.holds != policy:
             self._load(policy)
@@ -89,7 +94,7 @@ class Generator:
             )
             for r, latents_CHW, pixels_HWC, finite in zip(requests, latents_BCHW, pixels_BHWC, finite_B, strict=True)
         ]
-        return Drawn(samples, time.monotonic() - began, self.drawing)
+        return samples, time.monotonic() - began
 
     def _load(self, policy: PolicyRef) -> None:
         self.holds = None

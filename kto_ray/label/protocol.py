@@ -9,7 +9,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from kto_ray.records import Sample, Score, Verdict
+from kto_ray.records import Score, Verdict
+from kto_ray.samples import Samples
 
 
 class Labeler(Protocol):
@@ -29,13 +30,16 @@ class Labeler(Protocol):
         """Get ready; called once, before anything else. `memory` is what the last sealed round kept, or {}."""
         return  # a body, for those who inherit it
 
-    async def submit(self, samples: Sequence[Sample]) -> None:
-        """Take samples to judge, as soon as they are drawn, and return at once."""
+    async def submit(self, samples: Samples) -> None:
+        """Take samples to judge, as soon as they are drawn, and return at once.
+
+        They are a sequence of records; `await samples.pixels_BHWC()` fetches their pixels, uint8 of shape (B, H, W, 3).
+        """
 
     async def scored(self, stage: str, scores: Sequence[Score]) -> None:
         """Take what the run's scorers, if it has any, say of samples that were submitted, and return at once.
 
-        Called again and again while a round (`Sample.stage`) is made, with scores in any order: those of held-out
+        Called again and again while a round (`SampleRecord.stage`) is made, with scores in any order: those of held-out
         scorers and failed ones included. A scorer that is slow, or hangs, keeps no sample from being judged.
         """
         return  # a body, for those who inherit it

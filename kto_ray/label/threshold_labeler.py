@@ -9,7 +9,8 @@ from typing import Any
 from kto_ray.config import Labeling
 from kto_ray.label.judging import BY_THRESHOLD, RoundVerdicts, judge_round
 from kto_ray.label.protocol import Labeler
-from kto_ray.records import Sample, Score, Verdict
+from kto_ray.records import Score, Verdict
+from kto_ray.samples import Samples
 from kto_ray.verdicts.rule import RuleFit
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class ThresholdLabeler(Labeler):
     async def start(self, memory: Mapping[str, Any]) -> None:
         self._last = RuleFit.from_json(memory["fit"]) if memory else None
 
-    async def submit(self, samples: Sequence[Sample]) -> None:
+    async def submit(self, samples: Samples) -> None:
         for sample in samples:
             self._rounds.setdefault(sample.stage, _Scored()).prompts[sample.id] = sample.prompt.id
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -35,8 +34,9 @@ from kto_ray.people.people import OPERATOR
 from kto_ray.people.routing import goes_to_people, needed, undecided
 from kto_ray.people.terms import Judged, NewItem, Standing
 from kto_ray.people.web.deployment import page_application
-from kto_ray.records import Sample, Score, Verdict
+from kto_ray.records import Score, Verdict
 from kto_ray.rounds import round_number
+from kto_ray.samples import Samples
 from kto_ray.serving import application_name, deploy, end_applications
 from kto_ray.storage import Storage
 
@@ -51,7 +51,7 @@ class _Asked:
     """A round that people are asked about: its samples as long as scores may still send them there."""
 
     drawn: set[str] = field(default_factory=set)
-    undecided: dict[str, Sample] = field(default_factory=dict)
+    undecided: dict[str, Samples] = field(default_factory=dict)
     people: set[str] = field(default_factory=set)
     scorers: dict[str, Verdict] = field(default_factory=dict)
     standing: Standing | None = None
@@ -119,19 +119,19 @@ class HumanLabeler(Labeler):
                 highlight=False,
             )
 
-    async def submit(self, samples: Sequence[Sample]) -> None:
+    async def submit(self, samples: Samples) -> None:
         if self.scorers:
             await self.scorers.submit(samples)
-        asked: dict[str, list[Sample]] = {}
+        asked: dict[str, set[str]] = {}
         for sample in samples:
             round_, decided = self._rounds.setdefault(sample.stage, _Asked()), goes_to_people(self.human, sample.id)
             round_.drawn.add(sample.id)
             if decided is None:
-                round_.undecided[sample.id] = sample
+                round_.undecided[sample.id] = samples
             elif decided:
-                asked.setdefault(sample.stage, []).append(sample)
+                asked.setdefault(sample.stage, set()).add(sample.id)
         for stage, those in asked.items():
-            await self._ask(stage, those)
+            await self._ask(stage, samples.only(those))
         for stage in {sample.stage for sample in samples}:
             round_ = self._rounds[stage]
             # What no score decides, people need not wait for scores to hear.
@@ -142,8 +142,8 @@ class HumanLabeler(Labeler):
         if self.scorers:
             await self.scorers.scored(stage, scores)
 
-    async def _ask(self, stage: str, samples: Sequence[Sample]) -> None:
-        pngs = await asyncio.to_thread(to_png, np.stack([sample.pixels_HWC for sample in samples]))
+    async def _ask(self, stage: str, samples: Samples) -> None:
+        pngs = await asyncio.to_thread(to_png, await samples.pixels_BHWC())
         new = [
             NewItem(
                 sample_id=sample.id,
@@ -165,7 +165,9 @@ class HumanLabeler(Labeler):
             round_.scorers = {verdict.sample_id: verdict for verdict in judged.verdicts}
             chosen = undecided(self.human, judged) & round_.undecided.keys()
             if chosen:
-                await self._ask(stage, [round_.undecided[sample_id] for sample_id in sorted(chosen)])
+                for batch in {id(batch): batch for batch in round_.undecided.values()}.values():
+                    if those := batch.only(chosen):
+                        await self._ask(stage, those)
         round_.undecided.clear()
         await self.desk.finish(stage, round_number(stage))
 

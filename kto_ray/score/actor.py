@@ -1,7 +1,7 @@
 """The actor that holds one scorer; `pool.py` runs several of them.
 
 It may live in another Python environment than the loop: this module imports nothing that is not there, and the batches
-and answers that reach it across that border are PNG bytes, strings and floats.
+and answers that cross that border are bytes, numbers and strings.
 """
 
 import math
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kto_ray.images import from_png
 from kto_ray.records import Prompt
 from kto_ray.score.protocol import BatchFailed, Scorer, check_batch
 from kto_ray.score.scorers import load_scorer
@@ -20,6 +19,8 @@ Answers = list[tuple[float | None, str | None]]
 """(value, None) or (None, error) for each image."""
 PlainPrompt = tuple[str, str, dict[str, str]]
 """Id, text and metadata of a prompt."""
+PlainPixels = tuple[Any, tuple[int, ...]]
+"""A buffer of uint8 RGB, for instance bytes, and its shape (B, H, W, 3)."""
 
 
 class ScorerActor:
@@ -44,9 +45,10 @@ class ScorerActor:
                 return [(None, f"{type(error).__name__}: {error}")]
         return [self.score(images_BHWC[i : i + 1], [prompt])[0] for i, prompt in enumerate(prompts)]
 
-    def score_png(self, pngs: Sequence[bytes], prompts: Sequence[PlainPrompt]) -> Answers:
-        """Score images that came from another environment."""
-        return self.score(from_png(pngs), [Prompt(*prompt) for prompt in prompts])
+    def score_plain(self, pixels: PlainPixels, prompts: Sequence[PlainPrompt]) -> Answers:
+        """Score images that came from another process, or another environment."""
+        data, shape = pixels
+        return self.score(np.frombuffer(data, np.uint8).reshape(shape), [Prompt(*prompt) for prompt in prompts])
 
     def _score(self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> Answers:
         values = [float(value) for value in self.scorer.score(images_BHWC, prompts)]

@@ -12,7 +12,6 @@ import logging
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import RayError
 
@@ -20,32 +19,13 @@ from kto_ray.cluster import noisily
 from kto_ray.concurrency import as_done, together
 from kto_ray.config import Cluster, Labeling, ScorerSettings
 from kto_ray.errors import UserError
-from kto_ray.images import to_png
-from kto_ray.lost import is_lost, last_words
-from kto_ray.records import Sample, Score
+from kto_ray.lost import is_lost, last_words, pixels_lost
+from kto_ray.records import Score
+from kto_ray.samples import Samples
 from kto_ray.score.actor import Answers, ScorerActor, plain
 from kto_ray.score.environments.finding import interpreter
 
 logger = logging.getLogger(__name__)
-
-
-class ImageBatch:
-    """Samples on their way through several scorers; their images enter the object store once in each form."""
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
-        self.prompts = [sample.prompt for sample in samples]
-        self._forms: dict[bool, asyncio.Task[Any]] = {}
-
-    async def images(self, png: bool) -> Any:
-        """Reference to a list of PNG files, or else to uint8 of shape (B, H, W, 3)."""
-        if png not in self._forms:
-            self._forms[png] = asyncio.create_task(asyncio.to_thread(self._put, png))
-        return await self._forms[png]
-
-    def _put(self, png: bool) -> Any:
-        images_BHWC = np.stack([sample.pixels_HWC for sample in self.samples])
-        return ray.put(to_png(images_BHWC) if png else images_BHWC)
 
 
 class ScorerPool:
@@ -112,30 +92,36 @@ class ScorerPool:
             self._dismiss(actor)
             self._add_actor()
 
-    async def score(self, batch: ImageBatch) -> list[Score]:
+    async def score(self, samples: Samples) -> list[Score]:
         """Score samples, in order; never raises for what a scorer or its actor does."""
-        answers = await self._ask(batch)
+        answers = await self._ask(samples)
         return [
             Score(sample.id, self.name, self.version, value, error)
-            for sample, (value, error) in zip(batch.samples, answers, strict=True)
+            for sample, (value, error) in zip(samples, answers, strict=True)
         ]
 
-    async def _ask(self, batch: ImageBatch) -> Answers:
+    async def _ask(self, samples: Samples) -> Answers:
         loop = asyncio.get_running_loop()
         tries, failure = 1 + self.settings.max_retries, ""
         for tried in range(1, tries + 1):
-            actor = await self._acquire()
+            actor, reference = await self._acquire(), None
             try:
-                images = await batch.images(png=self.settings.env is not None)
+                reference = await samples.reference()
                 began = loop.time()
                 async with asyncio.timeout(self.settings.timeout_s):
-                    if self.settings.env:
-                        answers: Answers = await actor.score_png.remote(images, plain(batch.prompts))
-                    else:
-                        answers = await actor.score.remote(images, batch.prompts)
+                    answers: Answers = await actor.score_plain.remote(reference, plain(samples.prompts))
             except TimeoutError:
                 failure = f"no answer within {self.settings.timeout_s:g} s"
+            except (OSError, ValueError, UserError) as error:
+                self._idle.put_nowait(actor)
+                failure = f"the pixels cannot be read: {last_words(error)}"
+                return [(None, failure)] * len(samples)
             except RayError as error:
+                if pixels_lost(error):  # their replica was let go, or died; storage has them
+                    samples.lost(reference)
+                    self._idle.put_nowait(actor)
+                    failure = f"the pixels were lost: {last_words(error)}"
+                    continue
                 what = "died" if is_lost(error) else "failed"
                 failure = f"scorer actor {what}: {last_words(error)}"
             except asyncio.CancelledError:
@@ -147,10 +133,10 @@ class ScorerPool:
                 return answers
             logger.warning(
                 "scorer %s: %s; the actor is replaced, its %d images %s",
-                *(self.name, failure, len(batch.samples), "go to another" if tried < tries else "count as failed"),
+                *(self.name, failure, len(samples), "go to another" if tried < tries else "count as failed"),
             )
             self._replace(actor)
-        return [(None, f"{failure} (tried {tries} times)")] * len(batch.samples)
+        return [(None, f"{failure} (tried {tries} times)")] * len(samples)
 
     async def _acquire(self) -> Any:
         if self._idle.empty() and len(self._actors) < self.settings.max_actors:
@@ -201,22 +187,22 @@ class Scorers:
             for pool in self.pools.values():
                 group.create_task(pool.start())
 
-    async def score(self, samples: Sequence[Sample], known: Sequence[Score] = ()) -> list[Score]:
+    async def score(self, samples: Samples, known: Sequence[Score] = ()) -> list[Score]:
         """Score samples by all scorers at the same time; gives the scores that are not `known` yet."""
         async with contextlib.aclosing(self.score_each(samples, known)) as answers:
             found = [score async for scores in answers for score in scores]
         order = list(self.pools)
         return sorted(found, key=lambda score: order.index(score.scorer))
 
-    def score_each(self, samples: Sequence[Sample], known: Sequence[Score] = ()) -> AsyncGenerator[list[Score], None]:
+    def score_each(self, samples: Samples, known: Sequence[Score] = ()) -> AsyncGenerator[list[Score], None]:
         """The same, scorer by scorer as they answer: a slow one keeps nobody's scores back. See `as_done`."""
         have = {(score.sample_id, score.scorer) for score in known}
-        batches: dict[tuple[str, ...], ImageBatch] = {}  # after a crash scorers may lack different samples
 
         def jobs() -> Iterator[Coroutine[Any, Any, list[Score]]]:
             for name, pool in self.pools.items():
-                if lacking := [sample for sample in samples if (sample.id, name) not in have]:
-                    yield pool.score(batches.setdefault(tuple(sample.id for sample in lacking), ImageBatch(lacking)))
+                # After a crash scorers may lack different samples.
+                if lacking := {sample.id for sample in samples if (sample.id, name) not in have}:
+                    yield pool.score(samples.only(lacking))
 
         return as_done(jobs())
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from kto_ray.config import Train, steps_for
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import Family
-from kto_ray.records import derive_seed
+from kto_ray.records import SampleRecord, derive_seed
+from kto_ray.rounds import RoundStore
 from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.sampler import plan_round
 
@@ -58,12 +59,52 @@ class Batches(Protocol):
         """
 
 
+class Latents(Protocol):
+    """Clean latents of the samples of a round, by their place in it."""
+
+    def prepare(self, places: npt.NDArray[np.int64]) -> None:
+        """These will be asked for: fetch at once what is not here yet."""
+
+    def take(self, places_B: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """(B, C, H, W), of places that were prepared."""
+        ...
+
+
+class LatentsInMemory:
+    """All of them, float32 (N, C, H, W)."""
+
+    def __init__(self, latents_NCHW: npt.NDArray[np.float32]) -> None:
+        self.latents_NCHW = latents_NCHW
+
+    def prepare(self, places: npt.NDArray[np.int64]) -> None:
+        """They are here."""
+
+    def take(self, places_B: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return self.latents_NCHW[places_B]
+
+
+class StoredLatents:
+    """Read from rounds, each once, and only those that this rank trains on."""
+
+    def __init__(self, rounds: RoundStore, records: Sequence[SampleRecord]) -> None:
+        self.rounds, self.records = rounds, records
+        self.read: dict[int, npt.NDArray[np.float32]] = {}
+
+    def prepare(self, places: npt.NDArray[np.int64]) -> None:
+        if new := sorted(set(places.ravel().tolist()) - self.read.keys()):
+            latents_BCHW = self.rounds.latents_of([self.records[place] for place in new])
+            self.read.update(zip(new, latents_BCHW, strict=True))
+
+    def take(self, places_B: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return np.stack([self.read[place] for place in places_B.tolist()])
+
+
 @dataclass(frozen=True)
 class RoundData:
     """What a rank needs of a sealed round: only samples with a verdict, within the lag limit, in the store's order."""
 
     round_index: int
-    latents_NCHW: npt.NDArray[np.float32]
+    latents: Latents
     prompts: Sequence[str]
     desirable_N: npt.NDArray[np.bool_]
 
@@ -130,21 +171,28 @@ class RoundBatches:
         config, index = self.config, self.data.round_index
         members = np.array([n for n in range(len(self.data.desirable_N)) if n not in self.left_out], np.int64)
         desirable = self.data.desirable_N[members]
-        plan = plan_round(desirable, config.gamma, steps, config.global_batch, self.seed, index, config.max_draws)
-        return members[plan]
+        plan_SG = members[
+            plan_round(desirable, config.gamma, steps, config.global_batch, self.seed, index, config.max_draws)
+        ]
+        self.data.latents.prepare(plan_SG[:, self._share(config.global_batch)])
+        return plan_SG
+
+    def _share(self, batch: int) -> slice:
+        """This rank's places of a global batch."""
+        return slice(self.rank * batch // self.ranks, (self.rank + 1) * batch // self.ranks)
 
     def _batch(self, picks_G: npt.NDArray[np.int64], seed: int) -> Batch:
         """This rank's slice of the global batch; everything random is drawn for all of it."""
         generator = torch.Generator().manual_seed(seed)
-        clean_GCHW = torch.from_numpy(self.data.latents_NCHW[picks_G])
-        noise_GCHW = torch.randn(clean_GCHW.shape, generator=generator)
+        mine = self._share(len(picks_G))
+        clean_BCHW = torch.from_numpy(self.data.latents.take(picks_G[mine]))
+        noise_GCHW = torch.randn((len(picks_G), *clean_BCHW.shape[1:]), generator=generator)
         low, high = self.config.noise_range
         level_G = low + (high - low) * torch.rand(len(picks_G), generator=generator)
         dropped_G = torch.rand(len(picks_G), generator=generator) < self.config.prompt_dropout
         own_G = self.text_index_N[picks_G]
-        mine = slice(self.rank * len(picks_G) // self.ranks, (self.rank + 1) * len(picks_G) // self.ranks)
         return Batch(
-            clean_BCHW=clean_GCHW[mine].to(self.device),
+            clean_BCHW=clean_BCHW.to(self.device),
             noise_BCHW=noise_GCHW[mine].to(self.device),
             level_B=level_G[mine].to(self.device),
             text_B=self.text_P[own_G.masked_fill(dropped_G, 0)[mine]],

@@ -35,7 +35,7 @@ from kto_ray.errors import UserError
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
-from kto_ray.train.batches import RoundData
+from kto_ray.train.batches import RoundData, StoredLatents
 from kto_ray.train.checkpoints import beginning
 from kto_ray.train.coordinator import RoundTask, TrainingReport
 from kto_ray.train.finite import NotFiniteError
@@ -165,14 +165,13 @@ def read_round(
     Raises:
         ValueError: the round's files are not as they were sealed.
     """
-    rounds.round(task.round_index).verify()
-    samples, desirable = rounds.trainable(task.round_index, version, max_policy_lag) if task.train else ([], [])
-    if not samples:
+    records, desirable = rounds.trainable(task.round_index, version, max_policy_lag) if task.train else ([], [])
+    if not records:
         return [], None
-    return [sample.id for sample in samples], RoundData(
+    return [record.id for record in records], RoundData(
         round_index=task.round_index,
-        latents_NCHW=np.stack([sample.latents_CHW for sample in samples]),
-        prompts=[sample.prompt.text for sample in samples],
+        latents=StoredLatents(rounds, records),
+        prompts=[record.prompt.text for record in records],
         desirable_N=np.array(desirable),
     )
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import sys
 import time
@@ -16,8 +17,11 @@ import ray
 
 from kto_ray.config import Cluster, Labeling
 from kto_ray.errors import UserError
+from kto_ray.parts import write_part
 from kto_ray.records import Sample, Score
+from kto_ray.samples import Samples, put_pixels
 from kto_ray.score.pool import Scorers, require_scored
+from kto_ray.storage import Storage
 from tests.factories import make_samples, make_score
 from tests.plugins import CoinScorer
 
@@ -76,7 +80,7 @@ async def until(condition: Any) -> None:
 # -- side by side -----------------------------------------------------------------------------------------------------
 
 
-async def test_all_scorers_work_at_once_on_images_that_are_stored_once_in_each_form(
+async def test_all_scorers_work_at_once_on_images_that_are_stored_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = make_samples("round-00000", 3)
@@ -92,14 +96,39 @@ async def test_all_scorers_work_at_once_on_images_that_are_stored_once_in_each_f
     names: dict[str, dict[str, Any]] = {"one": {}, "two": {"held_out": True}, "near": near, "far": far}
     async with running(**{name: settings | more for name, more in names.items()}) as scorers:
         monkeypatch.setattr(ray, "put", put_and_note)
-        scores = await scorers.score(samples)
+        scores = await scorers.score(Samples.of(samples))
         busy = {name: pool.busy_seconds for name, pool in scorers.pools.items()}
         assert all(seconds > 0 for seconds in busy.values())
         assert scorers.busy_seconds == pytest.approx(sum(busy.values()))
     assert scores == [score for name in names for score in by_coin(samples, name, "coin@1")]
-    arrays, files = sorted(stored, key=lambda value: isinstance(value, list))
-    np.testing.assert_array_equal(arrays, np.stack([sample.pixels_HWC for sample in samples]))
-    assert [type(file) for file in files] == [bytes] * 3
+    ((data, shape),) = stored
+    pixels_BHWC = np.frombuffer(data, np.uint8).reshape(shape)
+    np.testing.assert_array_equal(pixels_BHWC, np.stack([sample.pixels_HWC for sample in samples]))
+
+
+@ray.remote(num_cpus=0)
+class Replica:
+    """Holds pixels in the object store, as a generator does."""
+
+    def put(self, samples: list[Sample]) -> tuple[int, list[Any]]:
+        return os.getpid(), [put_pixels(samples)]
+
+
+async def test_pixels_whose_replica_is_gone_are_taken_from_storage(tmp_path: Path) -> None:
+    samples = make_samples("round-00000", 3)
+    folder = Storage(str(tmp_path / "round"))
+    records = write_part(folder, samples)
+    async with running(one=fateful(tmp_path), two={"scorer": "tests.plugins:CoinScorer"}) as scorers:
+        replica = Replica.remote()
+        pid, [reference] = await replica.put.remote(samples)
+        there, gone = (Samples(records, folder, reference) for _ in range(2))
+        assert await scorers.pools["one"].score(there) == by_coin(samples, "one", "fateful@1")
+        assert not (tmp_path / "gone").exists()
+        ray.kill(replica)
+        await until(lambda: not psutil.pid_exists(pid))
+        assert await scorers.score(gone) == by_coin(samples, "one", "fateful@1") + by_coin(samples, "two", "coin@1")
+        np.testing.assert_array_equal(await gone.pixels_BHWC(), np.stack([sample.pixels_HWC for sample in samples]))
+    assert len(built(tmp_path)) == 1, "no scorer was replaced for what it had no part in"
 
 
 async def test_scores_that_are_known_are_not_asked_for_again(tmp_path: Path) -> None:
@@ -113,8 +142,8 @@ async def test_scores_that_are_known_are_not_asked_for_again(tmp_path: Path) -> 
         *(Score(sample.id, "two", "fateful@1", 0.25) for sample in samples),
     ]
     async with running(one=fateful(folders[0]), two=fateful(folders[1])) as scorers:
-        assert await scorers.score(samples, known) == by_coin(samples[2:], "one", "fateful@1")
-        assert await scorers.score(samples[:2], known) == []
+        assert await scorers.score(Samples.of(samples), known) == by_coin(samples[2:], "one", "fateful@1")
+        assert await scorers.score(Samples.of(samples[:2]), known) == []
     assert [file.read_text() for file in folders[0].glob("batch-*")] == [samples[2].prompt.id]
     assert not list(folders[1].glob("batch-*"))
 
@@ -127,7 +156,7 @@ async def test_a_version_stands_alone_under_the_scorer_s_own_name(tmp_path: Path
 async def test_no_scorers_have_no_scores() -> None:
     scorers = Scorers(Labeling(labeler="people:Queue", scorers={}), Cluster())
     await scorers.start()
-    assert await scorers.score(make_samples("round-00000", 2)) == []
+    assert await scorers.score(Samples.of(make_samples("round-00000", 2))) == []
     scorers.close()
 
 
@@ -140,7 +169,7 @@ async def test_a_batch_whose_actor_is_lost_goes_to_another(
 ) -> None:
     samples = make_samples("round-00000", 3)
     async with running(coin=fateful(tmp_path, fate, times=1, timeout_s=5)) as scorers:
-        assert await scorers.score(samples) == by_coin(samples, "coin", "fateful@1")
+        assert await scorers.score(Samples.of(samples)) == by_coin(samples, "coin", "fateful@1")
         assert len(built(tmp_path)) == 2
         await until(lambda: len(alive(tmp_path)) == 1)
     assert said in caplog.text
@@ -158,11 +187,11 @@ async def test_a_batch_whose_actor_is_lost_goes_to_another(
 async def test_a_batch_that_loses_every_actor_has_failed(tmp_path: Path, fate: str, error: str) -> None:
     samples = make_samples("round-00000", 2)
     async with running(coin=fateful(tmp_path, fate, times=2, timeout_s=3, max_retries=1)) as scorers:
-        scores = await scorers.score(samples)
+        scores = await scorers.score(Samples.of(samples))
         assert [score.value for score in scores] == [None, None]
         assert all(re.fullmatch(error, score.error or "") for score in scores)
         # The pool is whole again.
-        assert await scorers.score(samples) == by_coin(samples, "coin", "fateful@1")
+        assert await scorers.score(Samples.of(samples)) == by_coin(samples, "coin", "fateful@1")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +212,7 @@ async def test_a_scorer_that_cannot_be_built_is_named_with_the_reason(settings: 
 async def test_actors_that_cannot_be_built_anew_fail_their_batches(tmp_path: Path) -> None:
     samples = make_samples("round-00000", 2)
     async with running(coin=fateful(tmp_path, "die", times=1, builds=1, max_retries=1)) as scorers:
-        scores = await scorers.score(samples)
+        scores = await scorers.score(Samples.of(samples))
     assert [score.value for score in scores] == [None, None]
     assert all("RuntimeError: no more of these" in (score.error or "") for score in scores)
 
@@ -192,18 +221,18 @@ async def test_what_is_cancelled_leaves_no_actor_stuck(tmp_path: Path) -> None:
     samples = make_samples("round-00000", 2)
     async with running(coin=fateful(tmp_path, "hang", times=1, timeout_s=30, max_retries=0)) as scorers:
         (stuck,) = built(tmp_path)
-        scoring = asyncio.create_task(scorers.score(samples))
+        scoring = asyncio.create_task(scorers.score(Samples.of(samples)))
         await until(lambda: list(tmp_path.glob("batch-*")))
         scoring.cancel()
         with pytest.raises(asyncio.CancelledError):
             await scoring
-        assert await scorers.score(samples) == by_coin(samples, "coin", "fateful@1")
+        assert await scorers.score(Samples.of(samples)) == by_coin(samples, "coin", "fateful@1")
         await until(lambda: stuck not in alive(tmp_path))
 
 
 async def test_closing_ends_every_actor_also_under_way(tmp_path: Path) -> None:
     async with running(coin=fateful(tmp_path, "hang", times=1)) as scorers:
-        scoring = asyncio.create_task(scorers.score(make_samples("round-00000", 1)))
+        scoring = asyncio.create_task(scorers.score(Samples.of(make_samples("round-00000", 1))))
         await until(lambda: list(tmp_path.glob("batch-*")))
     scoring.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -217,25 +246,25 @@ async def test_closing_ends_every_actor_also_under_way(tmp_path: Path) -> None:
 async def test_a_pool_grows_while_batches_wait_and_shrinks_when_told(tmp_path: Path) -> None:
     samples = make_samples("round-00000", 6)
     async with running(coin=sociable(tmp_path, company=3, max_actors=3)) as scorers:
-        scored = await asyncio.gather(*(scorers.score(samples[start : start + 1]) for start in range(6)))
+        scored = await asyncio.gather(*(scorers.score(Samples.of(samples[start : start + 1])) for start in range(6)))
         assert [score for scores in scored for score in scores] == by_coin(samples, "coin", "1")
         here = {int(file.name.removeprefix("here-")) for file in tmp_path.glob("here-*")}
         assert len(here) == 3
         assert all(map(psutil.pid_exists, here))
         scorers.shrink()
         await until(lambda: sum(map(psutil.pid_exists, here)) == 1)
-        assert await scorers.score(samples[:1]) == by_coin(samples[:1], "coin", "1")
+        assert await scorers.score(Samples.of(samples[:1])) == by_coin(samples[:1], "coin", "1")
 
 
 async def test_nobody_waits_for_an_actor_that_is_not_built(tmp_path: Path) -> None:
     samples = make_samples("round-00000", 4)
     async with running(coin=fateful(tmp_path, builds=1, later="hang", max_actors=2)) as scorers:
-        scored = await asyncio.gather(*(scorers.score(samples[start : start + 1]) for start in range(4)))
+        scored = await asyncio.gather(*(scorers.score(Samples.of(samples[start : start + 1])) for start in range(4)))
         assert [score for scores in scored for score in scores] == by_coin(samples, "coin", "fateful@1")
         await until(lambda: len(built(tmp_path)) == 2)
         scorers.shrink()
         await until(lambda: len(alive(tmp_path)) == 1)
-        assert await scorers.score(samples) == by_coin(samples, "coin", "fateful@1")
+        assert await scorers.score(Samples.of(samples)) == by_coin(samples, "coin", "fateful@1")
 
 
 # -- how many failures are too many -----------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from kto_ray.cli import main
 from kto_ray.config import Cluster
-from kto_ray.images import to_png
 from kto_ray.score.actor import ScorerActor
 from kto_ray.score.environments import building, finding
 
@@ -148,7 +147,9 @@ def test_an_actor_lives_in_an_environment(hpsv2: dict[str, Any]) -> None:
     with connected(Cluster(address="local")):
         actor = ray.remote(num_cpus=0, runtime_env=environment)(ScorerActor).remote("hpsv2", hpsv2["arguments"])
         assert ray.get(actor.describe.remote()) == ("hpsv2", "2.1")
-        answers = ray.get(actor.score_png.remote(to_png(images_BHWC), [("1", "a red circle", {})] * 5))
+        answers = ray.get(
+            actor.score_plain.remote((images_BHWC.tobytes(), images_BHWC.shape), [("1", "a red circle", {})] * 5)
+        )
     assert [error for _, error in answers] == [None] * 5
     assert answers[0][0] == pytest.approx(hpsv2["ours"][0], abs=1e-5)
     assert answers[3][0] == pytest.approx(hpsv2["ours"][3], abs=1e-5)

@@ -12,9 +12,8 @@ import numpy.typing as npt
 import pytest
 
 from kto_ray.errors import UserError
-from kto_ray.images import from_png, to_png
 from kto_ray.records import Prompt
-from kto_ray.score.actor import ScorerActor, plain
+from kto_ray.score.actor import PlainPixels, ScorerActor, plain
 from kto_ray.score.protocol import BatchFailed
 from tests.plugins import CoinScorer
 
@@ -165,31 +164,46 @@ def test_what_is_no_batch_reaches_no_scorer(shown: Any, count: int, problem: str
 # -- across the border of an environment ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 24, 3), (1, 1, 1, 3), (2, 65, 7, 3)])
-def test_png_loses_nothing(shape: tuple[int, ...]) -> None:
-    shown = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
-    again = from_png(to_png(shown))
-    assert again.dtype == np.uint8
-    np.testing.assert_array_equal(again, shown)
-    assert not again.flags.writeable
+def plain_pixels(shown: Images) -> PlainPixels:
+    return shown.tobytes(), shown.shape
 
 
 def test_only_plain_types_cross_the_border() -> None:
     asked = [Prompt("1", "a red circle", {"style": "flat"}), Prompt("2", "a ring")]
-    crossing = [to_png(images(2)), plain(asked)]
+    crossing = [plain_pixels(images(2)), plain(asked)]
     assert ast.literal_eval(repr(crossing)) == crossing
 
 
-def test_scores_of_png_files_are_those_of_the_arrays() -> None:
+@pytest.mark.parametrize("shape", [(3, 16, 24, 3), (1, 1, 1, 3), (2, 65, 7, 3)])
+def test_pixels_arrive_as_they_were(shape: tuple[int, ...]) -> None:
+    seen: list[Images] = []
+
+    class Sees(CoinScorer):
+        def score(self, images_BHWC: Images, prompts: Sequence[Prompt]) -> list[float]:
+            seen.append(images_BHWC)
+            return super().score(images_BHWC, prompts)
+
+    actor, shown = (
+        ScorerActor("tests.plugins:CoinScorer", {}),
+        np.random.default_rng(1).integers(0, 256, shape, np.uint8),
+    )
+    actor.scorer = Sees()
+    actor.score_plain(plain_pixels(shown), plain(prompts(*"abc"[: len(shown)])))
+    assert seen[0].dtype == np.uint8
+    np.testing.assert_array_equal(seen[0], shown)
+    assert not seen[0].flags.writeable  # other scorers may be given the same bytes
+
+
+def test_scores_of_what_crossed_are_those_of_the_arrays() -> None:
     actor = ScorerActor("tests.plugins:BrittleScorer", {})
     shown, asked = images(3), prompts("a red square", "a red circle", "a blue square")
-    assert actor.score_png(to_png(shown), plain(asked)) == actor.score(shown, asked)
+    assert actor.score_plain(plain_pixels(shown), plain(asked)) == actor.score(shown, asked)
 
 
 def test_prompts_arrive_with_their_metadata() -> None:
     actor, _ = answering(lambda prompts: [float(prompt.metadata["weight"]) for prompt in prompts])
     asked = [Prompt("1", "a", {"weight": "0.25"}), Prompt("2", "b", {"weight": "4"})]
-    assert actor.score_png(to_png(images(2)), plain(asked)) == [(0.25, None), (4.0, None)]
+    assert actor.score_plain(plain_pixels(images(2)), plain(asked)) == [(0.25, None), (4.0, None)]
 
 
 def test_the_actor_needs_little_of_an_environment() -> None:

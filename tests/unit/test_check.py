@@ -19,7 +19,8 @@ from kto_ray.check.scorer_trial import SCORER_CHECKS, ScorerTrial
 from kto_ray.errors import UserError
 from kto_ray.label.protocol import Labeler
 from kto_ray.labelers import labeler_class
-from kto_ray.records import Label, Prompt, Sample, Score, Verdict
+from kto_ray.records import Label, Prompt, SampleRecord, Score, Verdict
+from kto_ray.samples import Samples
 from kto_ray.score.protocol import BatchFailed, check_batch
 
 Images = npt.NDArray[np.uint8]
@@ -314,6 +315,7 @@ class Patient(Labeler):
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
         self.seen: set[str] = set()
+        self.red: dict[str, float] = {}
         self.verdicts: asyncio.Queue[list[Verdict]] = asyncio.Queue()
         self.tasks: list[asyncio.Task[None]] = []
         self.count = 0
@@ -321,20 +323,24 @@ class Patient(Labeler):
     async def start(self, memory: Mapping[str, Any]) -> None:
         self.count = memory.get("count", 0)
 
-    async def submit(self, samples: Sequence[Sample]) -> None:
+    async def submit(self, samples: Samples) -> None:
+        await self.look(samples)
         for sample in samples:
             if sample.id not in self.seen:
                 self.seen.add(sample.id)
                 self.count += 1
                 self.tasks.append(asyncio.create_task(self.judge(sample)))
 
-    async def judge(self, sample: Sample) -> None:
+    async def look(self, samples: Samples) -> None:
+        reds = (await samples.pixels_BHWC())[..., 0].mean(axis=(1, 2))
+        self.red |= {sample.id: float(red) for sample, red in zip(samples, reds, strict=True)}
+
+    async def judge(self, sample: SampleRecord) -> None:
         await asyncio.sleep(self.seconds)
         self.verdicts.put_nowait([self.verdict(sample)])
 
-    def verdict(self, sample: Sample) -> Verdict:
-        red = float(sample.pixels_HWC[..., 0].mean())
-        return Verdict(sample.id, "desirable" if red > 100 else "undesirable", self.name, "red > 100")
+    def verdict(self, sample: SampleRecord) -> Verdict:
+        return Verdict(sample.id, "desirable" if self.red[sample.id] > 100 else "undesirable", self.name, "red > 100")
 
     async def collect(self) -> Sequence[Verdict]:
         return await self.verdicts.get()
@@ -355,9 +361,10 @@ class WholeRound(Patient):
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting: dict[str, Sample] = {}
+        self.waiting: dict[str, SampleRecord] = {}
 
-    async def submit(self, samples: Sequence[Sample]) -> None:
+    async def submit(self, samples: Samples) -> None:
+        await self.look(samples)
         self.waiting |= {sample.id: sample for sample in samples}
 
     async def finish(self, stage: str) -> None:
@@ -385,7 +392,7 @@ class ByScore(Labeler):
         self.verdicts: dict[str, Verdict] = {}
         self.new = asyncio.Event()
 
-    async def submit(self, samples: Sequence[Sample]) -> None:
+    async def submit(self, samples: Samples) -> None:
         self.missing |= {sample.id for sample in samples} - self.verdicts.keys()
 
     async def scored(self, stage: str, scores: Sequence[Score]) -> None:
@@ -432,12 +439,12 @@ def test_a_labeler_may_give_its_verdicts_with_the_seal() -> None:
 class People(Patient):
     """Answers tomorrow."""
 
-    async def judge(self, sample: Sample) -> None:
+    async def judge(self, sample: SampleRecord) -> None:
         await asyncio.sleep(86_400)
 
 
 class SomePeople(Patient):
-    async def judge(self, sample: Sample) -> None:
+    async def judge(self, sample: SampleRecord) -> None:
         await asyncio.sleep(0 if sample.index else 86_400)
         await super().judge(sample)
 
@@ -471,7 +478,7 @@ class Nameless(Patient):
 class NotALabeler:
     name = "half"
 
-    async def submit(self, samples: Sequence[Sample]) -> None:
+    async def submit(self, samples: Samples) -> None:
         pass
 
 
@@ -481,7 +488,7 @@ class PlainStart(Patient):
 
 
 class WaitsInSubmit(Patient):
-    async def submit(self, samples: Sequence[Sample]) -> None:
+    async def submit(self, samples: Samples) -> None:
         await asyncio.sleep(86_400)
 
 
@@ -501,23 +508,23 @@ class Garbage(Patient):
 
 
 class Invents(Patient):
-    async def judge(self, sample: Sample) -> None:
+    async def judge(self, sample: SampleRecord) -> None:
         await super().judge(sample)
         self.verdicts.put_nowait([replace(self.verdict(sample), sample_id="another")])
 
 
 class Maybe(Patient):
-    def verdict(self, sample: Sample) -> Verdict:
+    def verdict(self, sample: SampleRecord) -> Verdict:
         return replace(super().verdict(sample), label="maybe")  # type: ignore[arg-type]
 
 
 class NoReason(Patient):
-    def verdict(self, sample: Sample) -> Verdict:
+    def verdict(self, sample: SampleRecord) -> Verdict:
         return replace(super().verdict(sample), rule="")
 
 
 class Twice(Patient):
-    async def submit(self, samples: Sequence[Sample]) -> None:
+    async def submit(self, samples: Samples) -> None:
         self.seen.clear()
         await super().submit(samples)
 
@@ -525,7 +532,7 @@ class Twice(Patient):
 class TwiceLater(Patient):
     """Notices only while an answer is on its way that it has the sample already."""
 
-    async def judge(self, sample: Sample) -> None:
+    async def judge(self, sample: SampleRecord) -> None:
         await super().judge(sample)
         self.seen.discard(sample.id)
         if sample.index == 0:
@@ -593,9 +600,9 @@ class ScoresInCollect(Patient):
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting: asyncio.Queue[Sample] = asyncio.Queue()
+        self.waiting: asyncio.Queue[SampleRecord] = asyncio.Queue()
 
-    async def judge(self, sample: Sample) -> None:
+    async def judge(self, sample: SampleRecord) -> None:
         self.waiting.put_nowait(sample)
 
     async def collect(self) -> Sequence[Verdict]:
@@ -663,7 +670,7 @@ def test_a_labeler_that_hangs_is_found(labeler: type, check: str, words: str) ->
 class WithScores(Patient):
     """As labelers were when samples came once they were scored."""
 
-    async def submit(self, samples: Sequence[Sample], scores: Sequence[Score] = ()) -> None:
+    async def submit(self, samples: Samples, scores: Sequence[Score] = ()) -> None:
         await super().submit(samples)
 
 

@@ -13,7 +13,7 @@ from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.statistics import mean_difference, mean_interval, pass_rate_difference
 from kto_ray.evaluate.summary import evaluation_row
-from kto_ray.records import PolicyRef, Prompt, Sample, Score
+from kto_ray.records import PolicyRef, Prompt, SampleRecord, Score
 from kto_ray.rounds import Round
 from kto_ray.storage import Storage
 from tests.factories import make_sample, make_samples, same_sample
@@ -29,18 +29,20 @@ def evaluation(folder: Path, label: dict[str, Any] | None = None, fresh: bool = 
     return Evaluation(RunConfig.model_validate(tree), Storage(str(folder)), prompts, fresh)
 
 
-async def run(evaluation: Evaluation, version: int, **values: Callable[[Sample], float | None]) -> InProcess:
+async def run(evaluation: Evaluation, version: int, **values: Callable[[SampleRecord], float | None]) -> InProcess:
     workers = InProcess(values)
     await evaluation.run_for(POLICIES[version], cast(Any, workers), cast(Any, workers))
     return workers
 
 
-def coin(sample: Sample) -> float:
+def coin(sample: SampleRecord) -> float:
     """A value that looks like chance and is the same every time, by policy and image."""
     return float(np.random.default_rng((sample.seed, sample.policy.version)).normal(loc=sample.policy.version))
 
 
-def by_hand(evaluation: Evaluation, value: Callable[[Sample], float | None], version: int) -> np.ndarray[Any, Any]:
+def by_hand(
+    evaluation: Evaluation, value: Callable[[SampleRecord], float | None], version: int
+) -> np.ndarray[Any, Any]:
     """Values (P, K) in the order of prompts and images."""
     samples = [make_sample(request, POLICIES[version]) for request in evaluation.requests]
     return np.array([value(sample) for sample in samples], np.float64).reshape(PROMPTS, IMAGES)
@@ -77,7 +79,7 @@ async def test_what_a_crash_left_is_neither_drawn_nor_scored_again(tmp_path: Pat
 
 
 async def test_too_many_failed_scores_stop_the_run_with_the_scorer_s_error(tmp_path: Path) -> None:
-    def fails_on_the_first_prompt(sample: Sample) -> float | None:
+    def fails_on_the_first_prompt(sample: SampleRecord) -> float | None:
         return None if sample.prompt.id == "p0" else 0.5
 
     with pytest.raises(UserError, match=r"evaluation of policy 0: 4 of 20 .*max_failed_fraction.*shapes: RuntimeError"):
@@ -87,6 +89,24 @@ async def test_too_many_failed_scores_stop_the_run_with_the_scorer_s_error(tmp_p
     assert workers.drawn == []
     assert len(workers.scored) == 4  # those that failed, once more
     assert tolerant.summary(0).failed == 4
+
+
+async def test_figures_and_another_run_need_no_arrays_and_pairs_only_pixels(tmp_path: Path) -> None:
+    held_out = evaluation(tmp_path)
+    for version in (0, 1):
+        await run(held_out, version, shapes=coin)
+    before, pairs = held_out.summary(1), held_out.pairs(1, 3)
+    for version in (0, 1):
+        for file in (tmp_path / f"evaluations/{version:05}/samples").iterdir():
+            file.unlink()
+    for one, other in zip(evaluation(tmp_path).pairs(1, 3), pairs, strict=True):
+        np.testing.assert_array_equal([one.base, one.final], [other.base, other.final])
+    for version in (0, 1):
+        for file in (tmp_path / f"evaluations/{version:05}/pixels").iterdir():
+            file.unlink()
+    again = evaluation(tmp_path)
+    workers = await run(again, 1, shapes=coin)
+    assert (workers.drawn, workers.scored, again.summary(1)) == ([], [], before)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
@@ -157,7 +177,7 @@ async def test_a_fresh_evaluation_has_other_seeds_a_base_and_a_bar_of_its_own(tm
 
 
 async def test_prompts_may_have_bars_of_their_own(tmp_path: Path) -> None:
-    def easy_and_hard(sample: Sample) -> float:
+    def easy_and_hard(sample: SampleRecord) -> float:
         return coin(sample) + 100 * int(sample.prompt.id[1:])
 
     label = {"threshold": {"kind": "prompt_quantile", "quantile": 0.5}}
@@ -174,7 +194,7 @@ async def test_prompts_may_have_bars_of_their_own(tmp_path: Path) -> None:
 
 
 async def test_a_prompt_without_a_bar_is_left_out(tmp_path: Path) -> None:
-    def alike_for_the_first(sample: Sample) -> float:
+    def alike_for_the_first(sample: SampleRecord) -> float:
         return float(sample.policy.version) if sample.prompt.id == "p0" else coin(sample)
 
     label = {"threshold": {"kind": "prompt_quantile", "quantile": 0.5}}
@@ -204,7 +224,7 @@ async def test_a_base_whose_images_all_score_the_same_gives_no_bar(tmp_path: Pat
 async def test_failed_images_are_left_out_and_abstentions_do_not_pass(tmp_path: Path) -> None:
     values = [None, 0.9, 0.5, 0.1]  # failed, passes, in the dead band, does not pass
 
-    def by_index(sample: Sample) -> float | None:
+    def by_index(sample: SampleRecord) -> float | None:
         return values[sample.index]
 
     held_out = evaluation(tmp_path, {"threshold": {"value": 0.5, "dead_band": 0.2}, "max_failed_fraction": 1})
@@ -230,7 +250,7 @@ async def test_second_opinions_are_reported_and_do_not_judge(tmp_path: Path) -> 
 
 
 async def test_votes_pass_where_they_agree(tmp_path: Path) -> None:
-    def other(sample: Sample) -> float:
+    def other(sample: SampleRecord) -> float:
         return -coin(sample) + sample.index
 
     scorers = {"shapes": {"threshold": 0.25}, "other": {}}
@@ -284,7 +304,7 @@ async def test_training_rounds_are_measured_by_the_same_bar(tmp_path: Path) -> N
 
 
 async def test_pairs_show_the_same_prompts_of_both_policies_with_their_marks(tmp_path: Path) -> None:
-    def second_fails(sample: Sample) -> float | None:
+    def second_fails(sample: SampleRecord) -> float | None:
         return None if sample.index == 1 else coin(sample)
 
     held_out = evaluation(tmp_path, {"max_failed_fraction": 1})

@@ -24,6 +24,7 @@ from kto_ray.check.finding import Finding
 from kto_ray.check.scorer_trial import ScorerTrial
 from kto_ray.config import RunConfig
 from kto_ray.records import Prompt
+from kto_ray.samples import Samples
 from kto_ray.score.scorers import load_scorer
 from tests.factories import make_samples
 
@@ -91,7 +92,7 @@ async def test_the_labeler_judges_by_brightness() -> None:
         for sample, level in zip(make_samples("round-00000", len(levels)), levels, strict=True)
     ]
     labeler = my_taste.NeitherDarkNorGlaring()
-    await labeler.submit(samples)
+    await labeler.submit(Samples.of(samples))
     verdicts = await labeler.collect()
     assert [verdict.sample_id for verdict in verdicts] == [sample.id for sample in samples]
     assert [verdict.label == "desirable" for verdict in verdicts] == [False, False, True, True, True, False, False]
@@ -120,8 +121,8 @@ async def test_verdicts_are_pulled_from_a_csv_that_grows(tmp_path: Path) -> None
     samples = make_samples("round-00000", 3)
     labeler = csv_people.GrowingCsv(str(tmp_path), poll_s=0.01)
     await labeler.start({})
-    await labeler.submit(samples)
-    await labeler.submit(samples)
+    await labeler.submit(Samples.of(samples))
+    await labeler.submit(Samples.of(samples))
     asked = list(csv.reader((tmp_path / "to_judge.csv").read_text().splitlines()))
     assert asked == [[sample.id, sample.prompt.text] for sample in samples]
     assert np.array_equal(Image.open(tmp_path / f"{samples[1].id}.png"), samples[1].pixels_HWC)

@@ -21,7 +21,7 @@ from kto_ray.train.coordinator import Coordinator, GaveUp, RoundTask, TrainingRe
 from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.learner import Learner
 from kto_ray.train.worker import commit_checkpoint, not_finite_sentence
-from tests.unit.test_learner import make_learner, make_round
+from tests.unit.test_learner import latents, make_learner, make_round
 
 RUINED = (3, 11)
 VALUES = {"nan": np.nan, "infinity": np.inf, "overflow": 1e30}
@@ -31,7 +31,7 @@ VALUES = {"nan": np.nan, "infinity": np.inf, "overflow": 1e30}
 def ruined_round(value: float = np.nan, index: int = 0) -> RoundData:
     data = make_round(index)
     for sample in RUINED:
-        data.latents_NCHW[sample, 0, 0, 0] = value
+        latents(data)[sample, 0, 0, 0] = value
     return data
 
 
@@ -93,7 +93,7 @@ def test_nobody_is_left_out_of_a_sound_round(tiny_sd1_folder: Path) -> None:
 
 def test_a_round_of_which_nothing_is_left_stops(tiny_sd1_folder: Path) -> None:
     data = make_round()
-    data.latents_NCHW[:] = np.nan
+    latents(data)[:] = np.nan
     with pytest.raises(NotFiniteError):
         train(make_learner(tiny_sd1_folder, on_nonfinite="leave_out"), data)
 

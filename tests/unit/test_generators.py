@@ -6,7 +6,9 @@ from collections.abc import Generator as Yields
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from ray import exceptions
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
@@ -14,12 +16,17 @@ from ray.serve.exceptions import BackPressureError
 from kto_ray.config import Cluster, RunConfig
 from kto_ray.generate import client
 from kto_ray.generate.client import Generators
-from kto_ray.generate.replica import Drawn
+from kto_ray.generate.drawn import Drawn
 from kto_ray.lost import is_lost
+from kto_ray.parts import read_arrays, read_records, write_part
 from kto_ray.policies import DigestError
 from kto_ray.records import PolicyRef, Sample, SampleRequest
+from kto_ray.rounds import Round
 from kto_ray.storage import Storage
-from tests.factories import BASE, make_requests, make_sample
+from tests.factories import BASE, make_requests, make_sample, ruined, same_sample
+
+RUN = Storage("memory://generators/run")
+ROUND = "rounds/00000"
 
 TRANSIENT = [
     exceptions.ActorDiedError(),
@@ -62,27 +69,47 @@ class Response:
 
 
 class Handle:
-    """Answers calls of `draw` with what is planned, then with samples; remembers what it was asked for."""
+    """Answers calls of `draw` with what is planned, then as a replica that stores; remembers what it was asked for.
+
+    Where what is planned is an error, the images are stored and the answer is lost.
+    """
 
     def __init__(self, *planned: Exception | None) -> None:
         self.planned, self.draw = list(planned), self
         self.asked: list[Sequence[SampleRequest]] = []
         self.responses: list[Response] = []
+        self.policy: PolicyRef | None = None  # that it draws from, whatever it is asked for
+        self.drawing = "as asked"
+        self.ruined: set[str] = set()  # prompts whose images are none
 
-    def remote(self, batch: Sequence[SampleRequest], policy: PolicyRef) -> Response:
+    def remote(self, batch: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Response:
         self.asked.append(batch)
-        answer = (
-            self.planned.pop(0) if self.planned else Drawn([make_sample(r, policy) for r in batch], 0.5, "as asked")
-        )
+        samples = [make_sample(request, self.policy or policy) for request in batch]
+        failed = [ruined(sample) for sample in samples if sample.prompt.id in self.ruined]
+        images = [sample for sample in samples if sample.prompt.id not in self.ruined]
+        records = write_part(RUN / folder, images) if images else []
+        pixels = Pixels(images) if images else None
+        answer = self.planned.pop(0) if self.planned else Drawn(records, pixels, failed, 0.5, self.drawing)
         self.responses.append(Response(answer))
         return self.responses[-1]
+
+
+class Pixels:
+    """A reference to pixels of samples in Ray's object store."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.pixels_BHWC = np.stack([sample.pixels_HWC for sample in samples])
+
+    def __await__(self) -> Yields[Any, None, tuple[bytes, tuple[int, ...]]]:
+        yield from asyncio.sleep(0).__await__()
+        return self.pixels_BHWC.tobytes(), self.pixels_BHWC.shape
 
 
 def generators(monkeypatch: pytest.MonkeyPatch, handle: Handle, **settings: Any) -> Generators:
     monkeypatch.setattr(client, "BACK_OFF_S", 0)
     made = Generators(
         RunConfig.model_validate({"generate": {"batch_size": 2, "max_replicas": 8, **settings}}),
-        Storage("memory://run"),
+        RUN,
         "as asked",
     )
     made._handle = handle  # type: ignore[assignment]
@@ -90,8 +117,22 @@ def generators(monkeypatch: pytest.MonkeyPatch, handle: Handle, **settings: Any)
 
 
 async def drawn(made: Generators, requests: Sequence[SampleRequest]) -> list[Sample]:
-    async with contextlib.aclosing(made.stream(requests, BASE)) as batches:
-        return [sample async for batch in batches for sample in batch]
+    """Whole, with the pixels that scorers would be given; what failed comes last."""
+    images: list[Sample] = []
+    none: list[Sample] = []
+    async with contextlib.aclosing(made.stream(requests, BASE, RUN / ROUND)) as batches:
+        async for samples, failed in batches:
+            if samples:
+                latents_BCHW = read_arrays(RUN / ROUND, "latents", samples)
+                arrays = zip(samples, latents_BCHW, await samples.pixels_BHWC(), strict=True)
+                images += [Sample.of(*one) for one in arrays]
+            none += failed
+    return images + none
+
+
+@pytest.fixture(autouse=True)
+def _empty() -> None:
+    MemoryFileSystem.store.clear()
 
 
 @pytest.mark.parametrize("error", TRANSIENT, ids=lambda error: type(error).__name__)
@@ -101,8 +142,13 @@ async def test_what_is_lost_is_asked_for_again(
     assert is_lost(error)
     handle, requests = Handle(error, error), make_requests("round-00000", 6)
     samples = await drawn(generators(monkeypatch, handle), requests)
-    assert sorted((s.id, s.seed) for s in samples) == sorted((r.id, r.seed) for r in requests)
+    samples.sort(key=lambda sample: sample.id)
+    expected = sorted((make_sample(request) for request in requests), key=lambda sample: sample.id)
+    assert all(map(same_sample, samples, expected))
+    assert len(samples) == 6
     assert len(handle.asked) == 3 + 2
+    # What was stored before its answer was lost is the same sample.
+    assert [record.id for record in Round(RUN / ROUND, "round-00000").records()] == [sample.id for sample in expected]
     assert f"a generator replica died, or its node ({type(error).__name__}: " in caplog.text
     assert "its 2 images are asked for again" in caplog.text
 
@@ -148,18 +194,37 @@ async def test_samples_drawn_with_other_settings_are_refused_although_the_policy
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     handle, requests = Handle(), make_requests("round-00000", 2)
-    monkeypatch.setattr(
-        handle, "remote", lambda batch, policy: Response(Drawn([make_sample(r, policy) for r in batch], 0, "otherwise"))
-    )
+    handle.drawing = "otherwise"
     with pytest.raises(DigestError, match="draws from another base model or with other settings"):
         await drawn(generators(monkeypatch, handle), requests)
 
 
-async def test_samples_of_another_policy_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ruined_prompts", [set(), {"p0", "p1"}])
+async def test_samples_of_another_policy_are_refused(ruined_prompts: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     handle, requests = Handle(), make_requests("round-00000", 2)
-    other = PolicyRef(1, "c" * 64)
-    monkeypatch.setattr(
-        handle, "remote", lambda batch, _: Response(Drawn([make_sample(r, other) for r in batch], 0, "as asked"))
-    )
+    handle.policy, handle.ruined = PolicyRef(1, "c" * 64), ruined_prompts
     with pytest.raises(DigestError, match="asked for policy"):
         await drawn(generators(monkeypatch, handle), requests)
+
+
+async def test_what_is_no_image_comes_apart_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, requests = Handle(), make_requests("round-00000", 6)
+    handle.ruined = {"p1", "p2", "p3"}  # of the batches some, and all
+    async with contextlib.aclosing(generators(monkeypatch, handle).stream(requests, BASE, RUN / ROUND)) as batches:
+        answers = [answer async for answer in batches]
+    assert sorted(len(samples) for samples, _ in answers) == [0, 1, 2]
+    failed = {sample.id: sample for _, batch in answers for sample in batch}
+    assert failed.keys() == {request.id for request in requests[1:4]}
+    assert all(sample.error and not sample.pixels_HWC.any() for sample in failed.values())
+    images = {record.id for samples, _ in answers for record in samples}
+    assert images == {record.id for record in read_records(RUN / ROUND)} == {r.id for r in requests} - failed.keys()
+
+
+async def test_pixels_of_a_replica_that_is_gone_come_from_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: Pixels) -> None:
+        raise exceptions.OwnerDiedError("aa", None, "")
+
+    monkeypatch.setattr(Pixels, "__await__", gone)
+    requests = make_requests("round-00000", 4)
+    samples = {sample.id: sample for sample in await drawn(generators(monkeypatch, Handle()), requests)}
+    assert all(same_sample(samples[request.id], make_sample(request)) for request in requests)

@@ -1,23 +1,28 @@
 """People as a labeler: what reaches a round, when, and what becomes of the rest; with a desk of this process."""
 
 import asyncio
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 from sqlalchemy import select
 
 from kto_ray.config import Labeling, RunConfig
 from kto_ray.errors import UserError
+from kto_ray.parts import write_part
 from kto_ray.people.address import database_owner, database_url
 from kto_ray.people.desk import Desk
 from kto_ray.people.labeler import HumanLabeler, people_figures
-from kto_ray.people.tables import items, open_database
+from kto_ray.people.tables import images, items, open_database
 from kto_ray.people.terms import Judged
 from kto_ray.records import PolicyRef, Sample, Score, Verdict
 from kto_ray.rounds import round_number
+from kto_ray.samples import Samples
 from kto_ray.storage import Storage
 from tests.factories import make_samples
 
@@ -55,7 +60,7 @@ class Bench:
             Score(sample.id, "shapes", "1", value, "no" if value is None else None)
             for sample, value in zip(samples, values or [0.5] * len(samples), strict=True)
         ]
-        await self.labeler.submit(samples)
+        await self.labeler.submit(Samples.of(samples))
         await self.labeler.scored(samples[0].stage, scores)
         await self.labeler.finish(samples[0].stage)
 
@@ -176,10 +181,10 @@ async def test_the_rest_is_judged_by_scorers(tmp_path: Path) -> None:
     near = {"human": {"route": {"kind": "near_threshold", "share": 0.5}}}
     bench, samples = Bench(tmp_path, near), make_samples("round-00000", 4)
     scores = [Score(s.id, "shapes", "1", v) for s, v in zip(samples, (0.9, 0.52, 0.1, 0.48), strict=True)]
-    await bench.labeler.submit(samples[:2])
+    await bench.labeler.submit(Samples.of(samples[:2]))
     await bench.labeler.scored("round-00000", scores[:2])
     assert await bench.offers() == []  # whether an image is near is known when all have scores
-    await bench.labeler.submit(samples[2:])
+    await bench.labeler.submit(Samples.of(samples[2:]))
     await bench.labeler.scored("round-00000", scores[2:])
     await bench.labeler.finish("round-00000")
     offered = await bench.offers()
@@ -192,12 +197,34 @@ async def test_the_rest_is_judged_by_scorers(tmp_path: Path) -> None:
     assert bench.labeler.memory()["fit"]
 
 
+@pytest.mark.parametrize("route", ["all", {"kind": "random", "share": 0.5}, {"kind": "near_threshold", "share": 0.5}])
+@pytest.mark.parametrize("stored", [False, True])
+async def test_people_see_the_image_that_they_are_asked_about(tmp_path: Path, route: Any, stored: bool) -> None:
+    """Whether its pixels are at hand or in storage, and whether the scores had to be waited for."""
+    bench, samples = Bench(tmp_path, {"human": {"route": route}}), make_samples("round-00000", 12)
+    folder, stage = bench.storage / "rounds/00000", "round-00000"
+    for start in (0, 4, 8):
+        batch = samples[start : start + 4]
+        await bench.labeler.submit(Samples(write_part(folder, batch), folder) if stored else Samples.of(batch))
+    values = [0.9, 0.52, 0.1, 0.48] * 3
+    await bench.labeler.scored(stage, [Score(s.id, "shapes", "1", v) for s, v in zip(samples, values, strict=True)])
+    await bench.labeler.finish(stage)
+    pixels = {sample.id: sample.pixels_HWC for sample in samples}
+    with bench.labeler.desk.engine.begin() as connection:
+        columns = select(items.c.sample_id, items.c.prompt, images.c.png).join(images)
+        asked = connection.execute(columns).all()
+    assert len(asked) == 12 if route == "all" else 0 < len(asked) < 12
+    for row in asked:
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row.png))), pixels[row.sample_id])
+        assert row.prompt == next(sample.prompt.text for sample in samples if sample.id == row.sample_id)
+
+
 async def test_a_round_of_which_nothing_goes_to_people_waits_for_nobody(tmp_path: Path) -> None:
     votes = {"shapes": {"threshold": 0.5}, "other": {"threshold": 0.5}}
     label = {"scorers": votes, "combine": "agreement", "human": {"route": "disagreement"}}
     bench, samples = Bench(tmp_path, label), make_samples("round-00000", 2)
     scores = [Score(s.id, name, "1", 1.0) for s in samples for name in votes]
-    await bench.labeler.submit(samples)
+    await bench.labeler.submit(Samples.of(samples))
     await bench.labeler.scored("round-00000", scores)
     await bench.labeler.finish("round-00000")
     assert await is_enough(bench)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import torch.multiprocessing
@@ -23,7 +24,7 @@ from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import load_family
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.objective import Health, ReferencePointName
-from kto_ray.train.batches import Batch, RoundData
+from kto_ray.train.batches import Batch, LatentsInMemory, RoundData
 from kto_ray.train.learner import Learner
 from tests.unit.test_noise import alphas_cumprod
 
@@ -78,10 +79,15 @@ def make_round(index: int = 0, samples: int = 16) -> RoundData:
     rng = np.random.default_rng(index)
     return RoundData(
         round_index=index,
-        latents_NCHW=rng.normal(size=(samples, 4, 8, 8)).astype(np.float32),
+        latents=LatentsInMemory(rng.normal(size=(samples, 4, 8, 8)).astype(np.float32)),
         prompts=[PROMPTS[i % len(PROMPTS)] for i in range(samples)],
         desirable_N=rng.random(samples) < 0.5,
     )
+
+
+def latents(data: RoundData) -> npt.NDArray[np.float32]:
+    assert isinstance(data.latents, LatentsInMemory)
+    return data.latents.latents_NCHW
 
 
 def batches_of(learner: Learner, data: RoundData) -> list[Batch]:
@@ -258,9 +264,9 @@ def test_mismatched_pairs_really_have_another_prompt(tiny_sd1_folder: Path, diff
     )
     data = make_round()
     prompts = [PROMPTS[1 + i % 3] if i < different else PROMPTS[0] for i in range(16)]
-    data = RoundData(0, data.latents_NCHW, prompts, np.ones(16, bool))  # one class, one pass: every sample once
+    data = RoundData(0, data.latents, prompts, np.ones(16, bool))  # one class, one pass: every sample once
     (batch,) = batches_of(learner, data)
-    distance_BN = torch.cdist(batch.clean_BCHW.flatten(1), torch.from_numpy(data.latents_NCHW).flatten(1))
+    distance_BN = torch.cdist(batch.clean_BCHW.flatten(1), torch.from_numpy(latents(data)).flatten(1))
     own = [prompts[int(index)] for index in distance_BN.argmin(1)]
     mismatched = prompts_of(learner, batch.mismatched_text_B)
     if len(set(prompts)) == 1:
@@ -325,9 +331,11 @@ def test_training_explains_the_desirable_better_than_the_undesirable(tiny_sd1_fo
     learner = make_learner(tiny_sd1_folder, kind, nudged=False, **settings)
     data = make_round()
     pattern = np.where(data.desirable_N, 1, -1)[:, None, None, None] * np.linspace(-2, 2, 8, dtype=np.float32)
-    data = RoundData(0, data.latents_NCHW * 0.1 + pattern.astype(np.float32), data.prompts, data.desirable_N)
+    data = RoundData(
+        0, LatentsInMemory(latents(data) * 0.1 + pattern.astype(np.float32)), data.prompts, data.desirable_N
+    )
     first, _ = learner.train_round(data)
-    figures, _ = learner.train_round(RoundData(1, data.latents_NCHW, data.prompts, data.desirable_N))
+    figures, _ = learner.train_round(RoundData(1, data.latents, data.prompts, data.desirable_N))
     assert figures["g_desirable"] > figures["g_undesirable"]
     assert figures["loss"] < first["loss"] < 0.5
 
@@ -335,7 +343,7 @@ def test_training_explains_the_desirable_better_than_the_undesirable(tiny_sd1_fo
 def test_a_round_without_verdicts_changes_nothing(tiny_sd1_folder: Path) -> None:
     learner = make_learner(tiny_sd1_folder)
     before = learner.policy.tensors()
-    nothing = RoundData(0, np.zeros((0, 4, 8, 8), np.float32), [], np.zeros(0, bool))
+    nothing = RoundData(0, LatentsInMemory(np.zeros((0, 4, 8, 8), np.float32)), [], np.zeros(0, bool))
     figures, draws = learner.train_round(nothing)
     assert (figures, draws.tolist()) == ({}, [])
     assert learner.policy.proves(before)

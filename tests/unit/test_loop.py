@@ -31,6 +31,8 @@ from kto_ray.prompts import round_requests
 from kto_ray.records import Prompt, Sample, Score, Verdict
 from kto_ray.rounds import Round
 from kto_ray.storage import Storage
+from tests.blocking import BlockingCall
+from tests.counting import Moved, counted
 from tests.factories import make_sample, make_score, make_verdict, ruined
 from tests.in_process import InProcess, Value
 
@@ -534,10 +536,11 @@ async def trained_to_the_end(
     """Makes and "trains" rounds until the loop has enough, and sums up."""
 
     async def train(index: int, round_: Round) -> None:
-        loop.policies.publish(index + 1, {"weight": torch.full((1,), float(index))}, {})
+        weights = {"weight": torch.full((1,), float(index))}
+        await asyncio.to_thread(loop.policies.publish, index + 1, weights, {})
         g = -0.05 if index == collapses_in else 0.01
         figures = {"seconds/train": 0.0, "objective/g_desirable": g, "objective/g_undesirable": g}
-        round_.record_training({}, {"figures": figures})
+        await asyncio.to_thread(round_.record_training, {}, {"figures": figures})
 
     monkeypatch.setattr(loop, "_train_round", train)
     making = asyncio.create_task(loop._make_rounds())
@@ -545,7 +548,8 @@ async def trained_to_the_end(
     making.cancel()
     await asyncio.gather(making, return_exceptions=True)
     await loop.retention.close()
-    return write_results(loop.config, loop.run_storage, loop.metrics, loop.rounds, loop.evaluation, loop.fresh, {})
+    what = loop.config, loop.run_storage, loop.metrics, loop.rounds, loop.evaluation, loop.fresh
+    return await asyncio.to_thread(write_results, *what, {})
 
 
 def stages_of(loop: _Loop, kind: str) -> list[int]:
@@ -679,6 +683,59 @@ async def test_a_round_does_not_wait_for_what_is_removed(make_loop: Make, monkey
     monkeypatch.setattr(loop.retention, "close", close)
     await trained_to_the_end(loop, monkeypatch)
     assert kept_policies(loop) == [0, 3, 4]
+
+
+async def test_the_loop_never_waits_for_storage_or_hashes(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch, calls_on_the_loop: list[BlockingCall]
+) -> None:
+    """Nor when it is continued, with a round that was left half made, and evaluations."""
+    more = {"rounds": 2, "evaluate": {"images_per_prompt": 2}, "keep_policies": 2, "keep_pixels": 0}
+    loop, _ = make_loop({}, more, shapes=three_then_all)
+    calls_on_the_loop.clear()  # those of its making, before anything runs
+    await trained_to_the_end(loop, monkeypatch)
+    round_ = loop.rounds.round(2)
+    requests = round_requests(loop.prompts, 0, round_.stage, 2, IMAGES)
+    await asyncio.to_thread(round_.add_samples, [make_sample(request) for request in requests[:3]])
+    loop, workers = make_loop({}, {**more, "rounds": 4}, shapes=three_then_all)
+    calls_on_the_loop.clear()
+    await trained_to_the_end(loop, monkeypatch)
+    assert calls_on_the_loop == []
+    assert not {request.id for request in requests[:3]} & set(workers.drawn)
+
+
+@pytest.mark.parametrize(("keep", "rounds", "evaluations"), [(0, [], [0, 4]), (2, [2, 3], [0, 4]), ("all", None, None)])
+async def test_pixels_that_nobody_needs_go(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch, keep: Any, rounds: list[int] | None, evaluations: list[int] | None
+) -> None:
+    more = {"rounds": 4, "keep_pixels": keep, "evaluate": {"every": 1, "images_per_prompt": 2}}
+    loop, _ = make_loop({}, more, shapes=three_then_all)
+    summary = await trained_to_the_end(loop, monkeypatch)
+    assert summary["ledger"]["balances"]
+
+    def kept(folder: Storage) -> list[int]:
+        return [int(name) for name in folder.names() if folder.names(f"{name}/pixels")]
+
+    assert kept(loop.rounds.storage) == (list(range(4)) if rounds is None else rounds)
+    assert kept(loop.run_storage / "evaluations") == (list(range(5)) if evaluations is None else evaluations)
+    for round_ in loop.rounds.rounds():
+        round_.verify()
+        assert len(round_.latents_of(round_.records())) == IMAGES
+
+
+async def test_what_a_continued_run_reads_does_not_grow_with_its_images(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rounds that are walked past nothing is read, of others no pixels."""
+    read: dict[int, Moved] = {}
+    for before in (2, 6):
+        loop, _ = make_loop({}, {"rounds": before, "evaluate": {"images_per_prompt": 2}}, shapes=three_then_all)
+        await trained_to_the_end(loop, monkeypatch)
+        more = {"rounds": before + 1, "evaluate": {"images_per_prompt": 2}}
+        loop, _ = make_loop({}, more, shapes=three_then_all)
+        with counted() as read[before], monkeypatch.context() as patch:
+            patch.setattr("tests.unit.test_loop.write_results", lambda *_: {})  # at the end all rounds are added up
+            await trained_to_the_end(loop, monkeypatch)
+    assert read[6].files_read == read[2].files_read
 
 
 # -- figures and decisions --------------------------------------------------------------------------------------------

@@ -45,16 +45,16 @@ def test_importing_is_cheap() -> None:
 
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "identity", "images", "objective", "records", "stage", "stopwatch"),
+    ("errors", "identity", "images", "objective", "pictures", "records", "stage", "stopwatch"),
     ("concurrency", "lost", "plugins", "secrets", "shapes", "stalls", "storage", "text"),
     ("section",),
-    ("lease", "naming", "outbox", "prompt_files", "verdicts"),
+    ("lease", "naming", "outbox", "parts", "prompt_files", "verdicts"),
     ("config",),
-    ("cluster", "serving", "policies", "rounds", "prompts", "tracking", "diffusion"),
-    ("caretaker", "generate", "retention", "score", "train"),
+    ("cluster", "serving", "policies", "rounds", "samples", "prompts", "tracking", "diffusion"),
+    ("caretaker", "generate", "score", "train"),
     ("holdings", "label"),
     ("people", "evaluate", "relabel"),
-    ("labelers", "making", "telling"),
+    ("labelers", "making", "retention", "telling"),
     ("check", "preflight", "rewind"),
     ("cli_runs", "loop"),
     ("cli",),

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.spatial.distance import pdist
 from scipy.stats import entropy
 
-from kto_ray.evaluate.pictures import picture_figures
+from kto_ray.pictures import picture_figures
 
 Pixels = npt.NDArray[np.uint8]
 SIZES = [(8, 8), (16, 24), (9, 8), (13, 21), (15, 100)]

@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -13,14 +15,21 @@ from kto_ray.config import Adapter, RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.families import load_family
 from kto_ray.diffusion.policy import make_policy
-from kto_ray.generate import replica
+from kto_ray.diffusion.sampling import draw as sampled
+from kto_ray.errors import UserError
+from kto_ray.generate import replica, storing
+from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.replica import Generator
+from kto_ray.parts import Kind as Arrays
+from kto_ray.parts import read_arrays, read_records, write_part
+from kto_ray.pictures import look
 from kto_ray.policies import DigestError, PolicyStore
-from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest
+from kto_ray.records import PolicyRef, Prompt, Sample, SampleRecord, SampleRequest
 from kto_ray.storage import Storage
 from tests.pipelines import write_pipeline
 
 Kind = Literal["lora", "full"]
+ARRAYS: tuple[Arrays, Arrays] = ("latents", "pixels")
 REQUESTS = [
     SampleRequest.make(0, "round-00000", Prompt(f"p{i}", text), i)
     for i, text in enumerate(["a red circle on black", "a blue square", "a blue square"])
@@ -59,8 +68,36 @@ def publish(run: Storage, folder: Path, kind: Kind, versions: int) -> list[Polic
     return policies
 
 
-def draw(generator: Generator, policy: PolicyRef, requests: list[SampleRequest] = REQUESTS) -> list[Sample]:
-    return asyncio.run(generator.draw(requests, policy)).samples
+@pytest.fixture(autouse=True)
+def shelf(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.uint8]]:
+    """Pixels that were put into Ray's object store; a reference is a place here."""
+    put: list[npt.NDArray[np.uint8]] = []
+
+    def put_pixels(samples: Sequence[Sample]) -> int | None:
+        if samples:
+            put.append(np.stack([sample.pixels_HWC for sample in samples]))
+        return len(put) - 1 if samples else None
+
+    monkeypatch.setattr(storing, "put_pixels", put_pixels)
+    return put
+
+
+def folder_of(policy: PolicyRef) -> str:
+    """One policy draws a round."""
+    return f"rounds/{policy.version:05}"
+
+
+def samples_of(drawn: Drawn, run: Storage, policy: PolicyRef) -> list[Sample]:
+    """All images of an answer, as they are stored."""
+    folder = run / folder_of(policy)
+    arrays = zip(*(read_arrays(folder, kind, drawn.records) for kind in ARRAYS), strict=True)
+    return [Sample.of(record, *both) for record, both in zip(drawn.records, arrays, strict=True)]
+
+
+def draw(
+    run: Storage, generator: Generator, policy: PolicyRef, requests: list[SampleRequest] = REQUESTS
+) -> list[Sample]:
+    return samples_of(asyncio.run(generator.draw(requests, policy, folder_of(policy))), run, policy)
 
 
 def same_images(ours: list[Sample], theirs: list[Sample]) -> bool:
@@ -77,7 +114,7 @@ def test_samples_carry_what_was_asked_and_who_made_them(tiny_folder: Path, run: 
     policies = publish(run, tiny_folder, kind, versions=1)
     generator = Generator(make_config(tiny_folder, kind), run)
     for policy in policies:
-        samples = draw(generator, policy)
+        samples = draw(run, generator, policy)
         assert [(s.id, s.stage, s.prompt, s.index, s.seed) for s in samples] == [
             (r.id, r.stage, r.prompt, r.index, r.seed) for r in REQUESTS
         ]
@@ -89,9 +126,9 @@ def test_another_version_draws_other_images_and_the_first_comes_back(
 ) -> None:
     policies = publish(run, tiny_folder, kind, versions=2)
     generator = Generator(make_config(tiny_folder, kind), run)
-    images = {policy: draw(generator, policy) for policy in policies}
+    images = {policy: draw(run, generator, policy) for policy in policies}
     for policy in (policies[1], policies[0], policies[2], policies[1]):
-        again = draw(generator, policy)
+        again = draw(run, generator, policy)
         for other, theirs in images.items():
             assert same_images(again, theirs) == (other == policy)
 
@@ -99,24 +136,25 @@ def test_another_version_draws_other_images_and_the_first_comes_back(
 def test_a_fresh_replica_draws_the_same_images(tiny_sd1_folder: Path, run: Storage, kind: Kind) -> None:
     _, policy = publish(run, tiny_sd1_folder, kind, versions=1)
     config = make_config(tiny_sd1_folder, kind)
-    assert same_images(draw(Generator(config, run), policy), draw(Generator(config, run), policy))
+    assert same_images(draw(run, Generator(config, run), policy), draw(run, Generator(config, run), policy))
 
 
 def test_the_adapter_kind_does_not_touch_the_base(tiny_sd1_folder: Path, run: Storage) -> None:
     (base,) = publish(run, tiny_sd1_folder, "lora", versions=0)
     lora, full = (Generator(make_config(tiny_sd1_folder, kind), run) for kind in ("lora", "full"))
-    assert same_images(draw(lora, base), draw(full, base))
+    assert same_images(draw(run, lora, base), draw(run, full, base))
 
 
 def test_requests_for_two_versions_at_once_do_not_mix(tiny_sd1_folder: Path, run: Storage) -> None:
     policies = publish(run, tiny_sd1_folder, "lora", versions=1)
     generator = Generator(make_config(tiny_sd1_folder), run)
-    expected = [draw(generator, policy) for policy in policies]
+    expected = [draw(run, generator, policy) for policy in policies]
 
     async def both() -> list[list[Sample]]:
         order = [0, 1, 0, 1]
-        answers = await asyncio.gather(*(generator.draw(REQUESTS, policies[i]) for i in order))
-        return [answer.samples for answer in answers]
+        asked = (generator.draw(REQUESTS, policies[i], folder_of(policies[i])) for i in order)
+        answers = await asyncio.gather(*asked)
+        return [samples_of(drawn, run, policies[i]) for drawn, i in zip(answers, order, strict=True)]
 
     for samples, i in zip(asyncio.run(both()), [0, 1, 0, 1], strict=True):
         assert same_images(samples, expected[i])
@@ -127,7 +165,7 @@ def test_drawing_leaves_the_event_loop_free(tiny_sd1_folder: Path, run: Storage)
     generator = Generator(make_config(tiny_sd1_folder), run)
     threads: list[threading.Thread] = []
     generator.policy.module.register_forward_hook(lambda *_: threads.append(threading.current_thread()))
-    draw(generator, base)
+    draw(run, generator, base)
     assert threads
     assert threading.main_thread() not in threads
 
@@ -138,7 +176,6 @@ async def test_a_cancelled_draw_leaves_the_pipeline_before_another_enters_it(
     base, first = publish(run, tiny_sd1_folder, "lora", versions=1)
     generator = Generator(make_config(tiny_sd1_folder), run)
     entered, leave, inside, seen = threading.Event(), threading.Event(), 0, []
-    sampled = replica.draw
 
     def watched(*arguments: Any) -> Any:
         nonlocal inside
@@ -152,15 +189,15 @@ async def test_a_cancelled_draw_leaves_the_pipeline_before_another_enters_it(
         return answer
 
     monkeypatch.setattr(replica, "draw", watched)
-    given_up = asyncio.create_task(generator.draw(REQUESTS, first))
+    given_up = asyncio.create_task(generator.draw(REQUESTS, first, folder_of(first)))
     await asyncio.to_thread(entered.wait)
     given_up.cancel()
     with pytest.raises(asyncio.CancelledError):
         await given_up
-    after = asyncio.create_task(generator.draw(REQUESTS, base))
+    after = asyncio.create_task(generator.draw(REQUESTS, base, folder_of(base)))
     await asyncio.sleep(0.5)  # if it could enter, it would by now
     leave.set()
-    assert {sample.policy for sample in (await after).samples} == {base}
+    assert {sample.policy for sample in (await after).records} == {base}
     assert seen == [(1, first, first), (1, base, base)]
 
 
@@ -170,7 +207,6 @@ async def test_a_cancelled_draw_that_has_not_begun_never_does(
     (base,) = publish(run, tiny_sd1_folder, "lora", versions=0)
     generator = Generator(make_config(tiny_sd1_folder), run)
     entered, leave, drawn = threading.Event(), threading.Event(), []
-    sampled = replica.draw
 
     def watched(family: Any, prompts: list[str], *arguments: Any) -> Any:
         entered.set()
@@ -179,14 +215,14 @@ async def test_a_cancelled_draw_that_has_not_begun_never_does(
         return sampled(family, prompts, *arguments)
 
     monkeypatch.setattr(replica, "draw", watched)
-    first = asyncio.create_task(generator.draw(REQUESTS[:1], base))
+    first = asyncio.create_task(generator.draw(REQUESTS[:1], base, folder_of(base)))
     await asyncio.to_thread(entered.wait)
-    queued = asyncio.create_task(generator.draw(REQUESTS[1:2], base))
+    queued = asyncio.create_task(generator.draw(REQUESTS[1:2], base, folder_of(base)))
     await asyncio.sleep(0)
     queued.cancel()
     with pytest.raises(asyncio.CancelledError):
         await queued
-    last = asyncio.create_task(generator.draw(REQUESTS[2:], base))
+    last = asyncio.create_task(generator.draw(REQUESTS[2:], base, folder_of(base)))
     leave.set()
     await asyncio.gather(first, last)
     assert drawn == [[REQUESTS[0].prompt.text], [REQUESTS[2].prompt.text]]
@@ -202,13 +238,13 @@ def tamper(run: Storage, version: int) -> None:
 def test_a_policy_file_with_one_flipped_bit_makes_no_samples(tiny_sd1_folder: Path, run: Storage, kind: Kind) -> None:
     base, first, second = publish(run, tiny_sd1_folder, kind, versions=2)
     generator = Generator(make_config(tiny_sd1_folder, kind), run)
-    expected = draw(generator, first)
+    expected = draw(run, generator, first)
     tamper(run, 2)
     for _ in range(2):  # asking again does not help
         with pytest.raises(DigestError, match=r"policy 2 .* has digest"):
-            draw(generator, second)
-    assert same_images(draw(generator, first), expected)
-    assert draw(generator, base)
+            draw(run, generator, second)
+    assert same_images(draw(run, generator, first), expected)
+    assert draw(run, generator, base)
 
 
 def test_another_digest_than_the_published_one_makes_no_samples(tiny_sd1_folder: Path, run: Storage) -> None:
@@ -216,7 +252,7 @@ def test_another_digest_than_the_published_one_makes_no_samples(tiny_sd1_folder:
     generator = Generator(make_config(tiny_sd1_folder), run)
     for wrong in (PolicyRef(1, base.digest), PolicyRef(0, first.digest)):
         with pytest.raises(DigestError):
-            draw(generator, wrong)
+            draw(run, generator, wrong)
 
 
 def test_weights_that_do_not_take_effect_make_no_samples(
@@ -224,14 +260,14 @@ def test_weights_that_do_not_take_effect_make_no_samples(
 ) -> None:
     _, first, second = publish(run, tiny_sd1_folder, kind, versions=2)
     generator = Generator(make_config(tiny_sd1_folder, kind), run)
-    expected = draw(generator, first)
+    expected = draw(run, generator, first)
     load = generator.policy.load
     with monkeypatch.context() as patched:
         patched.setattr(generator.policy, "load", lambda tensors: load({n: tensors[n] / 2 for n in tensors}))
         with pytest.raises(DigestError, match="does not hold its weights"):
-            draw(generator, second)
+            draw(run, generator, second)
     # Nor does what the failure left in the model pass for the version before.
-    assert same_images(draw(generator, first), expected)
+    assert same_images(draw(run, generator, first), expected)
 
 
 def test_another_base_model_makes_no_samples(tiny_sd1_folder: Path, tmp_path: Path, run: Storage) -> None:
@@ -239,16 +275,19 @@ def test_another_base_model_makes_no_samples(tiny_sd1_folder: Path, tmp_path: Pa
     generator = Generator(make_config(write_pipeline(tmp_path / "other", seed=1)), run)
     for policy in policies:
         with pytest.raises(DigestError, match="every node must load the same weights"):
-            draw(generator, policy)
+            draw(run, generator, policy)
 
 
 def test_unknown_versions_are_not_found(tiny_sd1_folder: Path, run: Storage) -> None:
     publish(run, tiny_sd1_folder, "lora", versions=0)
     with pytest.raises(FileNotFoundError):
-        draw(Generator(make_config(tiny_sd1_folder), run), PolicyRef(7, "0" * 64))
+        draw(run, Generator(make_config(tiny_sd1_folder), run), PolicyRef(7, "0" * 64))
 
 
-def test_an_image_that_overflows_is_a_sample_with_an_error(tiny_sd1_folder: Path, run: Storage) -> None:
+async def test_an_image_that_overflows_is_a_sample_with_an_error_that_is_not_stored_here(
+    tiny_sd1_folder: Path, run: Storage, shelf: list[npt.NDArray[np.uint8]]
+) -> None:
+    """How many may be is for whoever asked to say."""
     (base,) = publish(run, tiny_sd1_folder, "lora", versions=0)
     generator = Generator(make_config(tiny_sd1_folder), run)
 
@@ -256,6 +295,75 @@ def test_an_image_that_overflows_is_a_sample_with_an_error(tiny_sd1_folder: Path
         outputs[0][1, 0, 0, 0] = torch.inf
 
     with generator.policy.module.register_forward_hook(overflow):
-        samples = draw(generator, base)
-    assert [sample.error for sample in samples] == [None, "its latents or pixels, in float32, are not finite", None]
-    assert not samples[1].pixels_HWC.any()
+        drawn = await generator.draw(REQUESTS, base, "rounds/00000")
+    (failed,) = drawn.failed
+    assert (failed.id, failed.policy) == (REQUESTS[1].id, base)
+    assert failed.error == "its latents or pixels, in float32, are not finite"
+    assert not failed.pixels_HWC.any()
+    assert [record.id for record in drawn.records] == [REQUESTS[0].id, REQUESTS[2].id]
+    assert [record.error for record in drawn.records] == [None, None]
+    assert {record.id for record in read_records(run / "rounds/00000")} == {record.id for record in drawn.records}
+    assert len(shelf[drawn.pixels]) == 2
+
+    def overflow_all(_module: Any, _inputs: Any, outputs: Any) -> None:
+        outputs[0][:, 0, 0, 0] = torch.inf
+
+    with generator.policy.module.register_forward_hook(overflow_all):
+        drawn = await generator.draw(REQUESTS, base, "rounds/00001")
+    assert (drawn.records, drawn.pixels, len(drawn.failed)) == ([], None, 3)
+    assert read_records(run / "rounds/00001") == []
+
+
+async def test_images_are_stored_where_they_were_asked_for_before_the_answer(
+    tiny_sd1_folder: Path, run: Storage, shelf: list[npt.NDArray[np.uint8]]
+) -> None:
+    (base,) = publish(run, tiny_sd1_folder, "lora", versions=0)
+    drawn = await Generator(make_config(tiny_sd1_folder), run).draw(REQUESTS, base, "evaluations/00000")
+    found = {record.id: record for record in read_records(run / "evaluations/00000")}
+    assert [found[request.id] for request in REQUESTS] == drawn.records
+    pixels_BHWC = read_arrays(run / "evaluations/00000", "pixels", drawn.records)
+    np.testing.assert_array_equal(shelf[drawn.pixels], pixels_BHWC)
+    assert [record.look for record in drawn.records] == [look(pixels_HWC) for pixels_HWC in pixels_BHWC]
+
+
+async def test_the_next_batch_is_drawn_while_one_is_stored(
+    tiny_sd1_folder: Path, run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (base,) = publish(run, tiny_sd1_folder, "lora", versions=0)
+    generator, batches = Generator(make_config(tiny_sd1_folder), run), []
+    stored, drawn_twice = threading.Event(), threading.Event()
+
+    def slow(folder: Storage, samples: Sequence[Sample]) -> list[SampleRecord]:
+        assert stored.wait(60)
+        return write_part(folder, samples)
+
+    def watched(*arguments: Any) -> Any:
+        answer = sampled(*arguments)
+        batches.append(answer)
+        if len(batches) == 2:
+            drawn_twice.set()
+        return answer
+
+    monkeypatch.setattr(storing, "write_part", slow)
+    monkeypatch.setattr(replica, "draw", watched)
+    asked = [asyncio.create_task(generator.draw([request], base, "rounds/00000")) for request in REQUESTS[:2]]
+    assert await asyncio.to_thread(drawn_twice.wait, 60)
+    assert not any(task.done() for task in asked)
+    stored.set()
+    assert [(await task).records[0].id for task in asked] == [request.id for request in REQUESTS[:2]]
+
+
+async def test_what_cannot_be_stored_is_an_error(
+    tiny_sd1_folder: Path, run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (base,) = publish(run, tiny_sd1_folder, "lora", versions=0)
+    generator = Generator(make_config(tiny_sd1_folder), run)
+
+    def full(*_: Any) -> None:
+        raise UserError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", full)
+        with pytest.raises(UserError, match="no room"):
+            await generator.draw(REQUESTS, base, "rounds/00000")
+    assert len((await generator.draw(REQUESTS, base, "rounds/00000")).records) == 3

@@ -2,17 +2,21 @@
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kto_ray.errors import UserError
+from kto_ray.parts import write_part
 from kto_ray.records import PolicyRef, Sample, Score, Verdict
 from kto_ray.rounds import Ledger, Round, RoundStore, by_sample
 from kto_ray.storage import Storage
+from tests.counting import counted
 from tests.factories import make_requests, make_sample, make_samples, make_score, make_verdict, same_sample
 
 
@@ -205,7 +209,10 @@ def test_the_manifest_is_the_seal(run: Storage) -> None:
     assert round_.sealed
     assert again.sealed
     assert (again.manifest["stage"], again.manifest["desirable"]) == ("round-00000", 3)
-    assert sorted(again.manifest["files"]) == sorted(parts(run))
+    assert sorted(again.manifest["files"]) == ["samples.parquet", "scores.parquet", "verdicts.parquet"]
+    (part,) = again.manifest["parts"]
+    again.tidy()
+    assert parts(run) == [f"samples/{part}.parquet"]  # scores and verdicts lie in one file each
     assert {s.id for s in samples} == again.sample_ids
 
 
@@ -241,21 +248,126 @@ def test_verify_accepts_what_was_sealed(run: Storage) -> None:
 
 
 @pytest.mark.parametrize("kind", ["samples", "scores", "verdicts"])
-def test_verify_names_a_changed_file(run: Storage, kind: str) -> None:
+def test_verify_names_a_changed_table(run: Storage, kind: str) -> None:
     round_, _ = sealed_round(run)
-    (name,) = round_.storage.names(kind)
-    data = bytearray(round_.storage.read(f"{kind}/{name}"))
+    data = bytearray(round_.storage.read(f"{kind}.parquet"))
     data[len(data) // 2] ^= 1
-    round_.storage.write(f"{kind}/{name}", bytes(data))
-    with pytest.raises(ValueError, match=rf"{kind}/{name} has changed"):
+    round_.storage.write(f"{kind}.parquet", bytes(data))
+    with pytest.raises(ValueError, match=rf"{kind}\.parquet has changed"):
         round_.verify()
 
 
-def test_verify_finds_a_file_that_came_later_or_is_gone(run: Storage) -> None:
+@pytest.mark.parametrize("kind", ["samples", "pixels"])
+def test_every_changed_byte_of_an_array_is_found_by_whoever_reads_it(run: Storage, kind: str) -> None:
+    round_, samples = sealed_round(run)
+    (part,) = round_.manifest["parts"]
+    read = round_.latents_of if kind == "samples" else round_.pixels_of
+    whole, records = round_.storage.read(f"{kind}/{part}.parquet"), round_.records()
+    array = samples[1].latents_CHW if kind == "samples" else samples[1].pixels_HWC
+    if (at := whole.find(array.tobytes())) < 0:  # compressed
+        at = len(whole) // 3
+    round_.storage.write(f"{kind}/{part}.parquet", whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for check in (round_.verify, lambda: read(records)):
+        with pytest.raises(ValueError, match="changed since"):
+            check()
+    for broken in (b"", whole[: len(whole) // 2]):
+        round_.storage.write(f"{kind}/{part}.parquet", broken)
+        with pytest.raises(ValueError, match="changed since"):
+            read(records)
+
+
+@pytest.mark.parametrize("kind", ["samples", "pixels"])
+def test_verify_finds_a_part_that_is_gone(run: Storage, kind: str) -> None:
     round_, _ = sealed_round(run)
-    round_.storage.write("samples/ffff.parquet", b"")
-    with pytest.raises(ValueError, match=r"samples/ffff.parquet was added or removed"):
+    (part,) = round_.manifest["parts"]
+    round_.storage.delete(f"{kind}/{part}.parquet")
+    with pytest.raises(ValueError, match=f"{part} was removed"):
         round_.verify()
+
+
+def test_what_a_crash_left_twice_is_one_sample(run: Storage) -> None:
+    """A replica wrote a batch, its answer was lost, and the images were drawn again in other company."""
+    samples = make_samples("round-00000", 5)
+    round_ = RoundStore(run).round(0)
+    write_part(round_.storage, samples[:3])
+    write_part(round_.storage, samples[1:])
+    assert [sample.id for sample in RoundStore(run).round(0).samples()] == [sample.id for sample in samples]
+    again = RoundStore(run).round(0)
+    judge(again, samples)
+    again.seal()
+    again.verify()
+
+
+def test_a_part_without_its_samples_is_no_part(run: Storage) -> None:
+    """The replica was killed between its two files."""
+    samples = make_samples("round-00000", 4)
+    round_ = RoundStore(run).round(0)
+    (record, *_) = write_part(round_.storage, samples[:2])
+    assert record.place
+    round_.storage.delete(f"samples/{record.place.part}.parquet")
+    write_part(round_.storage, samples[2:])
+    assert RoundStore(run).round(0).sample_ids == {sample.id for sample in samples[2:]}
+
+
+def test_a_crash_between_the_tables_and_the_manifest_leaves_an_open_round(
+    run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = make_samples("round-00000", 3)
+    round_ = RoundStore(run).round(0)
+    round_.add_samples(samples)
+    judge(round_, samples)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write_json", die)
+        with pytest.raises(KeyboardInterrupt):
+            round_.seal()
+    resumed = RoundStore(run).round(0)
+    assert not resumed.sealed
+    assert (len(resumed.samples()), len(resumed.scores()), len(resumed.verdicts())) == (3, 3, 3)
+    resumed.seal(desirable=3)
+    assert RoundStore(run).round(0).manifest["desirable"] == 3
+    RoundStore(run).round(0).verify()
+
+
+def test_pixels_that_are_not_kept_are_missed_by_name(run: Storage) -> None:
+    round_, samples = sealed_round(run)
+    round_.drop_pixels()
+    round_.drop_pixels()
+    again = RoundStore(run).round(0)
+    again.verify()
+    assert round_.storage.names("pixels") == []
+    np.testing.assert_array_equal(again.latents_of(again.records()), np.stack([s.latents_CHW for s in samples]))
+    with pytest.raises(UserError, match="keep_pixels"):
+        again.pixels_of(again.records())
+
+
+def test_a_round_of_a_newer_version_is_refused(run: Storage) -> None:
+    round_, _ = sealed_round(run)
+    round_.storage.write_json("manifest.json", round_.manifest | {"format": 3})
+    with pytest.raises(UserError, match="newer version of kto-ray: its format is 3, this version reads up to 2"):
+        _ = RoundStore(run).round(0).sealed
+
+
+def test_latents_are_read_without_pixels_and_a_row_without_its_part(run: Storage) -> None:
+    """By the bytes that are asked of storage."""
+    rng = np.random.default_rng(0)
+    samples = [
+        replace(sample, latents_CHW=rng.normal(size=(4, 64, 64)).astype(np.float32))
+        for sample in make_samples("round-00000", 16)
+    ]
+    round_ = RoundStore(run).round(0)
+    round_.add_samples(samples)
+    (part,) = {record.place.part for record in round_.records() if record.place}
+    round_.storage.delete(f"pixels/{part}.parquet")
+    records = RoundStore(run).round(0).records()
+    with counted() as moved:
+        found_BCHW = round_.latents_of([records[11], records[2]])
+    np.testing.assert_array_equal(found_BCHW, np.stack([samples[11].latents_CHW, samples[2].latents_CHW]))
+    assert moved.read < 1.3 * found_BCHW.nbytes + 2**16  # the file's footer
+    assert found_BCHW.nbytes < 0.2 * sum(sample.latents_CHW.nbytes for sample in samples)
 
 
 # -- what is trained on -----------------------------------------------------------------------------------------------

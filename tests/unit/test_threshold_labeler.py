@@ -22,6 +22,7 @@ from kto_ray.labelers import LABELERS, make_labeler
 from kto_ray.people.labeler import HumanLabeler
 from kto_ray.plugins import load_plugin
 from kto_ray.records import Prompt, Sample, Score, Verdict
+from kto_ray.samples import Samples
 from kto_ray.score.scorers import SCORERS, load_scorer
 from kto_ray.storage import Storage
 from kto_ray.verdicts.thresholds import Absolute, Agreement, Majority, PromptQuantile, RoundQuantile, RunningMean
@@ -47,7 +48,7 @@ async def judged(
     scores = scores_of(samples, values)
     for scorer, more in others.items():
         scores += scores_of(samples, more, scorer)
-    await labeler.submit(samples)
+    await labeler.submit(Samples.of(samples))
     await labeler.scored(stage, scores)
     await labeler.finish(stage)
     verdicts = await asyncio.wait_for(labeler.collect(), 5)
@@ -70,9 +71,9 @@ async def started(config: Labeling, memory: Mapping[str, Any] | None = None) -> 
 
 async def test_every_sample_is_judged_once_the_round_is_complete() -> None:
     labeler, samples = await started(ABSOLUTE), make_samples("round-00000", 4)
-    await labeler.submit(samples[:1])
+    await labeler.submit(Samples.of(samples[:1]))
     await labeler.scored("round-00000", scores_of(samples[:1], [0.9]))
-    await labeler.submit(samples[1:])
+    await labeler.submit(Samples.of(samples[1:]))
     await labeler.scored("round-00000", scores_of(samples[1:], [0.1, None, 0.5]))
     waiting = asyncio.create_task(labeler.collect())
     await asyncio.sleep(0)
@@ -87,7 +88,7 @@ async def test_every_sample_is_judged_once_the_round_is_complete() -> None:
 async def test_submitting_twice_judges_once() -> None:
     labeler, samples = await started(ABSOLUTE), make_samples("round-00000", 3)
     for _ in range(2):
-        await labeler.submit(samples)
+        await labeler.submit(Samples.of(samples))
         await labeler.scored("round-00000", scores_of(samples, [0.9, 0.1, 0.5]))
     await labeler.finish("round-00000")
     assert labels(await labeler.collect()) == ["desirable", "undesirable", "desirable"]
@@ -106,8 +107,8 @@ async def test_cancelling_collect_loses_no_verdict() -> None:
 async def test_rounds_do_not_mix() -> None:
     labeler = await started(Labeling(threshold=RoundQuantile()))
     early, late = make_samples("round-00000", 2), make_samples("round-00001", 2)
-    await labeler.submit(late)
-    await labeler.submit(early)
+    await labeler.submit(Samples.of(late))
+    await labeler.submit(Samples.of(early))
     await labeler.scored("round-00001", scores_of(late, [100, 200]))
     await labeler.scored("round-00000", scores_of(early, [1, 2]))
     await labeler.finish("round-00000")
@@ -143,7 +144,7 @@ async def test_the_order_of_arrival_does_not_matter(seed: int) -> None:
         for start in range(0, 12, several):
             batch = [pairs[place] for place in order[start : start + several]]
             columns = [[pair[column] for pair in batch] for column in ((2, 1) if swap else (1, 2))]
-            await labeler.submit([pair[0] for pair in batch])
+            await labeler.submit(Samples.of([pair[0] for pair in batch]))
             await labeler.scored("round-00000", cast(list[Score], columns[0] + columns[1]))
         await labeler.finish("round-00000")
         return await labeler.collect(), labeler.figures("round-00000"), labeler.memory()
@@ -165,7 +166,7 @@ async def test_a_failed_verdict_says_whose_score_is_missing_and_why() -> None:
 
 async def test_a_sample_that_was_not_scored_has_failed() -> None:
     labeler, samples = await started(ENSEMBLE), make_samples("round-00000", 2)
-    await labeler.submit(samples)
+    await labeler.submit(Samples.of(samples))
     await labeler.scored("round-00000", scores_of(samples, [1, 2]))
     await labeler.finish("round-00000")
     verdicts = await labeler.collect()

@@ -44,7 +44,6 @@ def try_scorer(name: str) -> None:
     """Runs inside the environment: print score, seconds and versions as JSON. Raises whatever goes wrong."""
     import numpy as np
 
-    from kto_ray.images import to_png
     from kto_ray.score.actor import ScorerActor
     from kto_ray.score.scorers import SCORERS
 
@@ -53,7 +52,9 @@ def try_scorer(name: str) -> None:
     picture_BHWC = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         actor = ScorerActor(name, module.random_checkpoint(Path(folder)))
-        [(score, error)] = actor.score_png(to_png(picture_BHWC), [("check", "a red circle on black", {})])
+        [(score, error)] = actor.score_plain(
+            (picture_BHWC.tobytes(), picture_BHWC.shape), [("check", "a red circle on black", {})]
+        )
     if error is not None:
         raise RuntimeError(error)
     versions = {package: metadata.version(package) for package in ("ray", "torch", "torchvision", "numpy")}
