@@ -5,13 +5,17 @@ ratio is taken within its repeat; what is reported is the median over the repeat
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import rich.table
 import torch
@@ -103,10 +107,25 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run_alone(benchmark: Callable[[bool], Table], description: str | None) -> None:
+def in_a_process(benchmark: str, **arguments: object) -> dict[str, Any]:
+    """What `<benchmark> --one '<arguments as JSON>'` prints last, as JSON, in a process that finds the tests' helpers.
+
+    Ray Serve, for one, leaves threads behind that trouble a second Ray in the same process.
+    """
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, benchmark, "--one", json.dumps(arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def run_alone(benchmark: Callable[[bool], Table | list[Table]], description: str | None) -> None:
     """The main function of a single benchmark: measure and print."""
     quick: bool = arguments(description).parse_args().quick
     become_like_a_worker()
     console = Console()
     console.print(machine(), highlight=False)
-    console.print(benchmark(quick).rich())
+    tables = benchmark(quick)
+    for table in [tables] if isinstance(tables, Table) else tables:
+        console.print(table.rich())

@@ -11,8 +11,10 @@ import kto_step
 import labeling
 import operator_page
 import rounds
+import scale
 import scorers
-from measuring import arguments, become_like_a_worker, machine
+import storage
+from measuring import Table, arguments, become_like_a_worker, machine
 from rich.console import Console
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -29,10 +31,11 @@ def main() -> None:
     console.print(machine(), highlight=False)
     quick = "A quick run, too short for conclusions: " if args.quick else ""
     sections = [f"{quick}{machine()}."]
-    for benchmark in (kto_step.measure, rounds.measure, scorers.measure, labeling.measure, operator_page.measure):
-        table = benchmark(args.quick)
-        console.print(table.rich())
-        sections.append(table.markdown())
+    for benchmark in (kto_step, rounds, storage, scale, scorers, labeling, operator_page):
+        tables = benchmark.measure(args.quick)
+        for table in [tables] if isinstance(tables, Table) else tables:
+            console.print(table.rich())
+            sections.append(table.markdown())
     args.out.write_text(between_markers(args.out.read_text(), "\n\n".join(sections)))
     console.print(f"wrote {args.out}", highlight=False)
 
