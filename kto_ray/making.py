@@ -147,8 +147,8 @@ class Making:
 
     async def _add_verdicts(self, round_: Round, verdicts: Sequence[Verdict]) -> None:
         if new := round_.new_verdicts(verdicts):
+            round_.know_verdicts(new)  # first: they are given once, and the wait for the rest may end at any moment
             await asyncio.to_thread(round_.store_verdicts, new)
-            round_.know_verdicts(new)
 
     async def _score(self, round_: Round, samples: Samples, store: Gathering[Score, Score]) -> None:
         """Score samples (again only what a crash left unscored), store the scores, and hand them to the labeler."""

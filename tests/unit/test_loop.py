@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from kto_ray import loop, stalls
+from kto_ray import loop, making, stalls
 from kto_ray.config import Labeling, RunConfig, load
 from kto_ray.errors import UserError
 from kto_ray.evaluate.summary import write_results
@@ -683,6 +683,32 @@ async def test_a_round_does_not_wait_for_what_is_removed(make_loop: Make, monkey
     monkeypatch.setattr(loop.retention, "close", close)
     await trained_to_the_end(loop, monkeypatch)
     assert kept_policies(loop) == [0, 3, 4]
+
+
+async def test_a_verdict_that_is_being_stored_when_the_round_has_enough_is_not_lost(
+    make_loop: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, _ = make_loop({}, shapes=half)
+    labeler = loop.making.labeler = Patient(enough=2)
+    has_enough, store = threading.Event(), Round.store_verdicts
+    cancel = making.cancelled
+
+    async def cancel_and_note(tasks: Any) -> None:
+        await cancel(tasks)
+        has_enough.set()
+
+    def slow(self: Round, new: Sequence[Verdict]) -> None:
+        assert has_enough.wait(60)
+        store(self, new)
+
+    monkeypatch.setattr(making, "cancelled", cancel_and_note)
+    monkeypatch.setattr(Round, "store_verdicts", slow)
+    task = asyncio.create_task(make_round(loop))
+    while len(labeler.given) < IMAGES:
+        await asyncio.sleep(0.01)
+    labeler.answer(sorted(labeler.given)[:2])
+    round_ = await task
+    assert [verdict.sample_id for verdict in round_.verdicts()][-2:] == sorted(labeler.given)[:2]
 
 
 async def test_the_loop_never_waits_for_storage_or_hashes(
