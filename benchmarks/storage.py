@@ -72,7 +72,8 @@ def measure(quick: bool) -> list[Table]:
                 (row["where"], str(row["rounds"]), f"{row['seconds']:.2f}", f"{row['mb']:.1f}", str(row["files"]))
                 for row in resumed
             ],
-            "Rounds of 512 images; the last one is open and half drawn.",
+            "Rounds of 512 images; the last one is open, and half of its 512 x 512 images are drawn. That processes "
+            "start anew is not counted.",
         ),
     ]
 
@@ -172,15 +173,14 @@ def _resume(run: Storage, rounds: int) -> dict[str, Any]:
     store = RoundStore(run)
     for index in range(rounds):
         samples, round_ = _samples(store.stage(index), 16, 512), store.round(index)
-        round_.know_samples(
-            [r for s in range(0, 512, PART_SIZE) for r in write_part(round_.storage, samples[s : s + 64])]
-        )
+        for start in range(0, len(samples), PART_SIZE):
+            round_.know_samples(write_part(round_.storage, samples[start : start + PART_SIZE]))
         round_.add_scores(_scores(samples))
         round_.add_verdicts(_verdicts(samples))
         round_.seal(labeler={})
         round_.record_training({sample.id: 1 for sample in samples}, {"figures": {}})
         round_.tidy()
-    half, open_round = _samples(store.stage(rounds), 16, 256), store.round(rounds)
+    half, open_round = _samples(store.stage(rounds), 512, 256), store.round(rounds)
     for start in range(0, 256, 16):
         write_part(open_round.storage, half[start : start + 16])
         open_round.add_scores(_scores(half[start : start + 16]))

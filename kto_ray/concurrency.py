@@ -53,12 +53,15 @@ async def as_done(coroutines: Iterable[Coroutine[Any, Any, T]]) -> AsyncGenerato
     Iterate within `contextlib.aclosing`: closing cancels those that have not ended, and waits for them.
     """
     # No TaskGroup: the error of a task would cancel whoever iterates, wherever it is at that moment.
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    pending = {asyncio.create_task(coroutine) for coroutine in coroutines}
+    done: set[asyncio.Task[T]] = set()
     try:
-        for task in asyncio.as_completed(tasks):
-            yield await task
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            while done:
+                yield await done.pop()  # what was given is kept by nobody here
     finally:
-        await cancelled(tasks)
+        await cancelled([*pending, *done])
 
 
 async def cancelled(tasks: Iterable["asyncio.Task[Any]"]) -> None:
@@ -82,14 +85,22 @@ class Gathering(Generic[T, R]):
         self._write = write
         self._lock = asyncio.Lock()
         self._next = _Gathered[T, R]()
+        self._writing: set[asyncio.Task[Sequence[R]]] = set()
 
     async def __call__(self, items: Sequence[T]) -> Sequence[R]:
         """Returns when the items are written, with what was given for them. Raises what writing raises."""
         gathered, start = self._next, len(self._next.items)
         gathered.items += items
-        gathered.writing = gathered.writing or asyncio.create_task(self._give(gathered))
+        if gathered.writing is None:
+            gathered.writing = asyncio.create_task(self._give(gathered))
+            self._writing.add(gathered.writing)
+            gathered.writing.add_done_callback(self._writing.discard)
         given = await asyncio.shield(gathered.writing)  # others may wait for it, too
         return given[start : start + len(items)]
+
+    async def settle(self) -> None:
+        """Wait for what is being written, also for those who wait no more. Raises what writing raises."""
+        await asyncio.gather(*self._writing)
 
     async def _give(self, gathered: "_Gathered[T, R]") -> Sequence[R]:
         async with self._lock:

@@ -14,10 +14,10 @@ The holder renews its claim every `renew_s`. A claim that is not released is tak
 as that can be seen (same machine), or when it was not renewed for `stale_s` while the newcomer looked on: no clocks are
 compared. The newcomer reads the old claim once more after its own was there, and gives up if it was renewed.
 
-Every write of the driver and of its train workers goes through a `Storage` that asks the lease first (`require`). The
-driver knows that nobody can have taken over in the half of `stale_s` after a renewal, and asks the storage later than
-that; a train worker asks the storage every time. What remains: a single write that begins before and ends after a
-takeover, by a process that was stopped for longer than half of `stale_s` between the two.
+Every write of the driver, of its replicas and train workers goes through a `Storage` that asks the lease first
+(`require`). The driver knows that nobody can have taken over in the half of `stale_s` after a renewal, and asks the
+storage later than that; a train worker asks the storage every time. What remains: a single write that begins before and
+ends after a takeover, by a process that was stopped for longer than half of `stale_s` between the two.
 """
 
 import asyncio

@@ -12,6 +12,8 @@ RayTaskError, which is what the code over there raised. Generators and scorers a
 training is asked, Ray asks again by itself.
 """
 
+import re
+
 from ray.exceptions import (
     LocalRayletDiedError,
     NodeDiedError,
@@ -22,8 +24,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from kto_ray.errors import UserError
-
+SENTENCE = re.compile(r"^kto_ray(\.\w+)+: ")
+"""What Python puts before the sentence of an error of this package, a UserError for instance."""
 LOST = (RayActorError, ObjectLostError, NodeDiedError, LocalRayletDiedError, WorkerCrashedError, OutOfMemoryError)
 
 
@@ -41,4 +43,4 @@ def pixels_lost(error: BaseException) -> bool:
 def last_words(error: BaseException | str) -> str:
     """What an error, or a report of one, says at the end, below pages of traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    return SENTENCE.sub("", lines[-1])

@@ -1,7 +1,7 @@
 """Making one round: draw -> score -> label -> seal, as a stream, from wherever a crash left it.
 
-`loop.py` says when, and with which policy; samples go to the labeler and the scorers as they are drawn, scores to the
-labeler as they are found, and everything is stored before it counts.
+`loop.py` says when, and with which policy; replicas store what they draw, samples go to the labeler and the scorers as
+they are drawn, scores to the labeler as they are found, and all of it is stored before the round is sealed.
 """
 
 import asyncio
@@ -76,8 +76,8 @@ class Making:
                 collecting = group.create_task(self._collect(round_, images))
                 showing = group.create_task(self._show(index, round_, bars))
                 # What a crash left; verdicts that are there already stay.
-                for samples in left:
-                    await label(samples)
+                while left:
+                    await label(left.pop(0))
                 drawing = self.generators.stream(round_.missing(requests), policy, round_.storage)
                 async with contextlib.aclosing(drawing) as batches:
                     async for samples, failed in batches:
@@ -105,6 +105,7 @@ class Making:
                     left_s = deadline_s and max(1.0, drawn + deadline_s - time.monotonic())
                     await asyncio.wait({collecting, enough}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                     await cancelled([collecting, enough])
+                    await store_scores.settle()
                     await self._add_verdicts(round_, await self.labeler.seal(round_.stage))
                     showing.cancel()
         finally:

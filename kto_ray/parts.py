@@ -1,12 +1,13 @@
-"""The parts in which the samples of a round lie: two files each, written by whoever drew them, and read by row.
+"""The parts in which the samples of a round lie: three files each, written by whoever drew them, and read by row.
 
-    samples/<part>.parquet    one row a sample: its record, what it looks like, the digests of its arrays, its latents
+    latents/<part>.parquet    one row a sample: its latents
     pixels/<part>.parquet     one row a sample: its pixels
+    samples/<part>.parquet    one row a sample: its record, what it looks like, the digests of its arrays
 
 A part is there when its file in `samples/` is, which is written last. Training reads latents, scorers and people
-pixels, a resumed run neither: columns and row groups are as small as that asks for, and an array is the raw bytes of
-one cell, with its shape in the file's metadata. Parquet has no 8-bit numbers; lists of them take four times the room
-and ten times the time.
+pixels, a resumed run neither. An array is the raw bytes of one cell, with its shape in the file's metadata, in row
+groups as small as a reader of single rows asks for. Parquet has no 8-bit numbers; lists of them take four times the
+room and ten times the time.
 
 Release 0.1.0 wrote both arrays as tensor columns of one file in `samples/`; those are still read.
 
@@ -27,6 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kto_ray.errors import UserError
 from kto_ray.pictures import look
 from kto_ray.records import (
     RECORD_SCHEMA,
@@ -40,6 +42,7 @@ from kto_ray.storage import Storage
 
 Kind = Literal["latents", "pixels"]
 DTYPES: dict[Kind, np.dtype[Any]] = {"latents": np.dtype("<f4"), "pixels": np.dtype("u1")}
+SHAPE = b"shape"
 ROW_GROUP = 2**16  # bytes of arrays, at least: a reader of single rows reads little more than it needs
 PART_SIZE = 64  # samples, at most, for the sake of memory
 SMALL = 2**17  # bytes: a file up to this is read at once; its footer alone would be half of it
@@ -60,35 +63,45 @@ def write_part(folder: Storage, samples: Sequence[Sample]) -> list[SampleRecord]
     shapes = {(sample.latents_CHW.shape, sample.pixels_HWC.shape) for sample in samples}
     if len(shapes) != 1:
         raise ValueError(f"a part needs samples of one shape, at least one, not {sorted(shapes)}")
-    part = hashlib.sha256(json.dumps([sample.id for sample in samples]).encode()).hexdigest()[:16]
-    latents = [np.ascontiguousarray(sample.latents_CHW, DTYPES["latents"]) for sample in samples]
-    pixels = [np.ascontiguousarray(sample.pixels_HWC, DTYPES["pixels"]) for sample in samples]
+    arrays: dict[Kind, list[npt.NDArray[Any]]] = {
+        "latents": [np.ascontiguousarray(sample.latents_CHW, DTYPES["latents"]) for sample in samples],
+        "pixels": [np.ascontiguousarray(sample.pixels_HWC, DTYPES["pixels"]) for sample in samples],
+    }
+    digests = {kind: [_digest(array) for array in arrays[kind]] for kind in arrays}
+    ids = [sample.id for sample in samples]
+    # Also of the bytes: who draws the same images again, not to the last bit equal, must not write over these.
+    part = hashlib.sha256(json.dumps([ids, digests]).encode()).hexdigest()[:16]
     records = [
-        sample.record(Place(part, row, _digest(latents[row]), _digest(pixels[row])), sample.look or look(pixels[row]))
+        sample.record(
+            Place(part, row, digests["latents"][row], digests["pixels"][row]),
+            sample.look or look(arrays["pixels"][row]),
+        )
         for row, sample in enumerate(samples)
     ]
-    ids = pa.array([record.id for record in records])
-    folder.write(f"pixels/{part}.parquet", _file(pa.table({"sample_id": ids}), "pixels", pixels))
     table = records_to_table(records)
     for name in ("latents_digest", "pixels_digest"):
         table = table.append_column(name, pa.array([getattr(record.place, name) for record in records]))
     table = table.append_column("look", pa.array([record.look for record in records], pa.binary()))
-    folder.write(f"samples/{part}.parquet", _file(table, "latents", latents))
+    folder.require_mine()
+    folder = folder.unfenced
+    with ThreadPoolExecutor(len(arrays)) as pool:
+        list(pool.map(lambda kind: folder.write(f"{kind}/{part}.parquet", _file(ids, kind, arrays[kind])), arrays))
+    folder.write_table(f"samples/{part}.parquet", table)
     return records
 
 
-def _file(table: pa.Table, kind: Kind, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
-    """A Parquet file of the table's columns and the arrays, as raw bytes."""
+def _file(ids: Sequence[str], kind: Kind, arrays: Sequence[npt.NDArray[Any]]) -> bytes:
+    """A Parquet file of ids and arrays, as raw bytes."""
     cells = pa.array([memoryview(array.data).cast("B") for array in arrays], pa.binary(arrays[0].nbytes))
-    table = table.append_column(kind, cells).replace_schema_metadata({f"{kind}_shape": json.dumps(arrays[0].shape)})
+    metadata = {SHAPE: json.dumps(arrays[0].shape)}
     sink = io.BytesIO()
     pq.write_table(
-        table,
+        pa.table({"sample_id": ids, kind: cells}).replace_schema_metadata(metadata),
         sink,
         row_group_size=max(1, ROW_GROUP // max(1, arrays[0].nbytes)),
         # Latents are noise to a compressor, and no two arrays are alike.
-        compression={name: "zstd" if name != "latents" else "none" for name in table.column_names},
-        compression_level={name: 1 for name in table.column_names if name != "latents"},
+        compression="zstd" if kind == "pixels" else "none",
+        compression_level=1 if kind == "pixels" else None,
         use_dictionary=False,
         write_statistics=False,
     )
@@ -103,13 +116,13 @@ def read_records(folder: Storage) -> list[SampleRecord]:
 
 
 def _read_records(folder: Storage, part: str) -> list[SampleRecord]:
-    with _opened(folder, f"samples/{part}") as parquet:
-        stored = set(parquet.schema_arrow.names)
-        digests = [name for name in ("latents_digest", "pixels_digest", "look") if name in stored]
-        table = parquet.read(columns=[name for name in RECORD_SCHEMA.names if name in stored] + digests)
-    rows = [dict.fromkeys(("latents_digest", "pixels_digest"), "") | row for row in table.to_pylist()]
+    with _opened(folder, f"samples/{part}") as file:
+        stored = set(file.schema_arrow.names)
+        wanted = [*RECORD_SCHEMA.names, "latents_digest", "pixels_digest", "look"]
+        table = file.read(columns=[name for name in wanted if name in stored])
+    rows = table.to_pylist()
     return [
-        replace(record, place=Place(part, number, row["latents_digest"], row["pixels_digest"]))
+        replace(record, place=Place(part, number, row.get("latents_digest", ""), row.get("pixels_digest", "")))
         for number, (record, row) in enumerate(zip(table_to_records(table), rows, strict=True))
     ]
 
@@ -127,11 +140,12 @@ def read_arrays(folder: Storage, kind: Kind, records: Sequence[SampleRecord]) ->
 
     def read(part: str) -> list[npt.NDArray[Any]]:
         places = [_place(records[position]) for position in wanted[part]]
-        # Only release 0.1.0 stored no digests.
-        read_rows = _read_rows if places[0].latents_digest else _read_old_rows
-        where = "pixels" if kind == "pixels" and places[0].pixels_digest else "samples"
-        with _opened(folder, f"{where}/{part}") as file:
-            return read_rows(file, kind, [place.row for place in places])
+        rows = [place.row for place in places]
+        if not places[0].latents_digest:  # of release 0.1.0
+            with _opened(folder, f"samples/{part}") as file:
+                return _read_old_rows(file, kind, rows)
+        with _opened(folder, f"{kind}/{part}") as file:
+            return _read_rows(file, kind, rows)
 
     arrays: list[Any] = [None] * len(records)
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -152,7 +166,7 @@ def _read_rows(file: pq.ParquetFile, kind: Kind, rows: Sequence[int]) -> list[np
     groups = sorted({int(group_of_row[row]) for row in rows})
     there = {int(row): place for place, row in enumerate(np.flatnonzero(np.isin(group_of_row, groups)))}
     cells = file.read_row_groups(groups, columns=[kind]).column(kind).combine_chunks()
-    shape = json.loads(file.schema_arrow.metadata[f"{kind}_shape".encode()])
+    shape = json.loads(file.schema_arrow.metadata[SHAPE])
     return [np.frombuffer(cells[there[row]].as_buffer(), DTYPES[kind]).reshape(shape) for row in rows]
 
 
@@ -171,15 +185,21 @@ def _opened(folder: Storage, name: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file to read parts of, whose name goes without its ending.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or no more.
+        FileNotFoundError: it is not there.
+        UserError: it cannot be read.
     """
-    try:
-        with folder.open(f"{name}.parquet") as file:
-            small = file.size() <= SMALL
-            with pq.ParquetFile(pa.BufferReader(file.read()) if small else file, pre_buffer=True) as parquet:
+    with folder.open(f"{name}.parquet") as file:
+        size = file.size()
+        source = pa.BufferReader(file.read()) if size <= SMALL else file
+        try:
+            with pq.ParquetFile(source, pre_buffer=True) as parquet:
                 yield parquet
-    except pa.ArrowException as error:
-        raise ValueError(f"{folder}/{name}.parquet has changed since it was stored: {error}") from error
+        except (pa.ArrowException, OSError) as error:
+            # Arrow calls much of what is wrong with bytes an OSError, too; storage that fails has a number for it.
+            if getattr(error, "errno", None) is not None:
+                raise UserError(f"runs_folder: cannot read {folder}/{name}.parquet: {error}") from error
+            raise ValueError(f"{folder}/{name}.parquet has changed since it was stored: {error}") from error
 
 
 def _digest(array: npt.NDArray[Any]) -> str:

@@ -200,18 +200,21 @@ def _argument_marks(config: RunConfig) -> dict[str, Marks]:
 
 
 def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
-    """About how much a whole run stores: images and latents uncompressed, policies and checkpoints."""
+    """About how much a whole run stores at most: images and latents uncompressed, policies and checkpoints."""
     layout = layout_of(folder)
     geometry = layout.geometry(folder)
     height, width = image_size(config.generate, geometry)
-    image = height * width * 3 + height * width // geometry.shrink**2 * geometry.channels * 4
+    pixels, latents = height * width * 3, height * width // geometry.shrink**2 * geometry.channels * 4
     evaluations = 2 + config.rounds // config.evaluate.every + 2 * (config.evaluate.stop_at_pass_rate is not None)
-    evaluated = evaluations * config.evaluate.prompts_of(held_out_prompts)
-    images = config.rounds * config.generate.images_per_round + evaluated * config.evaluate.images_per_prompt
+    a_round, kept = config.generate.images_per_round, config.keep_pixels
+    an_evaluation = config.evaluate.prompts_of(held_out_prompts) * config.evaluate.images_per_prompt
+    drawn = config.rounds * a_round + evaluations * an_evaluation
+    # Besides the rounds that are kept, those in the making and in training; besides two evaluations, the one in work.
+    with_pixels = min(drawn, (kept + 2) * a_round + 3 * an_evaluation) if kept != "all" else drawn
     weights = sum(file.stat().st_size for file in source.weight_files(folder / layout.denoiser, config.model.variant))
     trained = weights * 2 if config.train.adapter.kind == "full" else weights // 10
     policies = config.rounds if config.keep_policies == "all" else min(config.rounds, config.keep_policies)
-    return images * image + (policies + 3 * config.train.keep_checkpoints) * trained
+    return drawn * latents + with_pixels * pixels + (policies + 3 * config.train.keep_checkpoints) * trained
 
 
 def describe(config: RunConfig) -> str:

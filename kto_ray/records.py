@@ -9,7 +9,7 @@ Shape suffixes: C, H, W channels, height, width of latents (CHW) and pixels (HWC
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +87,14 @@ class SampleRecord:
     """None while it is not stored."""
     look: bytes = field(default=b"", kw_only=True, compare=False, repr=False)
     """What its pixels look like in a few numbers, see `pictures.look`; empty where nobody looked."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name == "pixels_HWC":
+            raise AttributeError(
+                "a record has no pixels_HWC; a labeler fetches the pixels of all samples that it was given with: "
+                "await samples.pixels_BHWC()"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 @dataclass(frozen=True, slots=True)

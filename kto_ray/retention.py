@@ -32,6 +32,7 @@ class Retention:
         self._keep, self._keep_pixels, self._policies = config.keep_policies, config.keep_pixels, policies
         self._first_policy = 1  # versions before it have been let go
         self._first_round = 0  # with pixels
+        self._tidied: int | None = None  # the last round of which all parts but the tables' have been let go
         self._first_evaluation: dict[str, int] = {}  # with pixels, besides the base's, by stage
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retention")
 
@@ -42,7 +43,11 @@ class Retention:
 
     def sealed(self, rounds: RoundStore, index: int) -> None:
         """The same once this round is sealed."""
-        self._later(f"parts of round {index}", rounds.round(index).tidy)
+        # A crash may have come between the seal of one before and this.
+        first = 0 if self._tidied is None else self._tidied + 1
+        self._tidied = index
+        for number in range(max(first, index - 2), index + 1):
+            self._later(f"parts of round {number}", rounds.round(number).tidy)
         if self._keep_pixels != "all":
             self._later("pixels", self._drop_pixels, rounds, index - self._keep_pixels + 1)
 

@@ -1,9 +1,10 @@
 """The round store and the ledger: samples, scores and verdicts as Parquet, sealed by a manifest written last.
 
-    rounds/00003/samples/*.parquet  pixels/*.parquet     what was drawn, by the replicas that drew it; see parts.py
+    rounds/00003/samples/*.parquet  latents/  pixels/    what was drawn, by the replicas that drew it; see parts.py
                  scores/*.parquet  verdicts/*.parquet    of an open round, as they come
                  samples.parquet  scores.parquet  verdicts.parquet    of a sealed one: all of it but arrays
                  manifest.json                           seals: format, hashes, counts
+                 no_pixels.json                          keep_pixels has let go of pixels/
                  training.parquet  training.json         samples trained on, figures
 
 The loop adds to an open round and seals it; the train workers read sealed rounds; a resumed run reopens the round that
@@ -132,7 +133,9 @@ class Round:
     @cached_property
     def _records(self) -> dict[str, SampleRecord]:
         records = table_to_records(self._sealed_table("samples")) if self._in_one else read_records(self.storage)
-        return {record.id: record for record in sorted(records, key=lambda record: record.id)}
+        # Of two copies, as a crash may leave them, any will do, but for one in the form of release 0.1.0.
+        records.sort(key=lambda record: (record.id, bool(record.place and record.place.latents_digest)))
+        return {record.id: record for record in records}
 
     @cached_property
     def _scores(self) -> dict[tuple[str, str], Score]:
@@ -273,11 +276,12 @@ class Round:
             return
         kept = not origin.storage.exists(NO_PIXELS)
         for part in origin.manifest["parts"]:
-            for kind in ("pixels", "samples") if kept else ("samples",):
+            for kind in ("latents", "pixels", "samples") if kept else ("latents", "samples"):
                 self.storage.write(f"{kind}/{part}.parquet", origin.storage.read(f"{kind}/{part}.parquet"))
         if not kept:
             self.storage.write(NO_PIXELS, origin.storage.read(NO_PIXELS))
-        self.know_samples(read_records(self.storage))
+        places = {record.place for record in origin.records()}  # parts may have others, which were drawn twice
+        self.know_samples(record for record in read_records(self.storage) if record.place in places)
 
     def know_samples(self, records: Iterable[SampleRecord]) -> None:
         """Take note of samples that whoever drew them has stored."""
@@ -358,10 +362,13 @@ class Round:
     def _rewrite_old_parts(self) -> None:
         """Bring samples of an open round that release 0.1.0 has begun into the form of this one."""
         old = [record for record in self.records() if record.place and not record.place.latents_digest]
-        if old and not self.sealed:
-            arrays = zip(self.latents_of(old), self.pixels_of(old), strict=True)
-            samples = [Sample.of(record, *both) for record, both in zip(old, arrays, strict=True)]
+        if self.sealed:
+            return
+        for start in range(0, len(old), PART_SIZE):
+            samples = self.samples(old[start : start + PART_SIZE])
             self._records.update((record.id, record) for record in write_part(self.storage, samples))
+        for part in sorted({record.place.part for record in old if record.place}):
+            self.storage.delete(f"samples/{part}.parquet")
 
     def verify(self) -> None:
         """Read all of a sealed round. Raises ValueError when something is not as it was sealed, or is gone."""
@@ -434,8 +441,11 @@ class RoundStore:
     def round(self, index: int) -> Round:
         return Round(self.storage / f"{index:05}", self.stage(index))
 
+    def indices(self) -> list[int]:
+        return [int(name) for name in self.storage.names() if name.isdigit()]
+
     def rounds(self) -> list[Round]:
-        return [self.round(int(name)) for name in self.storage.names() if name.isdigit()]
+        return [self.round(index) for index in self.indices()]
 
     def trainable(self, index: int, policy_version: int, max_policy_lag: int) -> tuple[list[SampleRecord], list[bool]]:
         """The samples that a sealed round trains on, and whether each is desirable.
@@ -484,7 +494,8 @@ class RoundStore:
         """Adds up all rounds from their tables alone."""
         labels: dict[str, str] = {}
         generated, trained = set[str](), list[str]()
-        for round_ in self.rounds():
+        for index in self.indices():  # one at a time in memory
+            round_ = self.round(index)
             generated |= round_.sample_ids
             labels = {verdict.sample_id: verdict.label for verdict in round_.verdicts()} | labels
             trained += round_.trained_ids()

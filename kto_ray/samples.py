@@ -1,8 +1,8 @@
 """Samples on their way from the generators to scorers and labelers, and the way to their pixels.
 
 A replica stores what it draws and answers with records and a reference to the pixels in Ray's object store. Whoever
-needs pixels takes them from there, or from storage when the object is gone (its replica was let go, or died): they
-never pass through the loop, unless a labeler asks for them.
+needs pixels takes them from there, or from storage when the object is gone (its replica was let go, or died): but
+for these, and where a labeler asks for them, no pixels pass through the loop's process.
 
 Shape suffixes: B samples; H, W height and width of pixels (BHWC).
 """
@@ -111,8 +111,12 @@ class Samples(Sequence[SampleRecord]):
     async def reference(self) -> Any:
         """To the pixels in Ray's object store; they are put there when they are not."""
         if self._reference is None:
-            self._putting = self._putting or asyncio.create_task(asyncio.to_thread(self._put))
-            self._reference = await asyncio.shield(self._putting)  # others may wait for it, too
+            putting = self._putting = self._putting or asyncio.create_task(asyncio.to_thread(self._put))
+            try:
+                self._reference = await asyncio.shield(putting)  # others may wait for it, too
+            finally:
+                if putting.done() and self._putting is putting:
+                    self._putting = None  # whoever asks after an error tries again
         return self._reference
 
     def _put(self) -> Any:

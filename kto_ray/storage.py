@@ -2,8 +2,8 @@
 
 `policies.py`, `rounds.py` and the loop keep everything they know here. A file is either there and whole or not there:
 an object store's put is atomic by itself, and where there are real files they are written aside and moved. What must
-come last (a manifest, a policy's marker) is simply written last. A run's driver and its train workers write under the
-run's lease (`lease.py`), which is asked before every write.
+come last (a manifest, a policy's marker) is simply written last. A run's driver, replicas and train workers write under
+the run's lease (`lease.py`), which is asked before every write.
 """
 
 import contextlib
@@ -159,8 +159,15 @@ class Storage:
 
     def open(self, name: str) -> pa.NativeFile:
         """A file to read parts of, as a context. Raises FileNotFoundError."""
-        filesystem, folder = self._opened
-        return filesystem.open_input_file(f"{folder}/{name}")
+        with self._told("read", name) as (filesystem, target):
+            return filesystem.open_input_file(target)
+
+    @property
+    def unfenced(self) -> "Storage":
+        """The same folder for whoever has just asked the lease (`require_mine`)."""
+        same = Storage(self.uri)
+        same._opened = self._opened
+        return same
 
     def move(self, name: str, target: str) -> None:
         """Move a file, or a folder with all that is in it, within this folder; done again after a crash, what is left.

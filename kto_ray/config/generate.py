@@ -32,8 +32,8 @@ class Generate(Section):
     min_replicas: Free[Count] = 1
     max_replicas: Free[Count] = 1
     """Serve autoscales between the two."""
-    max_ongoing_requests: Free[Count] = 2
-    """Requests a replica holds at a time (one is computed, the others wait)."""
+    max_ongoing_requests: Free[Count] = 3
+    """Requests a replica holds at a time: one is drawn, others are stored, or wait."""
     max_queued_requests: Free[int] = 64
     """Requests that wait beyond those before the caller is told to back off; -1: no limit."""
     resources: Resources = Resources()

@@ -8,6 +8,7 @@ same bar for everybody.
 
 import asyncio
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from kto_ray.concurrency import Gathering, together
 from kto_ray.config import RunConfig
+from kto_ray.errors import UserError
 from kto_ray.evaluate.report import Pair
 from kto_ray.evaluate.statistics import (
     EvaluationSummary,
@@ -37,6 +39,8 @@ from kto_ray.samples import Samples
 from kto_ray.score.pool import Scorers, require_scored
 from kto_ray.storage import Storage
 from kto_ray.verdicts.rule import Judgement, RuleFit
+
+logger = logging.getLogger(__name__)
 
 STAGE = "evaluation"
 FRESH_STAGE = "fresh_evaluation"
@@ -214,7 +218,10 @@ class Evaluation:
         }
 
     def pairs(self, version: int, count: int) -> list[Pair]:
-        """The first `count` prompts (spread over the set) with their images from the base and from a version."""
+        """The first `count` prompts (spread over the set) with their images from the base and from a version.
+
+        None, when `keep_pixels` has let go of them.
+        """
         chosen = [
             self.prompts[i] for i in np.linspace(0, len(self.prompts) - 1, min(count, len(self.prompts))).astype(int)
         ]
@@ -231,7 +238,12 @@ class Evaluation:
                 by_prompt[record.prompt.id].append((record.id, pixels_HWC))
             return by_prompt
 
-        before, after, marks = pictures(0), pictures(version), {v: self._marks(v) for v in (0, version)}
+        try:
+            before, after = pictures(0), pictures(version)
+        except UserError as error:  # after a rewinding, for instance
+            logger.warning("%s; the report shows no images", error)
+            return []
+        marks = {v: self._marks(v) for v in (0, version)}
         return [
             Pair(
                 prompt=prompt.text,

@@ -119,7 +119,8 @@ def write_results(
         )
     )
     run.write("report.html", report.encode())
-    picture = io.BytesIO()
-    save_png_grid(pairs, picture)
-    run.write("before_after.png", picture.getvalue())
+    if pairs:
+        picture = io.BytesIO()
+        save_png_grid(pairs, picture)
+        run.write("before_after.png", picture.getvalue())
     return summary

@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from kto_ray.cluster import noisily
 from kto_ray.concurrency import as_done
 from kto_ray.config import RunConfig
+from kto_ray.errors import UserError
 from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.replica import Generator
 from kto_ray.lost import is_lost, last_words
@@ -106,6 +107,8 @@ class Generators:
                 except BackPressureError:
                     problem = "no replica had room"
                 except RayError as error:
+                    if isinstance(error, UserError):  # raised over there, under a page of traceback
+                        raise UserError(last_words(error)) from error
                     if not is_lost(error):
                         raise
                     if not attempt:

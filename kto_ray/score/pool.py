@@ -102,25 +102,28 @@ class ScorerPool:
 
     async def _ask(self, samples: Samples) -> Answers:
         loop = asyncio.get_running_loop()
-        tries, failure = 1 + self.settings.max_retries, ""
-        for tried in range(1, tries + 1):
-            actor, reference = await self._acquire(), None
+        tries, tried, failure = 1 + self.settings.max_retries, 0, ""
+        while tried < tries:
+            actor = await self._acquire()
             try:
                 reference = await samples.reference()
+            except (OSError, ValueError, UserError, RayError) as error:
+                self._idle.put_nowait(actor)
+                tried, failure = tried + 1, f"the pixels cannot be read: {last_words(error)}"
+                continue
+            except asyncio.CancelledError:
+                self._idle.put_nowait(actor)
+                raise
+            try:
                 began = loop.time()
                 async with asyncio.timeout(self.settings.timeout_s):
                     answers: Answers = await actor.score_plain.remote(reference, plain(samples.prompts))
             except TimeoutError:
                 failure = f"no answer within {self.settings.timeout_s:g} s"
-            except (OSError, ValueError, UserError) as error:
-                self._idle.put_nowait(actor)
-                failure = f"the pixels cannot be read: {last_words(error)}"
-                return [(None, failure)] * len(samples)
             except RayError as error:
-                if pixels_lost(error):  # their replica was let go, or died; storage has them
-                    samples.lost(reference)
+                if pixels_lost(error):  # their replica was let go, or died: no fault of the scorer; storage has them
                     self._idle.put_nowait(actor)
-                    failure = f"the pixels were lost: {last_words(error)}"
+                    samples.lost(reference)
                     continue
                 what = "died" if is_lost(error) else "failed"
                 failure = f"scorer actor {what}: {last_words(error)}"
@@ -131,6 +134,7 @@ class ScorerPool:
                 self._idle.put_nowait(actor)
                 self.busy_seconds += loop.time() - began
                 return answers
+            tried += 1
             logger.warning(
                 "scorer %s: %s; the actor is replaced, its %d images %s",
                 *(self.name, failure, len(samples), "go to another" if tried < tries else "count as failed"),

@@ -7,6 +7,7 @@ Shape suffixes: N samples of the round; G the global batch; B a rank's share of 
 width.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -89,11 +90,14 @@ class StoredLatents:
     def __init__(self, rounds: RoundStore, records: Sequence[SampleRecord]) -> None:
         self.rounds, self.records = rounds, records
         self.read: dict[int, npt.NDArray[np.float32]] = {}
+        self.seconds = 0.0  # that reading took
 
     def prepare(self, places: npt.NDArray[np.int64]) -> None:
         if new := sorted(set(places.ravel().tolist()) - self.read.keys()):
+            began = time.monotonic()
             latents_BCHW = self.rounds.latents_of([self.records[place] for place in new])
             self.read.update(zip(new, latents_BCHW, strict=True))
+            self.seconds += time.monotonic() - began
 
     def take(self, places_B: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         return np.stack([self.read[place] for place in places_B.tolist()])

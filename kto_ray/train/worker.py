@@ -98,10 +98,11 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
         except NotFiniteError as error:
             raise UserError(not_finite_sentence(error, task.round_index, ids, run)) from error
         version += 1
+        reading = data.latents.seconds if data and isinstance(data.latents, StoredLatents) else 0.0
         report = TrainingReport(
             version=version,
             figures={f"objective/{name}": value for name, value in figures.items()}
-            | {"seconds/load": loaded - began, "seconds/train": time.monotonic() - loaded},
+            | {"seconds/load": loaded - began + reading, "seconds/train": time.monotonic() - loaded - reading},
             draws={sample_id: int(count) for sample_id, count in zip(ids, draws, strict=True)},
             left_out=left_out,
         )

@@ -118,7 +118,9 @@ async def test_pixels_whose_replica_is_gone_are_taken_from_storage(tmp_path: Pat
     samples = make_samples("round-00000", 3)
     folder = Storage(str(tmp_path / "round"))
     records = write_part(folder, samples)
-    async with running(one=fateful(tmp_path), two={"scorer": "tests.plugins:CoinScorer"}) as scorers:
+    unforgiving = {"max_retries": 0}  # what is no fault of a scorer costs none of its tries
+    coin = {"scorer": "tests.plugins:CoinScorer", **unforgiving}
+    async with running(one=fateful(tmp_path, **unforgiving), two=coin) as scorers:
         replica = Replica.remote()
         pid, [reference] = await replica.put.remote(samples)
         there, gone = (Samples(records, folder, reference) for _ in range(2))

@@ -152,10 +152,10 @@ def test_samples_whose_verdict_came_late_are_read_from_their_own_round(store: Ro
 def test_latents_that_have_changed_are_not_trained_on(store: RoundStore) -> None:
     make_round(store, 0)
     folder = store.round(0).storage
-    for name in folder.names("samples"):
-        data = bytearray(folder.read(f"samples/{name}"))
+    for name in folder.names("latents"):
+        data = bytearray(folder.read(f"latents/{name}"))
         data[len(data) // 2] ^= 1
-        folder.write(f"samples/{name}", bytes(data))
+        folder.write(f"latents/{name}", bytes(data))
     with pytest.raises(ValueError, match="changed since they were stored"):
         batches_of(stored_data(store))
 

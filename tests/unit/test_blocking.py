@@ -41,9 +41,9 @@ async def test_it_says_which_line_of_the_package_it_was(tmp_path: Path, calls_on
     calls_on_the_loop.clear()
     round_.add_samples(make_samples("round-00000", 2))
     assert calls_on_the_loop
-    (write,) = (call for call in calls_on_the_loop if call.what.startswith("Storage.write samples/"))
+    (write,) = (call for call in calls_on_the_loop if call.what.startswith("Storage.write_table samples/"))
     assert re.fullmatch(
-        r"Storage.write samples/\w+.parquet by parts.py:\d+ write_part < rounds.py:\d+ add_samples", str(write)
+        r"Storage.write_table samples/\w+.parquet by parts.py:\d+ write_part < rounds.py:\d+ add_samples", str(write)
     )
 
 

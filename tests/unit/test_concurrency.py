@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
@@ -277,3 +279,48 @@ async def test_nobody_is_written_beside_another_also_when_one_gave_up() -> None:
     go_on.set()
     assert await second == [2]
     assert most == [1]
+
+
+async def test_whoever_settles_waits_for_what_nobody_waits_for_any_more_and_hears_of_its_error(disk: Disk) -> None:
+    store = Gathering(disk.write)
+    tasks = await busy(store, disk)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    settling = asyncio.create_task(store.settle())
+    await asyncio.sleep(0)
+    assert not settling.done()
+    disk.go()
+    await settling
+    assert disk.calls == [["a"], ["b", "c", "d"]]
+
+    def refuse(_: list[str]) -> list[str]:
+        raise UserError("no room")
+
+    refused = Gathering(refuse)
+    task = await begin(refused, "e")
+    task.cancel()
+    with pytest.raises(UserError, match="no room"):
+        await refused.settle()
+
+
+async def test_what_was_given_is_not_kept_until_the_end() -> None:
+    class Given:
+        pass
+
+    go_on, given = asyncio.Event(), list[weakref.ref[Given]]()
+
+    async def make(last: bool) -> Given:
+        if last:
+            await go_on.wait()
+        made = Given()
+        given.append(weakref.ref(made))
+        return made
+
+    async with contextlib.aclosing(as_done(make(last) for last in (False, False, True))) as all_of_them:
+        for _ in range(2):
+            await anext(all_of_them)
+        gc.collect()
+        assert [one() for one in given] == [None, None]
+        go_on.set()
+        await anext(all_of_them)

@@ -325,6 +325,18 @@ async def test_pairs_show_the_same_prompts_of_both_policies_with_their_marks(tmp
     assert len(held_out.pairs(1, 99)) == PROMPTS
 
 
+async def test_without_pixels_there_are_no_pairs_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a rewinding to a policy whose images keep_pixels has let go of."""
+    held_out = evaluation(tmp_path)
+    for version in (0, 1):
+        await run(held_out, version, shapes=coin)
+    held_out.round(1).drop_pixels()
+    assert held_out.pairs(1, 2) == []
+    assert "its pixels were not kept (keep_pixels); the report shows no images" in caplog.text
+
+
 def test_only_so_many_prompts_are_taken(tmp_path: Path) -> None:
     short = evaluation(tmp_path, evaluate={"max_prompts": 2, "images_per_prompt": 3})
     assert [request.prompt.id for request in short.requests] == ["p0"] * 3 + ["p1"] * 3

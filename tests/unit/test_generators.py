@@ -14,6 +14,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from kto_ray.config import Cluster, RunConfig
+from kto_ray.errors import UserError
 from kto_ray.generate import client
 from kto_ray.generate.client import Generators
 from kto_ray.generate.drawn import Drawn
@@ -228,3 +229,11 @@ async def test_pixels_of_a_replica_that_is_gone_come_from_storage(monkeypatch: p
     requests = make_requests("round-00000", 4)
     samples = {sample.id: sample for sample in await drawn(generators(monkeypatch, Handle()), requests)}
     assert all(same_sample(samples[request.id], make_sample(request)) for request in requests)
+
+
+async def test_a_replica_that_cannot_store_says_why_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "runs_folder: cannot write s3://b/rounds/x.parquet: access denied; may you use it?"
+    over_there = RayTaskError("draw", f"Traceback ...\nkto_ray.errors.UserError: {sentence}", UserError(sentence))
+    with pytest.raises(UserError) as caught:
+        await drawn(generators(monkeypatch, Handle(over_there.as_instanceof_cause())), make_requests("round-00000", 2))
+    assert str(caught.value) == sentence

@@ -573,6 +573,9 @@ def test_the_estimate_covers_images_and_latents(model: Path) -> None:
         small(model, f"rounds={rounds}", "keep_policies=2", "generate.images_per_round=4") for rounds in (9, 10)
     ]
     assert last_two[1] - last_two[0] == 4 * one
+    lean = ("keep_policies=2", "keep_pixels=1", "generate.images_per_round=400", "evaluate.every=1000")
+    without_pixels = [small(model, f"rounds={rounds}", *lean) for rounds in (9, 10)]
+    assert without_pixels[1] - without_pixels[0] == 400 * 8 * 8 * 4 * 4
 
 
 def test_the_dry_run_tells_what_follows(base: list[str]) -> None:

@@ -257,13 +257,13 @@ def test_verify_names_a_changed_table(run: Storage, kind: str) -> None:
         round_.verify()
 
 
-@pytest.mark.parametrize("kind", ["samples", "pixels"])
+@pytest.mark.parametrize("kind", ["latents", "pixels"])
 def test_every_changed_byte_of_an_array_is_found_by_whoever_reads_it(run: Storage, kind: str) -> None:
     round_, samples = sealed_round(run)
     (part,) = round_.manifest["parts"]
-    read = round_.latents_of if kind == "samples" else round_.pixels_of
+    read = round_.latents_of if kind == "latents" else round_.pixels_of
     whole, records = round_.storage.read(f"{kind}/{part}.parquet"), round_.records()
-    array = samples[1].latents_CHW if kind == "samples" else samples[1].pixels_HWC
+    array = samples[1].latents_CHW if kind == "latents" else samples[1].pixels_HWC
     if (at := whole.find(array.tobytes())) < 0:  # compressed
         at = len(whole) // 3
     round_.storage.write(f"{kind}/{part}.parquet", whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
@@ -276,7 +276,7 @@ def test_every_changed_byte_of_an_array_is_found_by_whoever_reads_it(run: Storag
             read(records)
 
 
-@pytest.mark.parametrize("kind", ["samples", "pixels"])
+@pytest.mark.parametrize("kind", ["latents", "pixels"])
 def test_verify_finds_a_part_that_is_gone(run: Storage, kind: str) -> None:
     round_, _ = sealed_round(run)
     (part,) = round_.manifest["parts"]
