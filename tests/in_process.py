@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 
+import numpy as np
+
 from kto_ray.parts import write_part
 from kto_ray.policies import PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRecord, SampleRequest, Score
@@ -45,7 +47,11 @@ class InProcess:
             drawn = [self._draw(request, policy) for request in batch]
             images = [sample for sample in drawn if sample.error is None]
             records = await asyncio.to_thread(write_part, folder, images) if images else []
-            yield Samples(records, folder), [sample for sample in drawn if sample.error is not None]
+            pixels_BHWC = np.stack([sample.pixels_HWC for sample in images]) if images else None
+            yield (
+                Samples(records, folder, pixels_BHWC=pixels_BHWC),
+                [sample for sample in drawn if sample.error is not None],
+            )
 
     def _draw(self, request: SampleRequest, policy: PolicyRef) -> Sample:
         sample = make_sample(request, policy)

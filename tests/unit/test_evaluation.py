@@ -1,21 +1,28 @@
 """Held-out evaluation: one bar for all policies, nothing drawn or scored twice, nothing made up."""
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from kto_ray.config import RunConfig
+from kto_ray.config import Cluster, Labeling, RunConfig
 from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.statistics import mean_difference, mean_interval, pass_rate_difference
 from kto_ray.evaluate.summary import evaluation_row
-from kto_ray.records import PolicyRef, Prompt, SampleRecord, Score
+from kto_ray.parts import Kind, read_arrays
+from kto_ray.records import PolicyRef, Prompt, SampleRecord, SampleRequest, Score
 from kto_ray.rounds import Round
+from kto_ray.samples import Samples
+from kto_ray.score.pool import Scorers
 from kto_ray.storage import Storage
+from tests.counting import counted
 from tests.factories import make_sample, make_samples, same_sample
 from tests.in_process import InProcess
 
@@ -76,6 +83,66 @@ async def test_what_a_crash_left_is_neither_drawn_nor_scored_again(tmp_path: Pat
     asked = {sample_id for sample_id, name in workers.scored if name == "shapes"}
     assert asked == {request.id for request in held_out.requests} - {sample.id for sample in there[:2]}
     assert len([name for _, name in workers.scored if name == "other"]) == PROMPTS * IMAGES
+
+
+class Looking(InProcess):
+    """Looks at the images that it scores, as actors do: through the reference that its scorers share."""
+
+    async def score(self, samples: Samples, known: Iterable[Score] = ()) -> list[Score]:  # type: ignore[override]
+        scorers = Scorers(Labeling.model_validate({"scorers": "shapes"}), Cluster())
+        scorers.pools = cast(Any, {name: SimpleNamespace(score=partial(self._look, name)) for name in self.values})
+        return await scorers.score(samples, list(known))
+
+    async def _look(self, name: str, samples: Samples) -> list[Score]:
+        pixels_BHWC = await samples.reference()
+        expected = [make_sample(request_of(record), record.policy).pixels_HWC for record in samples]
+        np.testing.assert_array_equal(pixels_BHWC, np.stack(expected))
+        self.scored += [(record.id, name) for record in samples]
+        return [self._score(record, name) for record in samples]
+
+
+def request_of(record: SampleRecord) -> SampleRequest:
+    return SampleRequest(record.id, record.stage, record.prompt, record.index, record.seed)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often pixels of each sample are read of storage; Ray's object store is this process."""
+    count = Counter[str]()
+
+    def reading(folder: Storage, kind: Kind, records: Sequence[SampleRecord]) -> Any:
+        if kind == "pixels":
+            count.update(record.id for record in records)
+        return read_arrays(folder, kind, records)
+
+    for module in ("samples", "rounds"):
+        monkeypatch.setattr(f"kto_ray.{module}.read_arrays", reading)
+    monkeypatch.setattr("kto_ray.samples._put", lambda pixels_BHWC: pixels_BHWC)
+    return count
+
+
+async def test_nothing_that_is_drawn_is_read_of_storage_to_score_it_and_sum_up(
+    tmp_path: Path, decoded: Counter[str]
+) -> None:
+    held_out = evaluation(tmp_path, {"scorers": {"shapes": {}, "other": {"held_out": True}}})
+    with counted() as moved:
+        for version in (0, 1):
+            workers = Looking({"shapes": coin, "other": coin})
+            summary = await held_out.run_for(POLICIES[version], cast(Any, workers), cast(Any, workers))
+            assert len(workers.scored) == 2 * PROMPTS * IMAGES
+    assert summary.win_rate is not None
+    assert not decoded
+    assert moved.files_read == 0  # not even tables: the base's are in memory, too
+
+
+async def test_what_a_crash_left_is_decoded_once_to_score_it(tmp_path: Path, decoded: Counter[str]) -> None:
+    held_out = evaluation(tmp_path, {"scorers": {"shapes": {}, "other": {"held_out": True}}})
+    left = [make_sample(request, POLICIES[0]) for request in held_out.requests[3:12]]
+    Round(Storage(str(tmp_path)) / "evaluations/00000", "evaluation").add_samples(left)
+    workers = Looking({"shapes": coin, "other": coin})
+    await held_out.run_for(POLICIES[0], cast(Any, workers), cast(Any, workers))
+    assert decoded == Counter(sample.id for sample in left)
+    assert len(workers.scored) == 2 * PROMPTS * IMAGES
 
 
 async def test_too_many_failed_scores_stop_the_run_with_the_scorer_s_error(tmp_path: Path) -> None:
