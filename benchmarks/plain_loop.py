@@ -104,6 +104,8 @@ class PlainLoop:
             desirable_N[order],
         )
         began = time.perf_counter()
+        if self.learner.objective.needs.reference_of_the_round and index:
+            self.learner.policy.refer_to(self.learner.policy.tensors())
         figures, _ = self.learner.train_round(data)
         train_s = time.perf_counter() - began
         return PlainRound(index, float(desirable_N.mean()), int(desirable_N.sum()), figures, generate_s, train_s)

@@ -269,6 +269,7 @@ class _Loop:
         policy = await asyncio.to_thread(self.policies.resolve, report.version)
         facts = {"policy_version": policy.version, "policy_digest": policy.digest, "figures": report.figures}
         facts |= {"left_out": report.left_out} if report.left_out else {}
+        facts |= {"reference": report.reference} if report.reference else {}
         await asyncio.to_thread(round_.record_training, report.draws, facts)
 
     async def _evaluate(self, version: int, evaluation: Evaluation | None = None) -> Row:

@@ -6,7 +6,7 @@ on the same noisy latents and backpropagates its loss.
 For a clean latent x0 with verdict w (+1 desirable, -1 undesirable), and noise and timestep that both models share:
 
     g    = error_reference - error_policy            the implicit reward: > 0 when the policy explains x0 better
-    z    = reference point, one number for the whole optimizer step, no gradient
+    z    = reference point, no gradient; one number for the whole optimizer step, or for each part of the noise range
     loss = mean of  lambda_w * (1 - U(w * beta * (g - z)))
 
 Shape suffixes: B samples of one rank's batch; C, H, W latent channels, height, width. `_B` tensors are float32 of
@@ -14,7 +14,7 @@ shape (B,), `desirable_B` is bool of shape (B,).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 UtilityName = Literal["kahneman_tversky", "loss_averse", "risk_seeking"]
-ReferencePointName = Literal["batch_kl", "mismatched_kl", "class_mean", "zero"]
+ReferencePointName = Literal["batch_kl", "mismatched_kl", "class_mean", "zero", "noise_mean"]
 
 UTILITIES: dict[UtilityName, Callable[[Tensor], Tensor]] = {
     # Concave in gains, convex in losses; the paper's choice and the best of its ablation (Section 4, Table 3).
@@ -54,15 +54,74 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class NoiseMeans:
+    """Running means of g by parts of the noise range: what "neither gain nor loss" is at each noise level.
+
+    How far policy and reference differ depends on the noise far more than on the verdict. With one z for all levels,
+    on which side of it a sample falls is decided by its noise level; with one for each part, by its verdict.
+
+    A step t adds what it has seen of part k, over all ranks, to an exponentially weighted sum and count:
+
+        sums_k   = memory * sums_k   + sum of g in k
+        counts_k = memory * counts_k + samples in k
+        z_k      = sums_k / counts_k      (of all parts together, as long as nothing of k was seen)
+
+    so that a part with few samples in a step changes its mean by little. Not clamped at 0: where the policy has
+    become worse than its reference on everything, a sample that is less so is still a gain.
+
+    Args:
+        sums_K, counts_K: float64.
+        memory: share that stays from step to step, in [0, 1).
+        noise_range: what is divided into K equal parts, cleanest first.
+    """
+
+    sums_K: Tensor
+    counts_K: Tensor
+    memory: float
+    noise_range: tuple[float, float] = (0.0, 1.0)
+
+    @classmethod
+    def none(cls, parts: int, memory: float, noise_range: tuple[float, float] = (0.0, 1.0)) -> "NoiseMeans":
+        """Before the first step."""
+        nothing_K = torch.zeros(parts, dtype=torch.float64)
+        return cls(nothing_K, nothing_K, memory, noise_range)
+
+    def _part(self, noise_level_B: Tensor) -> Tensor:
+        low, high = self.noise_range
+        parts = len(self.sums_K)
+        part_B: Tensor = ((noise_level_B.double().cpu() - low) / (high - low) * parts).long().clamp(0, parts - 1)
+        return part_B
+
+    def after(self, reward_B: Tensor, noise_level_B: Tensor) -> "NoiseMeans":
+        """The means after a step of which this rank has these samples; the other ranks call it with theirs."""
+        part_B, reward_B = self._part(noise_level_B), reward_B.detach().double().cpu()
+        seen_2K = torch.zeros(2, len(self.sums_K), dtype=torch.float64)
+        seen_2K[0].index_add_(0, part_B, reward_B)
+        seen_2K[1].index_add_(0, part_B, torch.ones_like(reward_B))
+        sums_K, counts_K = sum_over_ranks(seen_2K)
+        return replace(self, sums_K=self.memory * self.sums_K + sums_K, counts_K=self.memory * self.counts_K + counts_K)
+
+    def at(self, noise_level_B: Tensor) -> Tensor:
+        """z of each sample, float32 (B,)."""
+        overall = self.sums_K.sum() / self.counts_K.sum().clamp(min=1e-12)
+        z_K = torch.where(self.counts_K > 0, self.sums_K / self.counts_K.clamp(min=1e-12), overall)
+        return z_K[self._part(noise_level_B)].to(noise_level_B.device, torch.float32)
+
+
+@dataclass(frozen=True)
 class Needs:
     """What an objective looks at besides the policy's own errors; `train/learner.py` computes no more than that."""
 
     reference: bool = False
     """The frozen reference's errors on the same noisy latents."""
+    reference_of_the_round: bool = False
+    """That reference is the policy that drew the round's samples, and not the base model."""
     mismatched: bool = False
     """Both models' errors on each image with a prompt that is not its own."""
     whole_step: bool = False
     """Figures over the whole optimizer step, before the first gradient."""
+    noise_means: bool = False
+    """What the steps before have seen of each part of the noise range."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +133,8 @@ class DiffusionKTO:
         reference_point: how z is found, see `find_reference_point`.
         beta: scale of the implicit reward; choose it so that the median of beta * |g| is about 0.5 to 2.
         desirable_weight, undesirable_weight: lambda_w.
+        reference: the base model, or the policy that drew the round; the learner serves it.
+        noise_parts, memory: of `NoiseMeans`, for the reference point `noise_mean`.
     """
 
     utility: UtilityName = "kahneman_tversky"
@@ -81,13 +142,18 @@ class DiffusionKTO:
     beta: float = 5000.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    reference: Literal["fixed", "round"] = "fixed"
+    noise_parts: int = 8
+    memory: float = 0.9
 
     @property
     def needs(self) -> Needs:
         return Needs(
             reference=True,
+            reference_of_the_round=self.reference == "round",
             mismatched=self.reference_point == "mismatched_kl",
             whole_step=self.reference_point != "zero",
+            noise_means=self.reference_point == "noise_mean",
         )
 
     def find_reference_point(
@@ -106,14 +172,16 @@ class DiffusionKTO:
         Returns:
             `batch_kl`: max(0, mean g); the released script's default. `mismatched_kl`: max(0, mean g of mismatched
             pairs); the paper's text (Section 4). `class_mean`: mean of the two classes' mean g, or the mean of the one
-            class that is there. `zero`: 0.
+            class that is there. `zero`: 0. Those of `noise_mean` differ from sample to sample: see `NoiseMeans`.
 
         Raises:
-            ValueError: `mismatched_kl` without mismatched rewards, or a global batch of one sample, whose own mean
-                says nothing.
+            ValueError: `noise_mean`; `mismatched_kl` without mismatched rewards; or a global batch of one sample, whose
+                own mean says nothing.
         """
         if self.reference_point == "zero":
             return reward_B.new_zeros(())
+        if self.reference_point == "noise_mean":
+            raise ValueError("the reference points of noise_mean are those of NoiseMeans")
         rewards_B = reward_B
         if self.reference_point == "mismatched_kl":
             if mismatched_reward_B is None:
@@ -138,7 +206,11 @@ class DiffusionKTO:
         return z.to(reward_B.dtype)
 
     def losses(self, reward_B: Tensor, desirable_B: Tensor, z: Tensor) -> Tensor:
-        """lambda_w * (1 - U(w * beta * (g - z))) of each sample, (B,); the loss is its mean over the global batch."""
+        """lambda_w * (1 - U(w * beta * (g - z))) of each sample, (B,); the loss is its mean over the global batch.
+
+        Args:
+            z: a scalar, or one for each sample, (B,).
+        """
         sign_B = desirable_B.to(reward_B.dtype) * 2 - 1
         utility_B = UTILITIES[self.utility](sign_B * self.beta * (reward_B - z))
         weight_B = torch.where(desirable_B, self.desirable_weight, self.undesirable_weight)
@@ -176,11 +248,11 @@ class Health:
         noise_level_B: Tensor,
         gradient_norm: Tensor,
     ) -> None:
-        """Take in one optimizer step. `noise_level_B` in [0, 1): 0 is clean, 1 is pure noise."""
+        """Take in one optimizer step. `noise_level_B` in [0, 1): 0 is clean, 1 is pure noise; `z` as in `losses`."""
         margin_B = objective.beta * (reward_B - z)
         columns = (reward_B, desirable_B, margin_B, loss_B, noise_level_B)
         self._samples.append(torch.stack([column.detach().double().cpu() for column in columns], dim=1))
-        self._steps.append(torch.stack([z.double().cpu(), gradient_norm.double().cpu()]))
+        self._steps.append(torch.stack([z.double().mean().cpu(), gradient_norm.double().cpu()]))
 
     def summary(self) -> dict[str, float]:
         """Means over the round and all ranks; a figure without samples is left out, never made up.

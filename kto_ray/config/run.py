@@ -159,6 +159,15 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_policies_that_drew_are_here(self) -> "RunConfig":
+        if self.replay and self.train.objective.reference == "round":
+            raise ValueError(
+                "train.objective.reference (round) asks for the policies that drew the rounds, and those of replayed "
+                "rounds are another run's: use reference: fixed, or no replay"
+            )
+        return self
+
     @property
     def rounds_ahead(self) -> int:
         """By how many rounds generation runs ahead of training; more than one would only make samples older."""

@@ -25,7 +25,16 @@ class KTOSettings(Section):
 
     kind: Literal["diffusion_kto"] = "diffusion_kto"
     utility: Fixed[Literal["kahneman_tversky", "loss_averse", "risk_seeking"]] = "kahneman_tversky"
-    reference_point: Fixed[Literal["batch_kl", "mismatched_kl", "class_mean", "zero"]] = "batch_kl"
+    reference_point: Fixed[Literal["batch_kl", "mismatched_kl", "class_mean", "zero", "noise_mean"]] = "batch_kl"
+    """What counts as neither gain nor loss. "batch_kl" is the released script's, "mismatched_kl" the paper's;
+    "noise_mean" has one for each part of the noise range."""
+    reference: Fixed[Literal["fixed", "round"]] = "fixed"
+    """What the implicit reward is measured against: the base model, or the policy that drew the round, so that every
+    round asks anew for better than what there is."""
+    noise_parts: Fixed[Count] = 8
+    """Equal parts of `train.noise_range`, for "noise_mean"."""
+    memory: Fixed[Annotated[float, Field(ge=0, lt=1)]] = 0.9
+    """Share of its reference points that stays from step to step, for "noise_mean"."""
     beta: Fixed[Positive] = 5000
     """Scale of the implicit reward."""
     desirable_weight: Fixed[Positive] = 1
@@ -99,6 +108,11 @@ class Train(Section):
                 f"global_batch 1 with objective.reference_point "
                 f"{self.objective.reference_point}: the mean over one sample says nothing; "
                 "use global_batch >= 2, or objective.reference_point: zero"
+            )
+        if self.objective.reference_point == "noise_mean" and self.objective.noise_parts > self.global_batch:
+            raise ValueError(
+                f"objective.noise_parts ({self.objective.noise_parts}) must be at most global_batch "
+                f"({self.global_batch}), so that a step has samples of each part"
             )
         if self.noise_range[0] >= self.noise_range[1]:
             raise ValueError(f"noise_range {list(self.noise_range)} must rise, for instance [0, 1]")

@@ -1,7 +1,8 @@
 """The policy inside a denoiser: what is trained, what is published, and where the frozen reference is.
 
-Two kinds: LoRA adapters (peft), whose reference is the same module with the adapter switched off; and full
-fine-tuning, whose reference is a frozen copy. Both give their weights as named tensors (`policies.py` stores them as
+Two kinds: LoRA adapters (peft), whose reference is the same module with the adapter switched off; and full fine-tuning,
+whose reference is a frozen copy. The reference is the base model unless it is told to be another policy (`refer_to`,
+for `train.objective.reference: round`). Both give their weights as named tensors (`policies.py` stores them as
 safetensors) and take them back; `proves` compares what really sits in the module with what was published.
 
 A LoRA policy's names follow diffusers, so that `pipe.load_lora_weights(policy_folder)` works on a published one.
@@ -10,7 +11,7 @@ A LoRA policy's names follow diffusers, so that `pipe.load_lora_weights(policy_f
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +47,10 @@ class Policy(Protocol):
         """Whether the module, as it would be used now, holds exactly these weights (in its own precision)."""
 
     def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
-        """The frozen reference as a module, for as long as the context lasts."""
+        """The frozen reference as a module, for as long as the context lasts; without gradients."""
+
+    def refer_to(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """Let the reference be these weights, as `tensors` gives them; None: the base model."""
 
 
 class LoraPolicy:
@@ -73,6 +77,7 @@ class LoraPolicy:
         except ValueError as error:
             raise UserError(f"train.adapter.target_modules: {list(adapter.target_modules)}: {error}") from error
         self._switched_on = True
+        self._reference: list[Tensor] | None = None  # in the place of the parameters; None: the base
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
 
@@ -110,6 +115,10 @@ class LoraPolicy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[nn.Module]:
+        if self._reference is not None:
+            with self._holding(self._reference):
+                yield self.module
+            return
         self.module.disable_adapters()  # type: ignore[operator]
         try:
             yield self.module
@@ -117,13 +126,32 @@ class LoraPolicy:
             if self._switched_on:
                 self.module.enable_adapters()  # type: ignore[operator]
 
+    def refer_to(self, tensors: Mapping[str, Tensor] | None) -> None:
+        self._reference = None
+        if tensors is not None:
+            with self._holding([parameter.detach().clone() for parameter in self.parameters()]):
+                self.load(tensors)
+                self._reference = [parameter.detach().clone() for parameter in self.parameters()]
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def _holding(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """The adapter has these weights for a while. An adapter is small: to copy it costs less than a second one."""
+        own = [parameter.detach().clone() for parameter in self.parameters()]
+        try:
+            _copy(weights, self.parameters())
+            yield
+        finally:
+            _copy(own, self.parameters())
+
 
 class FullPolicy:
-    """Every weight of the denoiser is trained; the reference is a frozen copy of the base."""
+    """Every weight of the denoiser is trained; the reference is a frozen copy, and the base another one."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.module = denoiser
         self._base = copy.deepcopy(denoiser).requires_grad_(False).eval()
+        self._reference: nn.Module | None = None  # None: the base
         denoiser.requires_grad_(True)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -143,7 +171,20 @@ class FullPolicy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        yield self._base
+        yield self._base if self._reference is None else self._reference
+
+    def refer_to(self, tensors: Mapping[str, Tensor] | None) -> None:
+        if tensors is None:
+            self._reference = None
+            return
+        self._reference = copy.deepcopy(self._base) if self._reference is None else self._reference
+        self._reference.load_state_dict(dict(tensors))
+
+
+@torch.no_grad()
+def _copy(weights: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.copy_(weight)
 
 
 def make_policy(family: Family, adapter: Adapter) -> Policy:

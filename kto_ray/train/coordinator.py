@@ -32,6 +32,8 @@ class TrainingReport:
     draws: dict[str, int]
     left_out: list[str] = field(default_factory=list)
     """Samples that `train.on_nonfinite` left out."""
+    reference: tuple[int, str] | None = None
+    """Version and digest of the policy that the rewards were measured against; checkpoints of 0.1.0 do not say."""
 
 
 @dataclass(frozen=True)

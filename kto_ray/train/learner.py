@@ -9,6 +9,7 @@ channels, height, width.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from kto_ray.config import Train
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import DTYPES, Family
 from kto_ray.diffusion.policy import Policy
-from kto_ray.objective import Health, denoising_error, make_objective
+from kto_ray.objective import Health, NoiseMeans, denoising_error, make_objective
 from kto_ray.train.batches import Batch, Batches, RoundBatches, RoundData
 from kto_ray.train.finite import NotFiniteError, require_finite_step, require_finite_weights
 
@@ -51,6 +52,7 @@ class Learner:
         self.family, self.policy, self.config, self.seed, self.device = family, policy, config, seed, device
         self.rank, self.ranks = rank, ranks
         self.objective = make_objective(**config.objective.model_dump())
+        self.noise_means = NoiseMeans.none(self.objective.noise_parts, self.objective.memory, config.noise_range)
         if config.gradient_checkpointing:
             policy.module.enable_gradient_checkpointing()  # type: ignore[operator]
             policy.module.train()
@@ -71,12 +73,15 @@ class Learner:
             "policy": self.policy.tensors(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "noise_means": {"sums": self.noise_means.sums_K, "counts": self.noise_means.counts_K},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if means := state.get("noise_means"):  # checkpoints of version 0.1.0 have none
+            self.noise_means = replace(self.noise_means, sums_K=means["sums"], counts_K=means["counts"])
         # The state has settings in it, too, which may have changed with a rewinding: the configuration's hold.
         rate = self.config.learning_rate
         self.scheduler.base_lrs = [rate]
@@ -175,34 +180,46 @@ class Learner:
                         for reference_M, part in zip(references, micro_batches, strict=True)
                     ]
                 )
-        z = None
+        noise_means = self.noise_means
+
+        def reference_points(reward_B: Tensor) -> Tensor:
+            nonlocal noise_means
+            if self.objective.needs.noise_means:
+                noise_means = self.noise_means.after(reward_B, batch.level_B)
+                return noise_means.at(batch.level_B)
+            z = self.objective.find_reference_point(reward_B, batch.desirable_B, mismatched_reward_B)
+            return z.expand(len(batch.desirable_B))
+
+        z_B = None
         if len(micro_batches) > 1 and self.objective.needs.whole_step:
             with torch.no_grad():
                 rewards = [
                     reference_M - self._errors(self.policy.module, part, part.text_B)
                     for reference_M, part in zip(reference_errors, micro_batches, strict=True)
                 ]
-            z = self.objective.find_reference_point(torch.cat(rewards), batch.desirable_B, mismatched_reward_B)
+            z_B = reference_points(torch.cat(rewards))
 
         self.optimizer.zero_grad(set_to_none=True)
         rewards_and_losses = []
-        for last, part, reference_M in zip(
-            [False] * (len(micro_batches) - 1) + [True], micro_batches, reference_errors, strict=True
-        ):
-            with self._gradient_sync(last):
+        start = 0
+        for part, reference_M in zip(micro_batches, reference_errors, strict=True):
+            end = start + len(part.desirable_B)
+            with self._gradient_sync(last=end == len(batch.desirable_B)):
                 reward_M = reference_M - self._errors(self.model, part, part.text_B)
-                if z is None:
-                    z = self.objective.find_reference_point(reward_M, part.desirable_B, mismatched_reward_B)
-                loss_M = self.objective.losses(reward_M, part.desirable_B, z)
+                if z_B is None:
+                    z_B = reference_points(reward_M)
+                loss_M = self.objective.losses(reward_M, part.desirable_B, z_B[start:end])
                 (loss_M.sum() / len(batch.desirable_B)).backward()  # type: ignore[no-untyped-call]
             rewards_and_losses.append((reward_M.detach(), loss_M.detach()))
-        assert z is not None
+            start = end
+        assert z_B is not None
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         reward_B, loss_B = (torch.cat(parts) for parts in zip(*rewards_and_losses, strict=True))
         require_finite_step(reward_B, loss_B, gradient_norm, self.rank, self.ranks)
         self.optimizer.step()
         self.scheduler.step()
-        health.add(self.objective, reward_B, batch.desirable_B, z, loss_B, batch.level_B, gradient_norm)
+        self.noise_means = noise_means
+        health.add(self.objective, reward_B, batch.desirable_B, z_B, loss_B, batch.level_B, gradient_norm)
 
     @contextlib.contextmanager
     def _gradient_sync(self, last: bool) -> Iterator[None]:

@@ -33,6 +33,7 @@ from kto_ray.diffusion.families import load_family, pick_device
 from kto_ray.diffusion.policy import Policy, make_policy
 from kto_ray.errors import UserError
 from kto_ray.policies import DigestError, PolicyStore
+from kto_ray.records import PolicyRef
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from kto_ray.train.batches import RoundData, StoredLatents
@@ -93,6 +94,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
         def on_left_out(samples: list[int], ids: list[str] = ids, left_out: list[str] = left_out) -> None:
             left_out += [ids[sample] for sample in samples]
 
+        reference = reference_of(learner, store, rounds, task.round_index, version)
         try:
             figures, draws = learner.train_round(data, on_step, on_left_out) if data else ({}, np.zeros(0, np.int64))
         except NotFiniteError as error:
@@ -105,10 +107,24 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
             | {"seconds/load": loaded - began + reading, "seconds/train": time.monotonic() - loaded - reading},
             draws={sample_id: int(count) for sample_id, count in zip(ids, draws, strict=True)},
             left_out=left_out,
+            reference=(reference.version, reference.digest),
         )
         if again and rank == 0:
             require_same_policy(store, learner.policy, version, run)
         commit_checkpoint(learner, version, report, rank, run)
+
+
+def reference_of(learner: Learner, store: PolicyStore, rounds: RoundStore, index: int, version: int) -> PolicyRef:
+    """The policy against which this round's rewards are measured; the learner's reference is it from here on.
+
+    The base model, or the policy that drew the round: mostly the one that the learner holds itself, `version`.
+    """
+    follows = learner.objective.needs.reference_of_the_round
+    reference = store.resolve(max(rounds.round(index).policy_versions()) if follows else 0)
+    if follows:
+        held = 0 < reference.version == version
+        learner.policy.refer_to(learner.policy.tensors() if held else store.load(reference))
+    return reference
 
 
 def trained_before(rounds: RoundStore, version: int) -> RoundTask | None:

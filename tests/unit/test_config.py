@@ -371,6 +371,20 @@ def test_gamma_must_be_a_proper_probability(gamma: str) -> None:
     assert any(words in text for words in ("greater than 0", "less than 1", "finite number"))
 
 
+def test_a_step_has_samples_of_each_part_of_the_noise_range() -> None:
+    text = message("train.objective.reference_point=noise_mean", "train.objective.noise_parts=65")
+    assert "objective.noise_parts (65) must be at most global_batch (64)" in text
+    assert load(None, ["train.objective.reference_point=noise_mean", "train.objective.noise_parts=64"])
+    assert "train.objective.memory" in message("train.objective.memory=1")
+
+
+def test_replayed_rounds_have_no_policy_to_be_measured_against() -> None:
+    text = message("train.objective.reference=round", "replay.run=runs/earlier")
+    assert "train.objective.reference (round)" in text
+    assert "use reference: fixed" in text
+    assert load(None, ["train.objective.reference=round"])
+
+
 def test_a_batch_of_one_has_no_batch_reference_point() -> None:
     text = message("train.global_batch=1", "train.micro_batch=1")
     assert "global_batch 1" in text

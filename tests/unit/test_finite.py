@@ -49,10 +49,13 @@ def moments(learner: Learner) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("micro_batch", [8, 2])
+@pytest.mark.parametrize("reference_point", ["batch_kl", "noise_mean"])
 def test_the_step_is_not_taken_and_names_the_samples_to_blame(
-    tiny_sd1_folder: Path, value: float, micro_batch: int
+    tiny_sd1_folder: Path, value: float, micro_batch: int, reference_point: str
 ) -> None:
-    learner = make_learner(tiny_sd1_folder, global_batch=16, micro_batch=micro_batch, gamma=0.5)
+    settings: dict[str, Any] = {"global_batch": 16, "micro_batch": micro_batch, "gamma": 0.5}
+    settings |= {"reference_point": reference_point}
+    learner = make_learner(tiny_sd1_folder, **settings)
     learner.train_round(make_round(1))
     before = copy.deepcopy(learner.state_dict())
     with pytest.raises(NotFiniteError) as caught:
@@ -65,7 +68,7 @@ def test_the_step_is_not_taken_and_names_the_samples_to_blame(
     for name, entry in before["optimizer"]["state"].items():
         assert all(torch.equal(entry[key], after["optimizer"]["state"][name][key]) for key in entry)
     # And what comes next is as if nothing had been tried.
-    undisturbed = make_learner(tiny_sd1_folder, global_batch=16, micro_batch=micro_batch, gamma=0.5)
+    undisturbed = make_learner(tiny_sd1_folder, **settings)
     undisturbed.load_state_dict(before)
     assert learner.train_round(make_round(2))[0] == undisturbed.train_round(make_round(2))[0]
 

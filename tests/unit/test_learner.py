@@ -183,6 +183,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch(tiny_folder: Path) -> 
 DISTRIBUTED: dict[str, dict[str, Any]] = {
     "full, accumulated": {"kind": "full", "micro_batch": 2},
     "adapter, mismatched": {"kind": "lora", "reference_point": "mismatched_kl", "prompt_dropout": 0.5},
+    "adapter, by noise": {"kind": "lora", "reference_point": "noise_mean", "noise_parts": 3, "micro_batch": 2},
     "adapter, class mean": {"kind": "lora", "reference_point": "class_mean", "micro_batch": 2},
 }
 
@@ -286,9 +287,12 @@ def test_noise_levels_stay_in_their_range(tiny_sd1_folder: Path) -> None:
 # Over steps and restarts
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_restarted_learner_goes_on_bit_for_bit(tiny_sd1_folder: Path, kind: Kind) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reference_point"), [("lora", "batch_kl"), ("full", "batch_kl"), ("lora", "noise_mean")]
+)
+def test_a_restarted_learner_goes_on_bit_for_bit(tiny_sd1_folder: Path, kind: Kind, reference_point: str) -> None:
     settings: dict[str, Any] = {"kind": kind, "warmup_steps": 3, "weight_decay": 0.1}
+    settings |= {"reference_point": reference_point}
     learner = make_learner(tiny_sd1_folder, **settings)
     learner.train_round(make_round(0))
     checkpoint = io.BytesIO()

@@ -25,6 +25,7 @@ from kto_ray.objective import (
     UTILITIES,
     DiffusionKTO,
     Health,
+    NoiseMeans,
     ReferencePointName,
     UtilityName,
     denoising_error,
@@ -34,7 +35,8 @@ from kto_ray.objective import (
 Array = NDArray[np.float64]
 
 UTILITY_NAMES: tuple[UtilityName, ...] = get_args(UtilityName)
-REFERENCE_POINT_NAMES: tuple[ReferencePointName, ...] = get_args(ReferencePointName)
+REFERENCE_POINT_NAMES = tuple(name for name in get_args(ReferencePointName) if name != "noise_mean")
+"""Of one number for the whole step."""
 
 each_utility = pytest.mark.parametrize("utility", UTILITY_NAMES)
 each_reference_point = pytest.mark.parametrize("reference_point", REFERENCE_POINT_NAMES)
@@ -205,6 +207,77 @@ class TestGradients:
         assert model.weight.grad is not None
         assert np.abs(expected_DD).max() > 1e-2, "a flat spot would prove nothing"
         np.testing.assert_allclose(model.weight.grad.T.numpy(), expected_DD, rtol=1e-3, atol=1e-5)
+
+
+samples_of_a_step = st.lists(st.tuples(rewards, st.floats(0, 1, exclude_max=True)), min_size=1, max_size=12)
+
+
+class TestNoiseMeans:
+    @settings(deadline=None, max_examples=50)
+    @given(
+        steps=st.lists(samples_of_a_step, min_size=1, max_size=4),
+        parts=st.integers(1, 5),
+        memory=st.sampled_from([0.0, 0.5, 0.9]),
+        noise_range=st.sampled_from([(0.0, 1.0), (0.25, 0.75)]),
+    )
+    def test_closed_form(
+        self,
+        steps: list[list[tuple[float, float]]],
+        parts: int,
+        memory: float,
+        noise_range: tuple[float, float],
+    ) -> None:
+        """Every sample ever seen, weighted by its age."""
+        low, high = noise_range
+        means = NoiseMeans.none(parts, memory, noise_range)
+        seen: list[tuple[float, int, int]] = []
+        for age, step in enumerate(reversed(steps)):
+            for reward, place in step:
+                seen.append((reward, min(int(place * parts), parts - 1), age))
+        for step in steps:
+            reward_B, place_B = (torch.tensor(column, dtype=torch.float64) for column in zip(*step, strict=True))
+            level_B = low + (high - low) * place_B
+            before = means.sums_K.clone()
+            after = means.after(reward_B, level_B)
+            assert torch.equal(means.sums_K, before), "a step that is not taken must leave no trace"
+            means = after
+        z_B = means.at(level_B)
+        part_B = [min(int((level - low) / (high - low) * parts), parts - 1) for level in level_B.tolist()]
+        for z, part in zip(z_B.tolist(), part_B, strict=True):
+            mine = [(reward, memory**age) for reward, other, age in seen if other == part and memory**age > 0]
+            expected = sum(r * w for r, w in mine) / sum(w for _, w in mine)
+            assert z == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+    def test_a_part_of_which_nothing_was_seen_has_the_mean_of_all(self) -> None:
+        means = NoiseMeans.none(4, 0.9).after(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.3]))
+        z_B = means.at(torch.tensor([0.1, 0.3, 0.6, 0.9]))
+        assert z_B.tolist() == [1.0, 3.0, 2.0, 2.0]
+        assert (z_B.dtype, z_B.requires_grad) == (torch.float32, False)
+
+    def test_they_may_be_negative_and_carry_no_gradient(self) -> None:
+        reward_B = torch.tensor([-1.0, -3.0], requires_grad=True)
+        z_B = NoiseMeans.none(1, 0.5).after(reward_B, torch.tensor([0.2, 0.8])).at(torch.tensor([0.5]))
+        assert z_B.tolist() == [-2.0]
+        assert not z_B.requires_grad
+
+    def test_the_verdict_decides_where_the_noise_level_did(self) -> None:
+        """Rewards that depend on the noise three times as much as on the verdict, as in a real run."""
+        level_B = torch.arange(64) / 64
+        desirable_B = torch.arange(64) % 2 == 0
+        reward_B = 3 * level_B + torch.where(desirable_B, 0.1, -0.1)
+        one = DiffusionKTO(reference_point="batch_kl", beta=1)
+        z = one.find_reference_point(reward_B, desirable_B)
+        z_B = NoiseMeans.none(16, 0.0).after(reward_B, level_B).at(level_B)
+
+        def agree(z: Tensor) -> float:
+            return float((((reward_B - z) > 0) == desirable_B).float().mean())
+
+        assert agree(z) < 0.6
+        assert agree(z_B) > 0.7
+
+    def test_the_mean_of_a_whole_step_is_not_asked_of_it(self) -> None:
+        with pytest.raises(ValueError, match="NoiseMeans"):
+            DiffusionKTO(reference_point="noise_mean").find_reference_point(torch.zeros(2), torch.tensor([True, False]))
 
 
 class TestReferencePoint:

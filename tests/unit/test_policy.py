@@ -87,6 +87,39 @@ def test_the_reference_stays_the_base_model_while_the_policy_trains(tiny_folder:
         assert all(torch.equal(frozen[name], weight) for name, weight in base.denoiser.named_parameters())
 
 
+def test_the_reference_is_the_policy_that_it_is_told_to_be(tiny_folder: Path, kind: Kind) -> None:
+    family = load(tiny_folder)
+    policy = make_policy(family, Adapter(kind=kind, rank=2))
+    base = predict(family, policy.module)
+    nudge(policy, seed=1)
+    earlier, expected = policy.tensors(), predict(family, policy.module)
+    nudge(policy, seed=2)
+    now, trained = policy.tensors(), predict(family, policy.module)
+    policy.refer_to(earlier)
+    for _ in range(2):
+        with policy.reference() as reference:
+            assert same(predict(family, reference), expected)
+        assert policy.proves(now)
+        assert same(predict(family, policy.module), trained)
+
+    # It stands still while the policy trains, and passes no gradient on.
+    noisy_BCHW, text_B = torch.randn(2, 4, 8, 8), family.encode_prompts(["a circle", "a square"])
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
+    with policy.reference() as reference, torch.no_grad():
+        theirs = family.predict(reference, noisy_BCHW, torch.tensor([100, 800]), text_B)
+    loss = (family.predict(policy.module, noisy_BCHW, torch.tensor([100, 800]), text_B) - theirs).square().mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is not None for parameter in policy.parameters())
+    optimizer.step()
+    assert not policy.proves(now)
+    with policy.reference() as reference:
+        assert same(predict(family, reference), expected)
+
+    policy.refer_to(None)
+    with policy.reference() as reference:
+        assert same(predict(family, reference), base)
+
+
 def test_only_the_policy_is_trained(tiny_sd1_folder: Path) -> None:
     family = load(tiny_sd1_folder)
     policy = make_policy(family, Adapter(rank=2))

@@ -140,17 +140,40 @@ def test_a_step_that_would_ruin_the_policy_is_given_up_and_leaves_no_trace(
     assert [report.draws[sample_id] for sample_id in report.left_out] == [0] * len(report.left_out)
 
 
-def test_rounds_after_an_older_checkpoint_are_trained_again_to_the_same_bytes(
-    run: Storage, office: Office, tiny_sd1_folder: Path
+@pytest.mark.parametrize(("reference", "versions"), [("fixed", [0, 0]), ("round", [0, 1])])
+def test_every_round_says_which_policy_it_was_measured_against(
+    run: Storage, office: Office, tiny_sd1_folder: Path, reference: str, versions: list[int]
 ) -> None:
-    work(run, office, tiny_sd1_folder)
+    work(run, office, tiny_sd1_folder, objective={"reference": reference})
+    assert [office.reports[index + 1].reference for index in range(2)] == [
+        (version, digests(run)[version]) for version in versions
+    ]
+
+
+def test_a_reference_that_follows_makes_another_policy(
+    run: Storage, tiny_sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second round on: the first one's is the base in both cases."""
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    other, elsewhere = Storage(str(tmp_path / "other")), Office(tmp_path / "train of other", monkeypatch)
+    work(other, elsewhere, tiny_sd1_folder, objective={"reference": "round"})
+    work(run, Office(tmp_path / "train again", monkeypatch), tiny_sd1_folder)
+    assert digests(other)[:2] == digests(run)[:2]
+    assert digests(other)[2] != digests(run)[2]
+
+
+@pytest.mark.parametrize("objective", [{}, {"reference": "round", "reference_point": "noise_mean", "noise_parts": 4}])
+def test_rounds_after_an_older_checkpoint_are_trained_again_to_the_same_bytes(
+    run: Storage, office: Office, tiny_sd1_folder: Path, objective: dict[str, Any]
+) -> None:
+    work(run, office, tiny_sd1_folder, objective=objective)
     record(run, office)
     before, reports = digests(run), dict(office.reports)
     assert len(before) == 3
     del office.checkpoints[2]  # damaged
     PolicyStore(run).drop_before(2)
     office.reports.clear()
-    work(run, office, tiny_sd1_folder)
+    work(run, office, tiny_sd1_folder, objective=objective)
     assert office.why is None
     assert digests(run) == before
     assert not PolicyStore(run).has_weights(1)  # it is proved by its digest, and stored no more
