@@ -25,6 +25,7 @@ from kto_ray.storage import Storage
 from kto_ray.train.batches import LatentsInMemory, RoundBatches, RoundData
 from kto_ray.train.coordinator import RoundTask
 from kto_ray.train.worker import read_round
+from tests.counting import counted
 from tests.factories import same_sample
 from tests.in_process import InProcess
 
@@ -286,3 +287,10 @@ def only_while(left: Any, method: Callable[..., Any]) -> Callable[..., Any]:
         return method(*arguments)
 
     return change
+
+
+def test_it_is_brought_into_the_new_form_once(run: Storage) -> None:
+    interrupt(run, "verdicts").open()
+    with counted() as moved:
+        RoundStore(run).round(1).open()
+    assert moved.files_written == 0
