@@ -201,12 +201,13 @@ class Scorers:
     def score_each(self, samples: Samples, known: Sequence[Score] = ()) -> AsyncGenerator[list[Score], None]:
         """The same, scorer by scorer as they answer: a slow one keeps nobody's scores back. See `as_done`."""
         have = {(score.sample_id, score.scorer) for score in known}
+        batches: dict[frozenset[str], Samples] = {}  # who lacks the same shares what is read
 
         def jobs() -> Iterator[Coroutine[Any, Any, list[Score]]]:
             for name, pool in self.pools.items():
                 # After a crash scorers may lack different samples.
-                if lacking := {sample.id for sample in samples if (sample.id, name) not in have}:
-                    yield pool.score(samples.only(lacking))
+                if lacking := frozenset(sample.id for sample in samples if (sample.id, name) not in have):
+                    yield pool.score(batches.setdefault(lacking, samples.only(lacking)))
 
         return as_done(jobs())
 

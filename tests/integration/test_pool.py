@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import psutil
 import pytest
 import ray
 
+from kto_ray import samples as samples_module
 from kto_ray.config import Cluster, Labeling
 from kto_ray.errors import UserError
-from kto_ray.parts import write_part
-from kto_ray.records import Sample, Score
+from kto_ray.parts import Kind, write_part
+from kto_ray.records import Sample, SampleRecord, Score
 from kto_ray.samples import Samples, put_pixels
 from kto_ray.score.pool import Scorers, require_scored
 from kto_ray.storage import Storage
@@ -148,6 +149,27 @@ async def test_scores_that_are_known_are_not_asked_for_again(tmp_path: Path) -> 
         assert await scorers.score(Samples.of(samples[:2]), known) == []
     assert [file.read_text() for file in folders[0].glob("batch-*")] == [samples[2].prompt.id]
     assert not list(folders[1].glob("batch-*"))
+
+
+async def test_scorers_that_lack_the_same_samples_share_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a crash."""
+    samples = make_samples("round-00000", 4)
+    folder, read, read_arrays = Storage(str(tmp_path)), list[str](), samples_module.read_arrays
+
+    def noted(folder: Storage, kind: Kind, records: Sequence[SampleRecord]) -> Any:
+        read.extend(record.id for record in records)
+        return read_arrays(folder, kind, records)
+
+    records = write_part(folder, samples)
+    known = [Score(samples[0].id, name, "coin@1", 0.5) for name in ("one", "two")]
+    coin = {"scorer": "tests.plugins:CoinScorer"}
+    async with running(one=coin, two=coin) as scorers:
+        monkeypatch.setattr(samples_module, "read_arrays", noted)
+        scores = await scorers.score(Samples(records, folder), known)
+    assert scores == by_coin(samples[1:], "one", "coin@1") + by_coin(samples[1:], "two", "coin@1")
+    assert read == [sample.id for sample in samples[1:]]
 
 
 async def test_a_version_stands_alone_under_the_scorer_s_own_name(tmp_path: Path) -> None:
