@@ -25,6 +25,9 @@ from kto_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
+ENDS_S = 30
+"""How long workers have to end that have given up."""
+
 
 class Watching(UserCallback):
     """Tells the coordinator of workers that failed; Ray Train calls it where it decides what to do about them."""
@@ -98,6 +101,9 @@ class Training:
             report: TrainingReport | GaveUp = await self._unless_ended(self.coordinator.train.remote(task))
             telling.cancel()
         if isinstance(report, GaveUp):
+            # The workers end now, and `fit()` with them. A thread that comes out of Ray in the moment in which Ray is
+            # shut down takes the process along, before it has said why.
+            await asyncio.wait({self._ended}, timeout=ENDS_S)
             raise UserError(report.why)
         return report
 

@@ -109,13 +109,16 @@ async def test_workers_that_end_in_the_middle_are_an_error(make: Any) -> None:
 
 
 async def test_workers_that_give_up_end_the_run_with_their_sentence(make: Any) -> None:
-    training, coordinator, _ = make()
+    training, coordinator, trainer = make()
     ranks = [asyncio.create_task(coordinator.give_up(why)) for why in ("the disk is full", "of another rank")]
     await asyncio.sleep(0)
     assert not any(rank.done() for rank in ranks)  # the coordinator may yet be started again
-    with pytest.raises(UserError, match="the disk is full"):
-        await training.train(RoundTask(0))
+    training_ends = asyncio.create_task(training.train(RoundTask(0)))
     await asyncio.gather(*ranks)
+    assert not training_ends.done()  # Ray must not be shut down while `fit()` comes out of it
+    trainer.end()
+    with pytest.raises(UserError, match="the disk is full"):
+        await training_ends
 
 
 async def test_closing_lets_the_workers_end(make: Any) -> None:
