@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.parquet as pq
 
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
@@ -75,11 +74,6 @@ class Job:
                     found.append(process)
         return found
 
-    def freeze(self) -> None:
-        """SIGSTOP to the driver, while Ray's processes go on. Returns when it stands still."""
-        os.kill(self.process.pid, signal.SIGSTOP)
-        self.wait_until(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED)
-
     def kill(self) -> None:
         """SIGKILL to the driver; Ray's processes of this job follow it. Returns when all are gone."""
         family = psutil.Process(self.process.pid).children(recursive=True)
@@ -119,14 +113,3 @@ def summary(run: Path) -> dict[str, Any]:
 def sample_ids(run: Path) -> list[set[str]]:
     """Ids of all samples, round by round."""
     return [round_.sample_ids for round_ in RoundStore(Storage(str(run))).rounds()]
-
-
-def digests(run: Path) -> dict[str, tuple[str, str]]:
-    """Of latents and pixels of all samples, by their ids."""
-    records = [record for round_ in RoundStore(Storage(str(run))).rounds() for record in round_.records()]
-    return {record.id: (record.place.latents_digest, record.place.pixels_digest) for record in records if record.place}
-
-
-def drawn(run: Path, index: int) -> int:
-    """How many samples of a round are stored."""
-    return sum(pq.read_metadata(part).num_rows for part in run.glob(f"rounds/{index:05}/samples/*.parquet"))
