@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TRIES = 8  # to take a lease that others reach for at the same moment
+SILENT_S = 3.0  # of a wait
 YIELDS_S = 30.0  # in which drivers that come at the same moment take their claims back, on a slow storage too
 
 
@@ -259,8 +260,11 @@ def _take(folder: Storage, renew_s: float, stale_s: float) -> Lease:
         with contextlib.ExitStack() as otherwise:
             otherwise.callback(folder.delete, lease.name)
             lease._write()
-            began = _clock()
+            began, said = _clock(), False
             while _yielding(lease.name, before, after := _claims(folder)) and _clock() - began < YIELDS_S:
+                if not said and _clock() - began > SILENT_S:
+                    logger.warning("%s: waiting for drivers that came at the same moment to give way", folder)
+                    said = True
                 time.sleep(0.1)
             alone = after.keys() - before.keys() == {lease.name}
             if alone and all(after.get(name) == before[name] for name in overdue):

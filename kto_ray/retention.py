@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from kto_ray.cluster import noisily
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import Evaluation
@@ -30,6 +31,7 @@ class Retention:
 
     def __init__(self, config: RunConfig, policies: PolicyStore) -> None:
         self._keep, self._keep_pixels, self._policies = config.keep_policies, config.keep_pixels, policies
+        self._cluster = config.cluster
         self._first_policy = 1  # versions before it have been let go
         self._first_round = 0  # with pixels
         self._tidied: int | None = None  # the last round of which all parts but the tables' have been let go
@@ -84,4 +86,5 @@ class Retention:
 
     async def close(self) -> None:
         """Wait until what is let go is gone."""
-        await asyncio.to_thread(self._thread.shutdown)
+        async with noisily("what the run needs no more to be removed", self._cluster):
+            await asyncio.to_thread(self._thread.shutdown)

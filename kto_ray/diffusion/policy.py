@@ -47,7 +47,7 @@ class Policy(Protocol):
         """Whether the module, as it would be used now, holds exactly these weights (in its own precision)."""
 
     def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
-        """The frozen reference as a module, for as long as the context lasts; without gradients."""
+        """The frozen reference as a module, for as long as the context lasts; to be asked without gradients."""
 
     def refer_to(self, tensors: Mapping[str, Tensor] | None) -> None:
         """Let the reference be these weights, as `tensors` gives them; None: the base model."""

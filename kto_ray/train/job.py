@@ -25,7 +25,7 @@ from kto_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
-ENDS_S = 30
+ENDS_S = 60
 """How long workers have to end that have given up."""
 
 
@@ -103,7 +103,8 @@ class Training:
         if isinstance(report, GaveUp):
             # The workers end now, and `fit()` with them. A thread that comes out of Ray in the moment in which Ray is
             # shut down takes the process along, before it has said why.
-            await asyncio.wait({self._ended}, timeout=ENDS_S)
+            async with noisily("the train workers to end", self.config.cluster):
+                await asyncio.wait({self._ended}, timeout=ENDS_S)
             raise UserError(report.why)
         return report
 
