@@ -25,7 +25,7 @@ from kto_ray.config import RunConfig, Train, load, steps_for
 from kto_ray.diffusion import source
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import Family, load_family
-from kto_ray.objective import DiffusionKTO, denoising_error
+from kto_ray.objectives.diffusion_kto import DiffusionKTO, denoising_error
 from kto_ray.shapes.world import all_scenes, draw_somewhere
 from kto_ray.train.batches import LatentsInMemory, RoundData
 from kto_ray.train.sampler import plan_round

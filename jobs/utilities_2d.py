@@ -2,7 +2,7 @@
 
 Section 6 of Li et al. (arXiv 2404.04465): pretrain a small epsilon-prediction model on one Gaussian cloud, call one
 corner of it desirable and another undesirable, fine-tune a copy with each utility, and look where the samples land.
-Noising and sampling are diffusers', the objective is `kto_ray.objective`; supervised fine-tuning (SFT) on the
+Noising and sampling are diffusers', the objective is `kto_ray.objectives.diffusion_kto`; supervised fine-tuning (SFT) on the
 desirable points is the baseline. Writes one figure and prints where each model lands.
 
 Measured, seeds 0 to 5, with the settings below (one set for all utilities): share of points within two standard
@@ -47,7 +47,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor, nn
 
-from kto_ray.objective import UTILITIES, DiffusionKTO, UtilityName, denoising_error
+from kto_ray.objectives.diffusion_kto import UTILITIES, DiffusionKTO, UtilityName, denoising_error
 
 
 @dataclass(frozen=True)

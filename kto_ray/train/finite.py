@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kto_ray.objective import sum_over_ranks
+from kto_ray.objectives.diffusion_kto import sum_over_ranks
 
 
 class NotFiniteError(ArithmeticError):

@@ -23,7 +23,7 @@ from kto_ray.config import Train
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import DTYPES, Family
 from kto_ray.diffusion.policy import Policy
-from kto_ray.objective import Health, NoiseMeans, denoising_error, make_objective
+from kto_ray.objectives.diffusion_kto import Health, NoiseMeans, denoising_error, make_objective
 from kto_ray.train.batches import Batch, Batches, RoundBatches, RoundData
 from kto_ray.train.finite import NotFiniteError, require_finite_step, require_finite_weights
 

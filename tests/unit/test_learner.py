@@ -23,7 +23,7 @@ from kto_ray.diffusion import source
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import load_family
 from kto_ray.diffusion.policy import make_policy
-from kto_ray.objective import Health, ReferencePointName
+from kto_ray.objectives.diffusion_kto import Health, ReferencePointName
 from kto_ray.train.batches import Batch, LatentsInMemory, RoundData
 from kto_ray.train.learner import Learner
 from tests.unit.test_noise import alphas_cumprod

@@ -1,4 +1,4 @@
-"""`kto_ray.objective` against closed forms in float64 numpy, finite differences, hand-made figures and two processes.
+"""`kto_ray.objectives.diffusion_kto` against closed forms in float64 numpy, finite differences, hand-made figures and two processes.
 
 Shapes as in the module under test: B samples, D numbers a sample; `_N` and `_ND` arrays are the numpy twins.
 """
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kto_ray.objective import (
+from kto_ray.objectives.diffusion_kto import (
     UTILITIES,
     DiffusionKTO,
     Health,
