@@ -25,7 +25,7 @@ from kto_ray.config import RunConfig, Train, load, steps_for
 from kto_ray.diffusion import source
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import Family, load_family
-from kto_ray.objectives.diffusion_kto import DiffusionKTO, denoising_error
+from kto_ray.objectives.protocol import denoising_error
 from kto_ray.shapes.world import all_scenes, draw_somewhere
 from kto_ray.train.batches import LatentsInMemory, RoundData
 from kto_ray.train.sampler import plan_round
@@ -140,9 +140,8 @@ class ReleasedLike:
     ) -> None:
         self.family, self.pipeline, self.seed = family, family.pipeline, config.seed
         self.config: Train = config.train
-        self.objective = DiffusionKTO(
-            self.config.objective.utility, self.config.objective.reference_point, self.config.objective.beta
-        )
+        assert self.config.objective.kind == "diffusion_kto"
+        self.objective = self.config.objective
         self.unet = family.denoiser.requires_grad_(True)
         self.parameters = list(self.unet.parameters())
         self.reference = [parameter.detach().clone() for parameter in self.parameters]
@@ -186,7 +185,8 @@ class ReleasedLike:
         z = self.objective.find_reference_point(reward_B, desirable_B)
 
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(self.objective.losses(reward_B, desirable_B, z).mean())
+        margin_B = self.objective.beta * (reward_B - z)
+        torch.autograd.backward(self.objective.losses_of(margin_B, desirable_B).mean())
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
 

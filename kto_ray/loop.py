@@ -49,6 +49,7 @@ from kto_ray.config import RunConfig
 from kto_ray.diffusion.sampling import drawing_digest
 from kto_ray.evaluate.doubts import doubts_of
 from kto_ray.evaluate.evaluation import Evaluation
+from kto_ray.evaluate.hints import new_hints
 from kto_ray.evaluate.summary import evaluation_row, write_results
 from kto_ray.generate.client import Generators
 from kto_ray.label.judging import worth_training
@@ -67,7 +68,7 @@ from kto_ray.serving import start_serve
 from kto_ray.stage import Stage
 from kto_ray.stalls import stalls_said
 from kto_ray.stopwatch import Stopwatch
-from kto_ray.telling import all_too_old, evaluation_sentence, progress_bars, round_sentence
+from kto_ray.telling import evaluation_sentence, nothing_trained, progress_bars, round_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask
 from kto_ray.train.job import Training
@@ -242,7 +243,7 @@ class _Loop:
 
     async def _train_round(self, index: int, round_: Round) -> None:
         verdicts = round_.verdicts()
-        train = worth_training(self.config.label, index, verdicts)
+        train = worth_training(self.config.label, index, verdicts, self.config.train.objective)
         labels = Counter(verdict.label for verdict in verdicts)
         if train and (uneven := imbalance(labels["desirable"], labels["undesirable"], self.config.train)):
             logger.warning("round %d: %s", index, uneven)
@@ -263,7 +264,7 @@ class _Loop:
         finally:
             self.progress.remove_task(bar)
         if train and not any(report.draws.values()):
-            logger.warning(all_too_old(index, self.config.max_policy_lag))
+            logger.warning(nothing_trained(index, self.config, report.draws))
         if report.left_out:
             logger.warning("round %d: %d samples whose error is not finite were left out", index, len(report.left_out))
         policy = await asyncio.to_thread(self.policies.resolve, report.version)
@@ -293,4 +294,6 @@ class _Loop:
         doubts = doubts_of(self.config, rows)
         for doubt in doubts:
             self.console.print(doubt.text, style="yellow", markup=False, highlight=False)
+        for hint in new_hints(self.config, rows):
+            self.console.print(hint, markup=False, highlight=False)
         return any(doubt.stop for doubt in doubts)

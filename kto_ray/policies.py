@@ -93,9 +93,7 @@ class PolicyStore:
         Raises:
             DigestError: the version exists already with other weights.
         """
-        import safetensors.torch
-
-        data = _canonical(safetensors.torch.save(dict(tensors), metadata=dict(metadata)))
+        data = _file_of(tensors, metadata)
         policy = PolicyRef(version, hashlib.sha256(data).hexdigest())
         if not self.storage.exists(f"{version:05}/policy.json"):
             self.storage.write(f"{version:05}/policy.safetensors", data)
@@ -171,6 +169,17 @@ class PolicyStore:
                 f"policy {policy.version} of {self.storage} has digest {digest}, asked for {policy.digest}"
             )
         return safetensors.torch.load(data)
+
+
+def digest_of(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> str:
+    """What weights would have as their digest, were they published."""
+    return hashlib.sha256(_file_of(tensors, metadata)).hexdigest()
+
+
+def _file_of(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> bytes:
+    import safetensors.torch
+
+    return _canonical(safetensors.torch.save(dict(tensors), metadata=dict(metadata)))
 
 
 def _canonical(data: bytes) -> bytes:

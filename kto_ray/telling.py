@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kto_ray.config import RunConfig
 from kto_ray.evaluate.statistics import EvaluationSummary
 
 
@@ -33,12 +34,22 @@ def round_sentence(facts: Mapping[str, Any]) -> str:
     )
 
 
-def all_too_old(index: int, max_policy_lag: int) -> str:
-    """A round of which nothing is trained on."""
-    return (
-        f"round {index}: nothing was trained on: all of its verdicts are on images of policies older than "
-        f"max_policy_lag ({max_policy_lag}) allows"
-    )
+def nothing_trained(index: int, config: RunConfig, draws: Mapping[str, int]) -> str:
+    """A round of which nothing is trained on: what it has is too old, or not what the objective needs.
+
+    Args:
+        draws: how often each sample was drawn, of those that are young enough.
+    """
+    if not draws:
+        return (
+            f"round {index}: nothing was trained on: all of its verdicts are on images of policies older than "
+            f"max_policy_lag ({config.max_policy_lag}) allows"
+        )
+    lacking = "no prompt has both a desirable and an undesirable image, so that there are no pairs; more "
+    lacking += "generate.images_per_prompt, or a label.threshold nearer to the middle, make some"
+    if not config.train.objective.needs.pairs:
+        lacking = "it has no desirable image"
+    return f"round {index}: nothing was trained on by {config.train.objective.kind}: {lacking}"
 
 
 def evaluation_sentence(version: int, summary: EvaluationSummary, fresh: bool) -> str:

@@ -15,7 +15,7 @@ from kto_ray.config.people import Human
 from kto_ray.config.reading import from_tree, load, override, public, recipe_names, to_yaml
 from kto_ray.config.resuming import Change, require_same
 from kto_ray.config.run import Evaluate, Model, Prompts, Replay, RunConfig, Tracking
-from kto_ray.config.train import Adapter, Train, steps_for
+from kto_ray.config.train import Adapter, SamplingPolicy, Train, steps_for
 
 __all__ = [
     "Adapter",
@@ -32,6 +32,7 @@ __all__ = [
     "Replay",
     "Resources",
     "RunConfig",
+    "SamplingPolicy",
     "ScorerSettings",
     "Tracking",
     "Train",

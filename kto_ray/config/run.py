@@ -13,10 +13,11 @@ from kto_ray.config.generate import Generate
 from kto_ray.config.label import Labeling, as_scorers
 from kto_ray.config.machines import Cluster
 from kto_ray.config.people import as_route
-from kto_ray.config.train import Train, as_objective, steps_for
+from kto_ray.config.train import Train, as_sampling_policy, steps_for
 from kto_ray.config.watching import as_watch
 from kto_ray.errors import UserError
 from kto_ray.identity import ByContent, Fixed, Free
+from kto_ray.objectives import as_objective
 from kto_ray.section import Count, Section, Share
 from kto_ray.verdicts.thresholds import PromptQuantile, as_combination, as_threshold
 
@@ -160,11 +161,18 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_policies_that_drew_are_here(self) -> "RunConfig":
-        if self.replay and self.train.objective.reference == "round":
+    def _the_objective_gets_what_it_needs(self) -> "RunConfig":
+        needs, kind = self.train.objective.needs, self.train.objective.kind
+        if self.replay and needs.reference in ("round", "ema"):
             raise ValueError(
-                "train.objective.reference (round) asks for the policies that drew the rounds, and those of replayed "
-                "rounds are another run's: use reference: fixed, or no replay"
+                f"train.objective ({kind}) measures against the policies that drew the rounds (reference: "
+                f"{needs.reference}), and those of replayed rounds are another run's: use an objective with reference: "
+                "fixed, or no replay"
+            )
+        if needs.pairs and self.generate.images_per_prompt < 2:
+            raise ValueError(
+                f"train.objective ({kind}) learns from pairs of images of one prompt: generate.images_per_prompt "
+                f"({self.generate.images_per_prompt}) must be at least 2, better 4 or more"
             )
         return self
 
@@ -187,6 +195,7 @@ SHORT_FORMS: dict[str, Callable[[Any], Any]] = {
     "label.combine": as_combination,
     "label.human.route": as_route,
     "train.objective": as_objective,
+    "train.sampling_policy": as_sampling_policy,
     "label.watch": as_watch,
     "train.watch": as_watch,
 }

@@ -1,4 +1,7 @@
-"""What the configuration says of training: `train`. `train/`, `objective.py` and `diffusion/policy.py` go by it."""
+"""What the configuration says of training: `train`. `train/` and `diffusion/policy.py` go by it.
+
+Its objective is a section that says for itself what it is and does: `objectives/`.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -7,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from kto_ray.config.machines import Device, Resources
 from kto_ray.config.watching import CollapseWatch, as_watch
 from kto_ray.identity import Fixed, Free, Noted
+from kto_ray.objectives import DiffusionKTO, Objective
 from kto_ray.section import Count, InnerShare, NonNegative, Positive, Section, Share
 
 
@@ -20,46 +24,42 @@ class Adapter(Section):
     target_modules: Fixed[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-class KTOSettings(Section):
-    """Diffusion-KTO; see `objective.py`."""
+class SamplingPolicy(Section):
+    """Whose weights are published, to draw the next round and to be evaluated; see `train/averaging.py`."""
 
-    kind: Literal["diffusion_kto"] = "diffusion_kto"
-    utility: Fixed[Literal["kahneman_tversky", "loss_averse", "risk_seeking"]] = "kahneman_tversky"
-    reference_point: Fixed[Literal["batch_kl", "mismatched_kl", "class_mean", "zero", "noise_mean"]] = "batch_kl"
-    """What counts as neither gain nor loss. "batch_kl" is the released script's, "mismatched_kl" the paper's;
-    "noise_mean" has one for each part of the noise range."""
-    reference: Fixed[Literal["fixed", "round"]] = "fixed"
-    """What the implicit reward is measured against: the base model, or the policy that drew the round, so that every
-    round asks anew for better than what there is."""
-    noise_parts: Fixed[Count] = 8
-    """Equal parts of `train.noise_range`, for "noise_mean"."""
-    memory: Fixed[Annotated[float, Field(ge=0, lt=1)]] = 0.9
-    """Share of its reference points that stays from step to step, for "noise_mean"."""
-    beta: Fixed[Positive] = 5000
-    """Scale of the implicit reward."""
-    desirable_weight: Fixed[Positive] = 1
-    undesirable_weight: Fixed[Positive] = 1
+    kind: Fixed[Literal["copy", "ema"]] = "copy"
+    """The trained weights, or a running average of them."""
+    decay: Fixed[InnerShare] = 0.95
+    """For "ema": share of the average that stays."""
+    every: Fixed[Literal["step", "round"]] = "step"
+    """For "ema": after which the average takes in the trained weights; "round" is DiffusionNFT's soft update."""
 
 
-def as_objective(value: Any) -> Any:
-    """A bare word is a kind."""
+def as_sampling_policy(value: Any) -> Any:
+    """A word is a kind."""
     return {"kind": value} if isinstance(value, str) else value
-
-
-Objective = Annotated[KTOSettings, BeforeValidator(as_objective)]
-"""A kind, or {kind: diffusion_kto, ...}."""
 
 
 class Train(Section):
     """How rounds are trained on. Defaults are the paper's where it names one."""
 
-    objective: Objective = KTOSettings()
-    gamma: Fixed[InnerShare] = 0.8
-    """Probability that a drawn training sample is desirable."""
+    objective: Fixed[Objective] = DiffusionKTO()
+    """What is learned from verdicts, and how."""
+    gamma: Fixed[InnerShare | None] = 0.8
+    """Probability that a drawn training sample is desirable; None: every sample of a round is drawn equally often,
+    whatever its verdict. Pairs, and objectives without undesirable samples, have their own share of each."""
     prompt_dropout: Fixed[Share] = 0.2
     """Share of prompts replaced by the empty prompt, for policy and reference alike."""
     noise_range: Fixed[tuple[Share, Share]] = (0, 1)
     """Part of the noise range that timesteps are drawn from; 0 is clean, 1 is pure noise."""
+    noise_draw: Fixed[Literal["auto", "uniform", "stratified", "logit_normal"]] = "auto"
+    """How an optimizer step's noise levels are drawn from that range: each by itself; one from each of as many
+    equal parts as there are samples, so that no step misses a part of the schedule; or by a normal variable's sigmoid,
+    which prefers the middle (Esser et al., arXiv 2403.03206). "auto": the last for flow models, the first for all
+    others."""
+    own_noise: Fixed[Share] = 0
+    """Share of training samples that are noised with the very noise they were drawn from, which follows from their seed
+    (arXiv 2605.09433): on flow models that is the line the sampler took."""
     global_batch: Fixed[Count] = 64
     """Samples of an optimizer step, over all workers and accumulated micro-batches."""
     micro_batch: Noted[Count] = 64
@@ -77,6 +77,8 @@ class Train(Section):
     weight_decay: Fixed[NonNegative] = 0
     max_grad_norm: Fixed[Positive] = 1
     adapter: Adapter = Adapter()
+    sampling_policy: Annotated[SamplingPolicy, BeforeValidator(as_sampling_policy)] = SamplingPolicy()
+    """Which weights are published, to draw the next round: the trained ones, or a running average."""
     device: Noted[Device] = "auto"
     dtype: Fixed[Literal["float32", "bfloat16"]] = "float32"
     """Precision of the forward passes (autocast); weights, errors and optimizer stay float32. Not float16: its small
@@ -103,17 +105,7 @@ class Train(Section):
                 f"global_batch ({self.global_batch}) must be a multiple of workers ({self.workers}) "
                 f"x micro_batch ({self.micro_batch})"
             )
-        if self.global_batch == 1 and self.objective.reference_point != "zero":
-            raise ValueError(
-                f"global_batch 1 with objective.reference_point "
-                f"{self.objective.reference_point}: the mean over one sample says nothing; "
-                "use global_batch >= 2, or objective.reference_point: zero"
-            )
-        if self.objective.reference_point == "noise_mean" and self.objective.noise_parts > self.global_batch:
-            raise ValueError(
-                f"objective.noise_parts ({self.objective.noise_parts}) must be at most global_batch "
-                f"({self.global_batch}), so that a step has samples of each part"
-            )
+        self.objective.check_batch(self.global_batch, min(self.micro_batch, per_worker))
         if self.noise_range[0] >= self.noise_range[1]:
             raise ValueError(f"noise_range {list(self.noise_range)} must rise, for instance [0, 1]")
         return self

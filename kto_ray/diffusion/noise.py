@@ -18,6 +18,9 @@ from kto_ray.errors import UserError
 class NoiseProcess(Protocol):
     """The forward process of a diffusion or flow model. Noise levels are float in [0, 1): 0 is clean, 1 pure noise."""
 
+    level_draw: str
+    """How noise levels are drawn for such a model, unless the run says otherwise; see `train/levels.py`."""
+
     def timesteps(self, level_B: Tensor) -> Tensor:
         """Noise levels as the timesteps that the model is conditioned on, (B,)."""
 
@@ -34,6 +37,8 @@ class DiscreteDiffusion:
     Args:
         scheduler: any diffusers scheduler's configuration, read as a DDPM one.
     """
+
+    level_draw = "uniform"
 
     def __init__(self, scheduler: DDPMScheduler) -> None:
         self.scheduler = scheduler
@@ -70,6 +75,8 @@ class RectifiedFlow:
     Args:
         num_train_timesteps: scale of the timesteps that the model is conditioned on.
     """
+
+    level_draw = "logit_normal"
 
     def __init__(self, num_train_timesteps: int = 1000) -> None:
         self.num_train_timesteps = num_train_timesteps

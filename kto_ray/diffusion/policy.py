@@ -2,7 +2,7 @@
 
 Two kinds: LoRA adapters (peft), whose reference is the same module with the adapter switched off; and full fine-tuning,
 whose reference is a frozen copy. The reference is the base model unless it is told to be another policy (`refer_to`,
-for `train.objective.reference: round`). Both give their weights as named tensors (`policies.py` stores them as
+for a `train.objective.reference` that follows). Both give their weights as named tensors (`policies.py` stores them as
 safetensors) and take them back; `proves` compares what really sits in the module with what was published.
 
 A LoRA policy's names follow diffusers, so that `pipe.load_lora_weights(policy_folder)` works on a published one.
@@ -116,7 +116,7 @@ class LoraPolicy:
     @contextlib.contextmanager
     def reference(self) -> Iterator[nn.Module]:
         if self._reference is not None:
-            with self._holding(self._reference):
+            with holding(self, self._reference):
                 yield self.module
             return
         self.module.disable_adapters()  # type: ignore[operator]
@@ -129,20 +129,9 @@ class LoraPolicy:
     def refer_to(self, tensors: Mapping[str, Tensor] | None) -> None:
         self._reference = None
         if tensors is not None:
-            with self._holding([parameter.detach().clone() for parameter in self.parameters()]):
+            with holding(self, [parameter.detach().clone() for parameter in self.parameters()]):
                 self.load(tensors)
                 self._reference = [parameter.detach().clone() for parameter in self.parameters()]
-
-    @contextlib.contextmanager
-    @torch.no_grad()
-    def _holding(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """The adapter has these weights for a while. An adapter is small: to copy it costs less than a second one."""
-        own = [parameter.detach().clone() for parameter in self.parameters()]
-        try:
-            _copy(weights, self.parameters())
-            yield
-        finally:
-            _copy(own, self.parameters())
 
 
 class FullPolicy:
@@ -179,6 +168,18 @@ class FullPolicy:
             return
         self._reference = copy.deepcopy(self._base) if self._reference is None else self._reference
         self._reference.load_state_dict(dict(tensors))
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def holding(policy: Policy, weights: Sequence[Tensor]) -> Iterator[None]:
+    """The policy has these weights for a while, in the place of its parameters; then its own again."""
+    own = [parameter.detach().clone() for parameter in policy.parameters()]
+    try:
+        _copy(weights, policy.parameters())
+        yield
+    finally:
+        _copy(own, policy.parameters())
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from kto_ray.config import Generate, RunConfig
 from kto_ray.diffusion.families import Family
@@ -59,7 +60,26 @@ def drawing_digest(config: RunConfig, components: Mapping[str, str]) -> str:
     """
     shaping = config.generate.model_dump(mode="json", include=set(DRAWING))
     shaping |= {"base": dict(components), "adapter": config.train.adapter.model_dump(mode="json")}
+    if prefixes := config.train.objective.needs.prefixes:
+        shaping["prefix"] = prefixes[0]
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def as_asked(config: RunConfig, prompts: Sequence[str], policy_version: int) -> list[str]:
+    """Prompts as this policy is asked for them: with the prefix of desirable images, where it was trained with one."""
+    prefixes = config.train.objective.needs.prefixes
+    prefix = prefixes[0] if prefixes and policy_version else ""
+    return [prefix + prompt for prompt in prompts]
+
+
+def initial_noise(seed: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The noise that `draw` begins an image of this seed with, float32 of this shape (C, h, w).
+
+    Args:
+        dtype: that the image was drawn in.
+    """
+    noise_1CHW = torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
+    return noise_1CHW[0].float()
 
 
 @torch.inference_mode()

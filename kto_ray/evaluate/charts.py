@@ -147,6 +147,17 @@ PLOTS: dict[str, tuple[Plot, ...]] = {
             inches=SMALL,
         ),
         Plot(
+            "What sets the classes apart, by noise level",
+            "g of desirable minus g of undesirable images, by quarters of the noise range.",
+            tuple(
+                (f"objective/gap_noise_{part}", label, color)
+                for part, (label, color) in enumerate(
+                    (("cleanest", BLUE), ("2", GREEN), ("3", ORANGE), ("noisiest", RED))
+                )
+            ),
+            inches=SMALL,
+        ),
+        Plot(
             "Agreement and saturation",
             "Samples whose g - z has the sign of their verdict; samples with |β (g - z)| > 4, which are mute.",
             (("objective/accuracy", "agree", GREEN), ("objective/saturated", "saturated", RED)),

@@ -12,6 +12,7 @@ import numpy as np
 
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.hacking import slope
+from kto_ray.objectives import DiffusionKTO
 
 CHANCE = 3.0
 """Standard errors that a fall must be larger than."""
@@ -31,7 +32,9 @@ def signs_of_collapse(config: RunConfig, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _worse(config: RunConfig, rows: Sequence[Row]) -> str | None:
-    beta = config.train.objective.beta
+    # Where beta sets itself, the round says what it was.
+    beta = _figure(rows[-1], "objective/beta")
+    beta = getattr(config.train.objective, "beta", math.nan) if math.isnan(beta) else beta
     yes, no = (beta * _figure(rows[-1], f"objective/g_{label}") for label in ("desirable", "undesirable"))
     if not (yes < -config.train.watch.worse and no < -config.train.watch.worse):
         return None
@@ -47,7 +50,7 @@ def _saturated(config: RunConfig, rows: Sequence[Row]) -> str | None:
         return None
     return (
         f"{share:.0%} of the drawn samples lie where the utility is flat (|beta (g - z)| > 4) and teach next to "
-        f"nothing. In a new run, lower train.objective.beta, or {_slower(config)}"
+        f"nothing. In a new run, {_gentler(config)}, or {_slower(config)}"
     )
 
 
@@ -79,6 +82,15 @@ SIGNS: dict[str, Callable[[RunConfig, Sequence[Row]], str | None]] = {
     "diversity": _alike,
     "falls": _falling,
 }
+
+
+def _gentler(config: RunConfig) -> str:
+    objective = config.train.objective
+    if isinstance(objective, DiffusionKTO):
+        if objective.target_margin is not None:
+            return f"lower train.objective.target_margin ({objective.target_margin:g})"
+        return "lower train.objective.beta, or let it set itself (train.objective.target_margin: 1)"
+    return "lower train.objective.beta"
 
 
 def _slower(config: RunConfig) -> str:

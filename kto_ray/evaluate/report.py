@@ -81,6 +81,7 @@ class ReportData:
     scorers: Mapping[str, bool] = field(default_factory=dict)  # name -> held out
     fresh: Sequence[EvaluationSummary] = ()  # base and last policy with other seeds than those that ended the run
     doubts: Sequence[str] = ()  # why the scores may be gamed, or the policy fall apart
+    hints: Sequence[str] = ()  # what health figures say of the objective's settings
     people: PeopleSummary | None = None  # None: nobody was asked
 
 

@@ -13,6 +13,7 @@ from kto_ray.config import RunConfig, to_yaml
 from kto_ray.evaluate.doubts import doubts_in_all
 from kto_ray.evaluate.evaluation import FRESH_STAGE, STAGE, Evaluation
 from kto_ray.evaluate.hacking import suspicion_of
+from kto_ray.evaluate.hints import hints_in_all
 from kto_ray.evaluate.people import people_summary
 from kto_ray.evaluate.report import ReportData, render_report, save_png_grid
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval
@@ -79,7 +80,7 @@ def write_results(
     def figures(row: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name not in ("kind", "step", "time")}
 
-    doubts = doubts_in_all(config, round_rows)
+    doubts, hints = doubts_in_all(config, round_rows), hints_in_all(config, round_rows)
     people = people_summary(round_rows, rows)
     summary = {
         "run": config.run,
@@ -96,6 +97,7 @@ def write_results(
         "ledger": asdict(ledger) | {"balances": ledger.balances},
         "suspicion": suspicion_of(config.label, round_rows),
         "doubts": doubts,
+        "hints": hints,
         "people": asdict(people) if people else None,
     }
     run.write_json("summary.json", summary)
@@ -115,6 +117,7 @@ def write_results(
             images=ledger.generated,
             scorers={name: settings.held_out for name, settings in config.label.scorers.items()},
             doubts=doubts,
+            hints=hints,
             people=people,
         )
     )

@@ -20,7 +20,7 @@ from kto_ray.config import RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.families import DTYPES, load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
-from kto_ray.diffusion.sampling import draw, drawing_digest, use_scheduler
+from kto_ray.diffusion.sampling import as_asked, draw, drawing_digest, use_scheduler
 from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.storing import Storing
 from kto_ray.policies import DigestError, PolicyStore
@@ -83,7 +83,7 @@ class Generator:
             self._load(policy)
         latents_BCHW, pixels_BHWC, finite_B = draw(
             self.family,
-            [request.prompt.text for request in requests],
+            as_asked(self.config, [request.prompt.text for request in requests], policy.version),
             [request.seed for request in requests],
             self.config.generate,
         )

@@ -12,6 +12,7 @@ import numpy as np
 
 from kto_ray.config import Labeling
 from kto_ray.errors import UserError
+from kto_ray.objectives import AnyObjective
 from kto_ray.records import Label, Score, Verdict
 from kto_ray.verdicts.rule import SUM, RuleFit, ScoreTable, VerdictRule, Voter
 from kto_ray.verdicts.thresholds import EVERY
@@ -95,33 +96,40 @@ def _failures(rule: VerdictRule, scores: Mapping[str, Score]) -> str:
     )
 
 
-def one_sided(config: Labeling, labels: Mapping[Label, int]) -> bool:
-    """Whether there are yes or no only, or fewer of both together than `label.min_verdicts`."""
+def one_sided(config: Labeling, labels: Mapping[Label, int], both: bool = True) -> bool:
+    """Whether there are yes or no only, or fewer of both together than `label.min_verdicts`.
+
+    Args:
+        both: False: yes only is fine.
+    """
     yes, no = labels.get("desirable", 0), labels.get("undesirable", 0)
-    return not yes or not no or yes + no < config.min_verdicts
+    return not yes or (both and not no) or yes + no < config.min_verdicts
 
 
-def worth_training(config: Labeling, index: int, verdicts: Sequence[Verdict]) -> bool:
-    """Whether there are enough verdicts of both classes; else what `label.on_one_class` says, said aloud.
+def worth_training(config: Labeling, index: int, verdicts: Sequence[Verdict], objective: AnyObjective) -> bool:
+    """Whether there are enough verdicts, of both classes where the objective needs them; else what
+    `label.on_one_class` says, said aloud.
 
     Raises:
         UserError: `label.on_one_class` is "stop".
     """
     labels = Counter(verdict.label for verdict in verdicts)
-    if not one_sided(config, labels):
+    needs = objective.needs
+    if not one_sided(config, labels, needs.undesirable):
         return True
     yes, no = labels["desirable"], labels["undesirable"]
     what = "verdicts of one class only" if not yes or not no else f"fewer verdicts than {config.min_verdicts}"
     counts = f"{yes} desirable, {no} undesirable, {labels['abstain']} abstained, {labels['failed']} failed"
     choice = config.on_one_class
     if choice == "stop":
+        wants = f"{objective.kind} needs {'both' if needs.undesirable else 'desirable ones'}"
         remedy = (
             "Give people more time (label.deadline_s)"
             if config.labeler == "human"
             else f"Choose another label.threshold than {config.threshold} (in a new run)"
         )
         raise UserError(
-            f"round {index} has {what} ({counts}): Diffusion-KTO needs both. {remedy}, or let such rounds pass with "
+            f"round {index} has {what} ({counts}): {wants}. {remedy}, or let such rounds pass with "
             "label.on_one_class=skip or =train, or later ones be judged by their median with =widen. The round is "
             "sealed and kept."
         )

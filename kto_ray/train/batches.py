@@ -17,13 +17,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kto_ray.config import Train, steps_for
+from kto_ray.config import Dtype, Train, steps_for
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.families import Family
+from kto_ray.diffusion.families import DTYPES, Family
+from kto_ray.diffusion.sampling import initial_noise
 from kto_ray.records import SampleRecord, derive_seed
 from kto_ray.rounds import RoundStore
 from kto_ray.train.finite import NotFiniteError
-from kto_ray.train.sampler import plan_round
+from kto_ray.train.levels import draw_levels
+from kto_ray.train.sampler import plan_pairs, plan_round
 
 TEXTS_AT_ONCE = 32  # through the text encoder, whose memory would grow with the round
 
@@ -111,13 +113,19 @@ class RoundData:
     latents: Latents
     prompts: Sequence[str]
     desirable_N: npt.NDArray[np.bool_]
+    seeds: Sequence[int] = ()
+    """That the images were drawn from; for `train.own_noise`."""
+    dtype: Dtype = "float32"
+    """That they were drawn in; `generate.dtype`."""
 
 
 class RoundBatches:
     """The batches of one round: a pure function of (seed, round, verdicts), at any step and after any restart.
 
+    What `train.objective` needs decides what is in them: desirable samples only, pairs, another prompt for each image
+    besides its own, prompts with a prefix.
+
     Args:
-        mismatched: whether each image gets another prompt besides its own.
         rank, ranks: which slice of every global batch is this process's.
     """
 
@@ -128,21 +136,26 @@ class RoundBatches:
         family: Family,
         seed: int,
         device: torch.device,
-        mismatched: bool = False,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
         self.data, self.config, self.seed, self.device = data, config, seed, device
-        self.mismatched, self.rank, self.ranks = mismatched, rank, ranks
+        self.rank, self.ranks, self.needs = rank, ranks, config.objective.needs
+        self.level_draw = family.noise.level_draw if config.noise_draw == "auto" else config.noise_draw
         self.left_out: set[int] = set()
         self.step = 0
         self.plan = self._plan(steps_for(len(data.desirable_N), config))
-        texts = sorted(set(data.prompts))
+        desirable, undesirable = self.needs.prefixes or ("", "")
+        prompts = [
+            (desirable if yes else undesirable) + prompt
+            for prompt, yes in zip(data.prompts, data.desirable_N, strict=True)
+        ]
+        texts = sorted(set(prompts))
         place_of = {text: place for place, text in enumerate(texts, start=1)}  # the first is the empty prompt
         known = ["", *texts]
         chunks = (known[start : start + TEXTS_AT_ONCE] for start in range(0, len(known), TEXTS_AT_ONCE))
         self.text_P = Conditioning.cat([family.encode_prompts(chunk) for chunk in chunks])
-        self.text_index_N = torch.tensor([place_of[prompt] for prompt in data.prompts], dtype=torch.int64)
+        self.text_index_N = torch.tensor([place_of[prompt] for prompt in prompts], dtype=torch.int64)
 
     @property
     def draws_N(self) -> npt.NDArray[np.int64]:
@@ -164,20 +177,27 @@ class RoundBatches:
         picks_G = self.plan[self.step - 1]
         guilty = set(picks_G[error.samples].tolist())
         self.left_out |= guilty
-        nobody_left = len(self.left_out) == len(self.data.desirable_N)
-        if not guilty or nobody_left or self.config.on_nonfinite == "stop":
-            raise NotFiniteError(error.what, self.step - 1, guilty, picks_G.tolist()) from error
-        self.step -= 1
-        self.plan[self.step :] = self._plan(len(self.plan) - self.step)
+        if guilty and self.config.on_nonfinite == "leave_out":
+            others = self._plan(len(self.plan) - self.step + 1)
+            if len(others):
+                self.step -= 1
+                self.plan[self.step :] = others
+                return
+        raise NotFiniteError(error.what, self.step - 1, guilty, picks_G.tolist()) from error
 
     def _plan(self, steps: int) -> npt.NDArray[np.int64]:
-        """See `plan_round`; over the samples that are not left out."""
+        """See `plan_round` and `plan_pairs`; over the samples that are not left out. No steps without any, or pairs."""
         config, index = self.config, self.data.round_index
-        members = np.array([n for n in range(len(self.data.desirable_N)) if n not in self.left_out], np.int64)
-        desirable = self.data.desirable_N[members]
-        plan_SG = members[
-            plan_round(desirable, config.gamma, steps, config.global_batch, self.seed, index, config.max_draws)
-        ]
+        wanted = [n for n, yes in enumerate(self.data.desirable_N) if yes or self.needs.undesirable]
+        members = np.array([n for n in wanted if n not in self.left_out], np.int64)
+        desirable, size = self.data.desirable_N[members], config.global_batch
+        if self.needs.pairs:
+            prompts = [self.data.prompts[n] for n in members]
+            places_SG = plan_pairs(desirable, prompts, steps, size, self.seed, index)
+        else:
+            steps = steps if len(members) else 0
+            places_SG = plan_round(desirable, config.gamma, steps, size, self.seed, index, config.max_draws)
+        plan_SG = members[places_SG]
         self.data.latents.prepare(plan_SG[:, self._share(config.global_batch)])
         return plan_SG
 
@@ -187,20 +207,26 @@ class RoundBatches:
 
     def _batch(self, picks_G: npt.NDArray[np.int64], seed: int) -> Batch:
         """This rank's slice of the global batch; everything random is drawn for all of it."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, config = torch.Generator().manual_seed(seed), self.config
         mine = self._share(len(picks_G))
         clean_BCHW = torch.from_numpy(self.data.latents.take(picks_G[mine]))
         noise_GCHW = torch.randn((len(picks_G), *clean_BCHW.shape[1:]), generator=generator)
-        low, high = self.config.noise_range
-        level_G = low + (high - low) * torch.rand(len(picks_G), generator=generator)
-        dropped_G = torch.rand(len(picks_G), generator=generator) < self.config.prompt_dropout
+        level_G = draw_levels(self.level_draw, len(picks_G), config.noise_range, generator)
+        dropped_G = torch.rand(len(picks_G), generator=generator) < config.prompt_dropout
+        if config.own_noise:
+            for place in torch.nonzero(torch.rand(len(picks_G), generator=generator) < config.own_noise)[:, 0].tolist():
+                sample_seed = self.data.seeds[picks_G[place]]
+                noise_GCHW[place] = initial_noise(sample_seed, noise_GCHW.shape[1:], DTYPES[self.data.dtype])
+        if self.needs.pairs:
+            for drawn_G in (noise_GCHW, level_G, dropped_G):
+                drawn_G[1::2] = drawn_G[0::2]
         own_G = self.text_index_N[picks_G]
         return Batch(
             clean_BCHW=clean_BCHW.to(self.device),
             noise_BCHW=noise_GCHW[mine].to(self.device),
             level_B=level_G[mine].to(self.device),
             text_B=self.text_P[own_G.masked_fill(dropped_G, 0)[mine]],
-            mismatched_text_B=self.text_P[(_mismatched(own_G) if self.mismatched else own_G)[mine]],
+            mismatched_text_B=self.text_P[(_mismatched(own_G) if self.needs.mismatched else own_G)[mine]],
             desirable_B=torch.from_numpy(self.data.desirable_N[picks_G])[mine].to(self.device),
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kto_ray.objectives.diffusion_kto import sum_over_ranks
+from kto_ray.objectives.ranks import sum_over_ranks
 
 
 class NotFiniteError(ArithmeticError):
@@ -31,14 +31,15 @@ class NotFiniteError(ArithmeticError):
         self.what, self.step, self.samples, self.drawn = what, step, sorted(set(samples)), sorted(set(drawn))
 
 
-def require_finite_step(reward_B: Tensor, loss_B: Tensor, gradient_norm: Tensor, rank: int, ranks: int) -> None:
+def require_finite_step(error_B: Tensor, loss_B: Tensor, gradient_norm: Tensor, rank: int, ranks: int) -> None:
     """Raises NotFiniteError, on all ranks if on one; its `samples` are places of the global batch that are to blame.
 
-    A sample is to blame when its own implicit reward, which no other sample enters, is not finite.
+    A sample is to blame when its own denoising error, or its implicit reward, which no other sample enters, is not
+    finite.
     """
-    share = len(reward_B)
+    share = len(error_B)
     wrong = torch.zeros(ranks * share + 2)
-    wrong[rank * share : (rank + 1) * share] = (~reward_B.isfinite()).float()
+    wrong[rank * share : (rank + 1) * share] = (~error_B.isfinite()).float()
     wrong[-2], wrong[-1] = ~loss_B.isfinite().all(), ~gradient_norm.isfinite()
     *blamed_G, loss, gradient = sum_over_ranks(wrong).tolist()
     blamed = [place for place, times in enumerate(blamed_G) if times]

@@ -1,15 +1,16 @@
-"""Diffusion-KTO on one rank: a round's samples in, optimizer steps, health figures out.
+"""Training on one rank: a round's samples in, optimizer steps, health figures out.
 
-Knows the objective, the model and `torch.distributed`, but not Ray: `worker.py` feeds it rounds, tests and benchmarks
-call it directly. Its batches come from `batches.py`.
+Serves whatever objective `train.objective` is (`objectives/`): predictions of policy and reference on the same noisy
+latents, and what it shares over a step. Knows the model and `torch.distributed`, but not Ray: `worker.py` feeds it
+rounds, tests and benchmarks call it directly. Its batches come from `batches.py`, what is published of it from
+`averaging.py`.
 
 Shape suffixes: N samples of the round; B a rank's share of an optimizer step, M a micro-batch; C, H, W latent
 channels, height, width.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,12 @@ from kto_ray.config import Train
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families import DTYPES, Family
 from kto_ray.diffusion.policy import Policy
-from kto_ray.objectives.diffusion_kto import Health, NoiseMeans, denoising_error, make_objective
+from kto_ray.objectives.health import Health
+from kto_ray.objectives.protocol import Losses, Outputs, Rewards, Scale
+from kto_ray.train.averaging import RunningReference, sampling_policy
 from kto_ray.train.batches import Batch, Batches, RoundBatches, RoundData
 from kto_ray.train.finite import NotFiniteError, require_finite_step, require_finite_weights
+from kto_ray.train.safeguard import Safeguard
 
 
 class Learner:
@@ -51,8 +55,10 @@ class Learner:
     ) -> None:
         self.family, self.policy, self.config, self.seed, self.device = family, policy, config, seed, device
         self.rank, self.ranks = rank, ranks
-        self.objective = make_objective(**config.objective.model_dump())
-        self.noise_means = NoiseMeans.none(self.objective.noise_parts, self.objective.memory, config.noise_range)
+        self.objective = config.objective
+        self.memory = self.objective.begin(config.noise_range)
+        self.sampling = sampling_policy(config.sampling_policy, policy)
+        self.reference = RunningReference(policy.tensors() if self.objective.needs.reference == "ema" else {})
         if config.gradient_checkpointing:
             policy.module.enable_gradient_checkpointing()  # type: ignore[operator]
             policy.module.train()
@@ -73,21 +79,32 @@ class Learner:
             "policy": self.policy.tensors(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "noise_means": {"sums": self.noise_means.sums_K, "counts": self.noise_means.counts_K},
+            "objective": dict(self.memory),
+            "sampling": self.sampling.state_dict(),
+            "reference": self.reference.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if means := state.get("noise_means"):  # checkpoints of version 0.1.0 have none
-            self.noise_means = replace(self.noise_means, sums_K=means["sums"], counts_K=means["counts"])
-        # The state has settings in it, too, which may have changed with a rewinding: the configuration's hold.
+        # The state has settings in it, too, which may have changed with a rewinding: the configuration's hold. What was
+        # kept for another objective is of no use to this one; checkpoints of version 0.1.0 kept nothing.
+        begun, kept = self.objective.begin(self.config.noise_range), state.get("objective", {})
+        same = {name: value.shape for name, value in begun.items()} == {n: value.shape for n, value in kept.items()}
+        self.memory = kept if same else begun
+        self.sampling.load_state_dict(state.get("sampling", {}))
+        self.reference.load_state_dict(state.get("reference", {}))
         rate = self.config.learning_rate
         self.scheduler.base_lrs = [rate]
         self.scheduler._last_lr = [rate * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)]
         for group in self.optimizer.param_groups:
             group |= {"initial_lr": rate, "weight_decay": self.config.weight_decay, "lr": self.scheduler._last_lr[0]}
+
+    def begin_from(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """Become a published policy, without its optimizer's state; None: the base."""
+        self.policy.load(tensors)
+        self.sampling.begin()
 
     def train_round(
         self,
@@ -109,16 +126,7 @@ class Learner:
             NotFiniteError: a step would have ruined the policy, and nobody is left out for it; it was not taken. Or
                 the weights are ruined.
         """
-        batches = RoundBatches(
-            data,
-            self.config,
-            self.family,
-            self.seed,
-            self.device,
-            self.objective.needs.mismatched,
-            self.rank,
-            self.ranks,
-        )
+        batches = RoundBatches(data, self.config, self.family, self.seed, self.device, self.rank, self.ranks)
         figures = self.train(batches, on_step)
         if batches.left_out:
             on_left_out(sorted(batches.left_out))
@@ -140,86 +148,96 @@ class Learner:
                 step += 1
                 on_step(step, len(batches))
         require_finite_weights(self.policy.parameters())
+        self.sampling.after_round()
         return health.summary()
 
-    def _errors(self, model: nn.Module, batch: Batch, text_B: Conditioning) -> Tensor:
-        """Denoising error of each sample, (B,) float32."""
+    def _predict(self, model: nn.Module, batch: Batch, text_B: Conditioning) -> tuple[Tensor, Tensor]:
+        """What a model makes of the noisy latents, and what it should: (B, C, H, W) each."""
         timesteps_B = self.family.noise.timesteps(batch.level_B)
         noisy_BCHW = self.family.noise.noisy(batch.clean_BCHW, batch.noise_BCHW, timesteps_B)
         target_BCHW = self.family.noise.target(batch.clean_BCHW, batch.noise_BCHW, timesteps_B)
         dtype = DTYPES[self.config.dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            prediction_BCHW = self.family.predict(model, noisy_BCHW, timesteps_B, text_B)
-        return denoising_error(prediction_BCHW, target_BCHW)
+            return self.family.predict(model, noisy_BCHW, timesteps_B, text_B), target_BCHW
 
     @torch.no_grad()
-    def _reference_errors(self, micro_batches: list[Batch], mismatched: bool = False) -> list[Tensor]:
+    def _references(self, parts: list[Batch], mismatched: bool = False) -> list[Tensor | None]:
+        """The reference's predictions, where the objective has one."""
+        if not self.objective.needs.reference:
+            return [None] * len(parts)
         with self.policy.reference() as reference:
             return [
-                self._errors(reference, batch, batch.mismatched_text_B if mismatched else batch.text_B)
-                for batch in micro_batches
+                self._predict(reference, part, part.mismatched_text_B if mismatched else part.text_B)[0]
+                for part in parts
             ]
+
+    @torch.no_grad()
+    def _rewards(self, parts: list[Batch], references: list[Tensor | None], mismatched: bool = False) -> Tensor:
+        """The implicit rewards of this rank's share of a step, (B,), without gradient."""
+        return torch.cat(
+            [
+                Outputs(
+                    *self._predict(self.policy.module, part, part.mismatched_text_B if mismatched else part.text_B),
+                    reference_BCHW=reference,
+                ).reward_B
+                for part, reference in zip(parts, references, strict=True)
+            ]
+        )
 
     def _optimizer_step(self, batch: Batch, health: Health) -> None:
         """One step, or NotFiniteError and none; its `samples` are places in the global batch then.
 
-        The reference point is taken over the whole step before any gradient, whatever the micro-batches.
-
-        With one micro-batch the policy's forward pass serves reference point and gradient both; with several, z must be
-        known before the first backward pass, so the policy looks at them once more, without gradient.
+        What samples share is taken over the whole step before any gradient, whatever the micro-batches. With one
+        micro-batch the policy's forward pass serves that and the gradient both; with several, it must be known before
+        the first backward pass, so the policy looks at them once more, without gradient.
         """
-        micro_batches = batch.micro_batches(self.config.micro_batch)
-        reference_errors = self._reference_errors(micro_batches)
+        needs, parts = self.objective.needs, batch.micro_batches(self.config.micro_batch)
+        references = self._references(parts)
         mismatched_reward_B = None
-        if self.objective.needs.mismatched:
-            references = self._reference_errors(micro_batches, mismatched=True)
-            with torch.no_grad():
-                mismatched_reward_B = torch.cat(
-                    [
-                        reference_M - self._errors(self.policy.module, part, part.mismatched_text_B)
-                        for reference_M, part in zip(references, micro_batches, strict=True)
-                    ]
-                )
-        noise_means = self.noise_means
+        if needs.mismatched:
+            mismatched_reward_B = self._rewards(parts, self._references(parts, mismatched=True), mismatched=True)
+        scale, memory = None, self.memory
 
-        def reference_points(reward_B: Tensor) -> Tensor:
-            nonlocal noise_means
-            if self.objective.needs.noise_means:
-                noise_means = self.noise_means.after(reward_B, batch.level_B)
-                return noise_means.at(batch.level_B)
-            z = self.objective.find_reference_point(reward_B, batch.desirable_B, mismatched_reward_B)
-            return z.expand(len(batch.desirable_B))
+        def share(reward_B: Tensor) -> tuple[Scale, Any]:
+            rewards = Rewards(reward_B.detach(), batch.desirable_B, batch.level_B, mismatched_reward_B)
+            return self.objective.scale(rewards, self.memory)
 
-        z_B = None
-        if len(micro_batches) > 1 and self.objective.needs.whole_step:
-            with torch.no_grad():
-                rewards = [
-                    reference_M - self._errors(self.policy.module, part, part.text_B)
-                    for reference_M, part in zip(reference_errors, micro_batches, strict=True)
-                ]
-            z_B = reference_points(torch.cat(rewards))
+        if needs.whole_step and len(parts) > 1:
+            scale, memory = share(self._rewards(parts, references))
 
         self.optimizer.zero_grad(set_to_none=True)
-        rewards_and_losses = []
+        safeguard = Safeguard(self.policy.parameters()) if needs.classes_apart else None
+        # DDP would add up what the safeguard wants apart.
+        model = self.policy.module if safeguard else self.model
+        made: list[tuple[Outputs, Losses]] = []
         start = 0
-        for part, reference_M in zip(micro_batches, reference_errors, strict=True):
+        for part, reference in zip(parts, references, strict=True):
             end = start + len(part.desirable_B)
             with self._gradient_sync(last=end == len(batch.desirable_B)):
-                reward_M = reference_M - self._errors(self.model, part, part.text_B)
-                if z_B is None:
-                    z_B = reference_points(reward_M)
-                loss_M = self.objective.losses(reward_M, part.desirable_B, z_B[start:end])
-                (loss_M.sum() / len(batch.desirable_B)).backward()  # type: ignore[no-untyped-call]
-            rewards_and_losses.append((reward_M.detach(), loss_M.detach()))
+                outputs = Outputs(*self._predict(model, part, part.text_B), reference_BCHW=reference)
+                if needs.whole_step and scale is None:
+                    scale, memory = share(outputs.reward_B)
+                losses = self.objective.losses(outputs, part.desirable_B, scale and scale[start:end])
+                loss_M = losses.loss_B / len(batch.desirable_B)
+                if safeguard:
+                    safeguard.add(loss_M, part.desirable_B)
+                else:
+                    loss_M.sum().backward()  # type: ignore[no-untyped-call]
+            made.append((outputs, losses))
             start = end
-        assert z_B is not None
+        kept = safeguard.finish(self.ranks) if safeguard else None
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
-        reward_B, loss_B = (torch.cat(parts) for parts in zip(*rewards_and_losses, strict=True))
-        require_finite_step(reward_B, loss_B, gradient_norm, self.rank, self.ranks)
+        losses = _joined([losses for _, losses in made])
+        error_B = torch.cat([outputs.error_B.detach() for outputs, _ in made])
+        reward_B = torch.cat([outputs.reward_B.detach() for outputs, _ in made]) if needs.reference else None
+        require_finite_step(
+            error_B if reward_B is None else reward_B, losses.loss_B, gradient_norm, self.rank, self.ranks
+        )
         self.optimizer.step()
         self.scheduler.step()
-        self.noise_means = noise_means
-        health.add(self.objective, reward_B, batch.desirable_B, z_B, loss_B, batch.level_B, gradient_norm)
+        self.memory = memory
+        self.sampling.after_step()
+        health.add(reward_B, batch.desirable_B, losses, scale, batch.level_B, gradient_norm, kept)
 
     @contextlib.contextmanager
     def _gradient_sync(self, last: bool) -> Iterator[None]:
@@ -229,3 +247,9 @@ class Learner:
         else:
             with self.model.no_sync():
                 yield
+
+
+def _joined(parts: list[Losses]) -> Losses:
+    """Those of micro-batches, as those of one batch, without gradient."""
+    margins = [part.margin_B.detach() for part in parts if part.margin_B is not None]
+    return Losses(torch.cat([part.loss_B.detach() for part in parts]), torch.cat(margins) if margins else None)

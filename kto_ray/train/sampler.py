@@ -1,10 +1,13 @@
-"""Which samples each optimizer step of a round trains on: with probability gamma a desirable one.
+"""Which samples each optimizer step of a round trains on: with probability gamma a desirable one, or pairs.
 
 A pure function of (seed, round, verdicts): every rank computes the same plan and takes its slice, and a restarted
 worker finds the same plan again, at any step.
 
 Shape suffixes: S optimizer steps, B global batch, N samples of the round.
 """
+
+from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +18,7 @@ from kto_ray.records import derive_seed
 
 def plan_round(
     desirable_N: npt.NDArray[np.bool_],
-    gamma: float,
+    gamma: float | None,
     steps: int,
     global_batch: int,
     seed: int,
@@ -31,10 +34,12 @@ def plan_round(
 
     Args:
         desirable_N: the verdicts of the samples that may be trained on; at least one, unless `steps` is 0.
-        gamma: in (0, 1).
+        gamma: in (0, 1). None: shuffled passes over all samples, whatever their class.
     """
     rng = np.random.default_rng(derive_seed(seed, "train", round_index))
     places = steps * global_batch
+    if gamma is None:
+        return _passes(rng, np.arange(len(desirable_N)), places).reshape(steps, global_batch)
     wants_desirable = rng.random(places) < gamma
     if desirable_N.all() or not desirable_N.any():
         wants_desirable[:] = desirable_N.any()
@@ -44,8 +49,48 @@ def plan_round(
     for desirable in (True, False):
         chosen = np.flatnonzero(wants_desirable == desirable)
         members = np.flatnonzero(desirable_N == desirable)
-        passes = [rng.permutation(members) for _ in range(-(-len(chosen) // max(1, len(members))))]
-        plan[chosen] = np.concatenate([*passes, members[:0]])[: len(chosen)]
+        plan[chosen] = _passes(rng, members, len(chosen))
+    return plan.reshape(steps, global_batch)
+
+
+def _passes(rng: np.random.Generator, members: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """So many of them in shuffled passes; none comes a second time before all came once."""
+    passes = [rng.permutation(members) for _ in range(-(-count // max(1, len(members))))]
+    return np.concatenate([*passes, members[:0]])[:count]
+
+
+def pairs_of(desirable_N: npt.NDArray[np.bool_], prompts: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
+    """By prompt, every (desirable, undesirable) pair of its samples; prompts of one class have none."""
+    classes: dict[str, tuple[list[int], list[int]]] = {}
+    for n, (yes, prompt) in enumerate(zip(desirable_N, prompts, strict=True)):
+        classes.setdefault(prompt, ([], []))[not yes].append(n)
+    return {prompt: list(product(yes, no)) for prompt, (yes, no) in classes.items() if yes and no}
+
+
+def plan_pairs(
+    desirable_N: npt.NDArray[np.bool_],
+    prompts: Sequence[str],
+    steps: int,
+    global_batch: int,
+    seed: int,
+    round_index: int,
+) -> npt.NDArray[np.int64]:
+    """Indices of the samples of every step, (S, B): a desirable one at each even place, after it an undesirable one of
+    the same prompt. No steps where no prompt has both.
+
+    Prompts with pairs come in shuffled passes, and so do the pairs of each, so that a prompt with many pairs teaches no
+    more than one with few.
+    """
+    rng = np.random.default_rng(derive_seed(seed, "pairs", round_index))
+    pairs = pairs_of(desirable_N, prompts)
+    if not pairs:
+        return np.empty((0, global_batch), np.int64)
+    names, count = sorted(pairs), steps * global_batch // 2
+    order = _passes(rng, np.arange(len(names)), count)
+    plan = np.empty((count, 2), np.int64)
+    for place, name in enumerate(names):
+        chosen = np.flatnonzero(order == place)
+        plan[chosen] = np.array(pairs[name])[_passes(rng, np.arange(len(pairs[name])), len(chosen))]
     return plan.reshape(steps, global_batch)
 
 
@@ -64,6 +109,8 @@ def _hold(
 
 def imbalance(desirable: int, undesirable: int, train: Train) -> str | None:
     """Says so when the few samples of one class would be drawn more than `train.max_draws` times; else None."""
+    if train.gamma is None or train.objective.needs.pairs or not train.objective.needs.undesirable:
+        return None
     places = steps_for(desirable + undesirable, train) * train.global_batch
     for name, count, others, share in (
         ("desirable", desirable, undesirable, train.gamma),

@@ -27,19 +27,19 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode
 
-from kto_ray.config import RunConfig
+from kto_ray.config import Dtype, RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.families import load_family, pick_device
-from kto_ray.diffusion.policy import Policy, make_policy
+from kto_ray.diffusion.policy import make_policy
 from kto_ray.errors import UserError
 from kto_ray.policies import DigestError, PolicyStore
-from kto_ray.records import PolicyRef
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from kto_ray.train.batches import RoundData, StoredLatents
 from kto_ray.train.checkpoints import beginning
 from kto_ray.train.coordinator import RoundTask, TrainingReport
 from kto_ray.train.finite import NotFiniteError
+from kto_ray.train.following import reference_of
 from kto_ray.train.learner import Learner
 
 
@@ -72,17 +72,17 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
     if checkpoint := ray.train.get_checkpoint():
         version, report = load_checkpoint(checkpoint, learner)
     elif version:
-        learner.policy.load(store.load(store.resolve(version)))
+        learner.begin_from(store.load(store.resolve(version)))
 
     while True:
         if rank == 0 and report:
-            publish(store, learner.policy, version)
+            publish(store, learner, version)
         again = trained_before(rounds, version)
         task: RoundTask | None = again or ray.get(coordinator.next_round.remote(version, report if rank == 0 else None))
         if task is None:
             return
         began = time.monotonic()
-        ids, data = read_round(rounds, task, version, config.max_policy_lag)
+        ids, data = read_round(rounds, task, version, config.max_policy_lag, config.generate.dtype)
         loaded = time.monotonic()
 
         def on_step(step: int, steps: int, index: int = task.round_index) -> None:
@@ -107,24 +107,11 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
             | {"seconds/load": loaded - began + reading, "seconds/train": time.monotonic() - loaded - reading},
             draws={sample_id: int(count) for sample_id, count in zip(ids, draws, strict=True)},
             left_out=left_out,
-            reference=(reference.version, reference.digest),
+            reference=(reference.version, reference.digest) if reference else None,
         )
         if again and rank == 0:
-            require_same_policy(store, learner.policy, version, run)
+            require_same_policy(store, learner, version, run)
         commit_checkpoint(learner, version, report, rank, run)
-
-
-def reference_of(learner: Learner, store: PolicyStore, rounds: RoundStore, index: int, version: int) -> PolicyRef:
-    """The policy against which this round's rewards are measured; the learner's reference is it from here on.
-
-    The base model, or the policy that drew the round: mostly the one that the learner holds itself, `version`.
-    """
-    follows = learner.objective.needs.reference_of_the_round
-    reference = store.resolve(max(rounds.round(index).policy_versions()) if follows else 0)
-    if follows:
-        held = 0 < reference.version == version
-        learner.policy.refer_to(learner.policy.tensors() if held else store.load(reference))
-    return reference
 
 
 def trained_before(rounds: RoundStore, version: int) -> RoundTask | None:
@@ -133,10 +120,10 @@ def trained_before(rounds: RoundStore, version: int) -> RoundTask | None:
     return RoundTask(version, train=bool(round_.trained_ids())) if round_.trained else None
 
 
-def require_same_policy(store: PolicyStore, policy: Policy, version: int, run: Storage) -> None:
+def require_same_policy(store: PolicyStore, learner: Learner, version: int, run: Storage) -> None:
     """Raises UserError when a policy that was trained again is not the one that was published."""
     try:
-        publish(store, policy, version)
+        publish(store, learner, version)
     except DigestError as error:
         raise UserError(
             f"policy {version}, trained again from an older checkpoint, is not to the last bit the one that was "
@@ -175,9 +162,12 @@ def _some(ids: Sequence[str], most: int = 20) -> str:
 
 
 def read_round(
-    rounds: RoundStore, task: RoundTask, version: int, max_policy_lag: int
+    rounds: RoundStore, task: RoundTask, version: int, max_policy_lag: int, dtype: Dtype = "float32"
 ) -> tuple[list[str], RoundData | None]:
     """Ids and data of a sealed round's samples to train on; None when there are none, or the round is to be skipped.
+
+    Args:
+        dtype: that the samples were drawn in.
 
     Raises:
         ValueError: the round's files are not as they were sealed.
@@ -190,6 +180,8 @@ def read_round(
         latents=StoredLatents(rounds, records),
         prompts=[record.prompt.text for record in records],
         desirable_N=np.array(desirable),
+        seeds=[record.seed for record in records],
+        dtype=dtype,
     )
 
 
@@ -208,9 +200,9 @@ def build_learner(config: RunConfig, rank: int = 0, ranks: int = 1, distributed:
     return Learner(family, policy, config.train, config.seed, device, wrap, rank, ranks, total_steps)
 
 
-def publish(store: PolicyStore, policy: Policy, version: int) -> None:
-    """Publish the policy as it is; does nothing when that was done before."""
-    store.publish(version, policy.tensors(), policy.metadata())
+def publish(store: PolicyStore, learner: Learner, version: int) -> None:
+    """Publish the weights that are to draw; does nothing when that was done before."""
+    store.publish(version, learner.sampling.tensors(), learner.policy.metadata())
 
 
 def load_checkpoint(checkpoint: Checkpoint, learner: Learner) -> tuple[int, TrainingReport]:

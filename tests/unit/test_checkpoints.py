@@ -118,10 +118,11 @@ def test_rounds_after_an_older_checkpoint_are_trained_again_as_they_were(tmp_pat
 
 
 class Weights:
-    """What is published of a policy."""
+    """What is published of a learner's policy."""
 
     def __init__(self, value: float) -> None:
         self.value = value
+        self.sampling = self.policy = self
 
     def tensors(self) -> dict[str, Any]:
         return {"weights": torch.full((2,), self.value)}

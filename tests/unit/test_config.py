@@ -380,8 +380,8 @@ def test_a_step_has_samples_of_each_part_of_the_noise_range() -> None:
 
 def test_replayed_rounds_have_no_policy_to_be_measured_against() -> None:
     text = message("train.objective.reference=round", "replay.run=runs/earlier")
-    assert "train.objective.reference (round)" in text
-    assert "use reference: fixed" in text
+    assert "train.objective (diffusion_kto)" in text
+    assert "an objective with reference: fixed" in text
     assert load(None, ["train.objective.reference=round"])
 
 

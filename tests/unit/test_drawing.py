@@ -3,7 +3,7 @@
 import pytest
 
 from kto_ray.config import RunConfig, load
-from kto_ray.diffusion.sampling import drawing_digest
+from kto_ray.diffusion.sampling import as_asked, drawing_digest
 
 BASE = {"unet": "a", "vae": "b"}
 
@@ -33,3 +33,12 @@ def test_another_base_model_draws_otherwise() -> None:
 )
 def test_what_shapes_no_image_is_not(override: str) -> None:
     assert drawing_digest(config_of(override), BASE) == drawing_digest(config_of(), BASE)
+
+
+def test_a_prefix_of_desirable_images_shapes_what_is_drawn_once_the_policy_knows_it() -> None:
+    config = config_of("train.objective=csft", "train.objective.desirable_prefix='fine '")
+    assert drawing_digest(config, BASE) != drawing_digest(config_of("train.objective=csft"), BASE)
+    assert drawing_digest(config_of("train.objective=sft"), BASE) == drawing_digest(config_of(), BASE)
+    assert as_asked(config, ["a red ring"], 0) == ["a red ring"]
+    assert as_asked(config, ["a red ring"], 1) == ["fine a red ring"]
+    assert as_asked(config_of(), ["a red ring"], 1) == ["a red ring"]

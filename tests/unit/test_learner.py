@@ -17,13 +17,13 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kto_ray.config import Adapter, Train
-from kto_ray.config.train import KTOSettings
+from kto_ray.config import Adapter, SamplingPolicy, Train
 from kto_ray.diffusion import source
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.families import load_family
+from kto_ray.diffusion.families import DTYPES, load_family
 from kto_ray.diffusion.policy import make_policy
-from kto_ray.objectives.diffusion_kto import Health, ReferencePointName
+from kto_ray.objectives.diffusion_kto import DiffusionKTO, ReferencePointName
+from kto_ray.objectives.health import Health
 from kto_ray.train.batches import Batch, LatentsInMemory, RoundData
 from kto_ray.train.learner import Learner
 from tests.unit.test_noise import alphas_cumprod
@@ -65,8 +65,8 @@ def make_learner(
 ) -> Learner:
     """A learner whose policy has, unless `nudged` is False, already left the base, where every g is 0."""
     settings = FAST | {"adapter": Adapter(kind=kind, rank=4)} | train
-    objective = {name: settings.pop(name) for name in KTOSettings.model_fields if name in settings}
-    config = Train(**settings, objective=KTOSettings(**objective))
+    objective = {name: settings.pop(name) for name in DiffusionKTO.model_fields if name in settings}
+    config = Train.model_validate({"objective": DiffusionKTO(**objective)} | settings)
     family = load_family(folder, None, CPU, torch.float32)
     torch.manual_seed(0)
     policy = make_policy(family, config.adapter)
@@ -82,6 +82,7 @@ def make_round(index: int = 0, samples: int = 16) -> RoundData:
         latents=LatentsInMemory(rng.normal(size=(samples, 4, 8, 8)).astype(np.float32)),
         prompts=[PROMPTS[i % len(PROMPTS)] for i in range(samples)],
         desirable_N=rng.random(samples) < 0.5,
+        seeds=[1000 * index + sample for sample in range(samples)],
     )
 
 
@@ -169,7 +170,7 @@ def test_accumulated_micro_batches_are_one_big_batch(tiny_sd1_folder: Path, refe
     assert accumulated_figures == pytest.approx(figures, rel=1e-3, abs=1e-6)
     assert np.isfinite(list(figures.values())).all()
     assert distance(small.policy.tensors(), big.policy.tensors(), origin) < 1e-3
-    assert (figures["z"] == 0) == (reference_point == "zero")
+    assert (figures.get("z", 0) == 0) == (reference_point == "zero")
 
 
 def test_accumulated_gradients_are_those_of_one_big_batch(tiny_folder: Path) -> None:
@@ -185,7 +186,17 @@ DISTRIBUTED: dict[str, dict[str, Any]] = {
     "adapter, mismatched": {"kind": "lora", "reference_point": "mismatched_kl", "prompt_dropout": 0.5},
     "adapter, by noise": {"kind": "lora", "reference_point": "noise_mean", "noise_parts": 3, "micro_batch": 2},
     "adapter, class mean": {"kind": "lora", "reference_point": "class_mean", "micro_batch": 2},
+    "adapter, beta sets itself": {"kind": "lora", "target_margin": 1, "scale_by_noise": True, "noise_parts": 2},
+    "full, safeguarded": {"kind": "full", "utility": "linear", "safeguard": True, "beta": 5, "micro_batch": 2},
+    "adapter, of averaged weights": {"kind": "lora", "sampling_policy": SamplingPolicy(kind="ema", decay=0.5)},
+    "adapter, own noise, stratified": {"kind": "lora", "own_noise": 0.5, "noise_draw": "stratified"},
+    "adapter, logit-normal": {"kind": "lora", "noise_draw": "logit_normal", "gamma": None},
+    "sft": {"kind": "lora", "objective": "sft", "micro_batch": 2},
+    "csft": {"kind": "full", "objective": {"kind": "csft"}},
+    "dpo": {"kind": "lora", "objective": {"kind": "dpo", "beta": 20}, "micro_batch": 2},
+    "nft": {"kind": "lora", "objective": "nft", "micro_batch": 2},
 }
+"""Every objective, and every option that an objective or the sampling of its steps has."""
 
 
 def train_on_rank(rank: int, ranks: int, folder: Path, scratch: Path) -> None:
@@ -196,7 +207,8 @@ def train_on_rank(rank: int, ranks: int, folder: Path, scratch: Path) -> None:
     for name, case in DISTRIBUTED.items():
         learner = make_learner(folder, wrap=DistributedDataParallel, rank=rank, ranks=ranks, **case)
         figures, draws = learner.train_round(make_round())
-        outcomes[name] = {"figures": figures, "draws": draws.tolist(), "weights": learner.policy.tensors()}
+        weights = {"trained": learner.policy.tensors(), "published": learner.sampling.tensors()}
+        outcomes[name] = {"figures": figures, "draws": draws.tolist(), **weights}
     torch.save(outcomes, scratch / f"rank-{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -211,9 +223,10 @@ def test_two_ranks_train_as_one_does(tiny_sd1_folder: Path, tmp_path: Path) -> N
         figures, draws = alone.train_round(make_round())
         assert first[name]["draws"] == second[name]["draws"] == draws.tolist()
         assert first[name]["figures"] == second[name]["figures"] == pytest.approx(figures, rel=1e-3, abs=1e-6)
-        assert distance(first[name]["weights"], second[name]["weights"], origin) == 0
-        # AdamW divides by the gradient's own size: where that is rounding noise, so is the step.
-        assert distance(first[name]["weights"], alone.policy.tensors(), origin) < 1e-2
+        for weights, expected in (("trained", alone.policy.tensors()), ("published", alone.sampling.tensors())):
+            assert distance(first[name][weights], second[name][weights], origin) == 0
+            # AdamW divides by the gradient's own size: where that is rounding noise, so is the step.
+            assert distance(first[name][weights], expected, origin) < 1e-2
 
 
 # What policy and reference are shown
@@ -288,11 +301,24 @@ def test_noise_levels_stay_in_their_range(tiny_sd1_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reference_point"), [("lora", "batch_kl"), ("full", "batch_kl"), ("lora", "noise_mean")]
+    "case",
+    [
+        {"kind": "lora"},
+        {"kind": "full"},
+        {"reference_point": "noise_mean", "scale_by_noise": True, "noise_parts": 2},
+        {"target_margin": 1},
+        {"sampling_policy": SamplingPolicy(kind="ema", decay=0.5)},
+        {"sampling_policy": SamplingPolicy(kind="ema", decay=0.5, every="round"), "kind": "full"},
+        {"utility": "linear", "safeguard": True, "beta": 5},
+        {"objective": "sft"},
+        {"objective": "csft"},
+        {"objective": {"kind": "dpo", "beta": 20}},
+        {"objective": "nft"},
+    ],
+    ids=str,
 )
-def test_a_restarted_learner_goes_on_bit_for_bit(tiny_sd1_folder: Path, kind: Kind, reference_point: str) -> None:
-    settings: dict[str, Any] = {"kind": kind, "warmup_steps": 3, "weight_decay": 0.1}
-    settings |= {"reference_point": reference_point}
+def test_a_restarted_learner_goes_on_bit_for_bit(tiny_sd1_folder: Path, case: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"warmup_steps": 3, "weight_decay": 0.1, **case}
     learner = make_learner(tiny_sd1_folder, **settings)
     learner.train_round(make_round(0))
     checkpoint = io.BytesIO()
@@ -305,6 +331,7 @@ def test_a_restarted_learner_goes_on_bit_for_bit(tiny_sd1_folder: Path, kind: Ki
     figures, _ = restarted.train_round(make_round(1))
     assert figures == expected
     assert restarted.policy.proves(learner.policy.tensors())
+    assert distance(restarted.sampling.tensors(), learner.sampling.tensors()) == 0
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -358,3 +385,139 @@ def test_memory_savers_leave_the_gradient_as_it_is(tiny_sd1_folder: Path, extra:
     plain, saving = (make_learner(tiny_sd1_folder, max_grad_norm=1e9, **settings) for settings in ({}, extra))
     batch = batches_of(plain, make_round())[0]
     assert distance(gradients_of(saving, batch), gradients_of(plain, batch)) < (0.2 if "dtype" in extra else 1e-5)
+
+
+# What an objective needs, and gets
+
+
+def test_without_undesirable_samples_only_the_desirable_are_drawn(tiny_sd1_folder: Path) -> None:
+    data = make_round()
+    learner = make_learner(tiny_sd1_folder, objective="sft")
+    figures, draws = learner.train_round(data)
+    assert draws[~data.desirable_N].sum() == 0
+    assert draws[data.desirable_N].sum() == 16  # as many steps as objectives that take both
+    assert not {"accuracy", "g_desirable", "z"} & figures.keys()
+
+
+@pytest.mark.parametrize("objective", ["sft", {"kind": "dpo"}])
+def test_what_a_round_does_not_have_is_not_trained_on(tiny_sd1_folder: Path, objective: Any) -> None:
+    data = make_round()
+    data = RoundData(0, data.latents, data.prompts, np.zeros(16, bool))
+    learner = make_learner(tiny_sd1_folder, objective=objective)
+    before = learner.policy.tensors()
+    figures, draws = learner.train_round(data)
+    assert (figures, draws.sum()) == ({}, 0)
+    assert learner.policy.proves(before)
+
+
+def test_pairs_share_prompt_noise_timestep_and_dropout(tiny_sd1_folder: Path) -> None:
+    data = make_round()
+    learner = make_learner(tiny_sd1_folder, objective={"kind": "dpo"}, prompt_dropout=0.5, own_noise=0.3, epochs=4)
+    for batch in batches_of(learner, data):
+        assert batch.desirable_B.tolist() == [True, False] * 4
+        for shared_B in (batch.noise_BCHW, batch.level_B, batch.text_B.tensors["text"]):
+            assert torch.equal(shared_B[0::2], shared_B[1::2])
+        assert not torch.equal(batch.clean_BCHW[0::2], batch.clean_BCHW[1::2])
+
+
+def test_the_verdict_is_told_in_the_prompt(tiny_sd1_folder: Path) -> None:
+    objective = {"kind": "csft", "desirable_prefix": "red ", "undesirable_prefix": "blue "}
+    learner = make_learner(tiny_sd1_folder, objective=objective, prompt_dropout=0)
+    data = make_round()
+    for batch in batches_of(learner, data):
+        prefixes = ["red " if yes else "blue " for yes in batch.desirable_B]
+        own = [
+            data.prompts[int(np.flatnonzero((latents(data) == clean_CHW.numpy()).all((1, 2, 3)))[0])]
+            for clean_CHW in batch.clean_BCHW
+        ]
+        expected_BTD = learner.family.encode_prompts([a + b for a, b in zip(prefixes, own, strict=True)]).tensors[
+            "text"
+        ]
+        torch.testing.assert_close(batch.text_B.tensors["text"], expected_BTD)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_own_noise_is_what_the_sampler_began_with(tiny_sd1_folder: Path, dtype: Any) -> None:
+    learner = make_learner(tiny_sd1_folder, own_noise=1.0)
+    plain = make_round()
+    data = RoundData(0, plain.latents, plain.prompts, plain.desirable_N, plain.seeds, dtype)
+    family = load_family(tiny_sd1_folder, None, CPU, DTYPES[dtype])
+    pixels, begun_with = 8 * family.pipeline.vae_scale_factor, dict[int, Tensor]()
+    for seed in data.seeds:
+        began = family.pipeline.prepare_latents(
+            *(1, 4, pixels, pixels, DTYPES[dtype], CPU), generator=[torch.Generator("cpu").manual_seed(seed)]
+        )
+        begun_with[seed] = began[0].float() / family.pipeline.scheduler.init_noise_sigma
+    for batch in batches_of(learner, data):
+        for clean_CHW, noise_CHW in zip(batch.clean_BCHW, batch.noise_BCHW, strict=True):
+            (place,) = np.flatnonzero((latents(data) == clean_CHW.numpy()).all((1, 2, 3)))
+            assert torch.equal(noise_CHW, begun_with[data.seeds[int(place)]])
+
+
+def test_some_noise_is_their_own_and_the_rest_is_as_without(tiny_sd1_folder: Path) -> None:
+    data = make_round(samples=64)
+    with_own, without = (batches_of(make_learner(tiny_sd1_folder, own_noise=share), data) for share in (0.25, 0.0))
+    same = [
+        torch.equal(ours, theirs)
+        for own, plain in zip(with_own, without, strict=True)
+        for ours, theirs in zip(own.noise_BCHW, plain.noise_BCHW, strict=True)
+    ]
+    assert 8 <= same.count(False) <= 26  # of 64
+    assert all(torch.equal(a.level_B, b.level_B) for a, b in zip(with_own, without, strict=True))
+
+
+# Options of Diffusion-KTO
+
+
+def test_the_safeguard_scales_the_undesirable_gradient_by_its_closed_form(tiny_sd1_folder: Path) -> None:
+    settings: dict[str, Any] = {"utility": "linear", "beta": 5.0, "max_grad_norm": 1e9, "undesirable_weight": 20.0}
+    plain = make_learner(tiny_sd1_folder, **settings)
+    batch = batches_of(plain, make_round())[0]
+    both = flat(gradients_of(plain, batch))
+    learner = make_learner(tiny_sd1_folder, safeguard=True, micro_batch=2, **settings)
+    safe = flat(gradients_of(learner, batch))
+    only_desirable = make_learner(tiny_sd1_folder, **settings | {"undesirable_weight": 1e-9})
+    desirable = flat(gradients_of(only_desirable, batch))
+    undesirable = both - desirable
+    inner = float(desirable @ undesirable)
+    assert inner < 0, "they must be at odds, or nothing is scaled"
+    scale = min(1.0, float(desirable @ desirable) / -inner)
+    assert scale < 1
+    torch.testing.assert_close(safe, desirable + scale * undesirable, rtol=1e-3, atol=1e-5)
+    assert float(desirable @ safe) >= -1e-4
+
+
+def test_a_running_average_is_what_is_published(tiny_sd1_folder: Path) -> None:
+    learner = make_learner(tiny_sd1_folder, sampling_policy=SamplingPolicy(kind="ema", decay=0.75))
+    expected = learner.policy.tensors()
+    begun = dict(expected)
+    after_step = learner.sampling.after_step
+
+    def spy() -> None:
+        after_step()
+        for name, weight in learner.policy.tensors().items():
+            expected[name] = 0.75 * expected[name] + 0.25 * weight
+
+    with mock.patch.object(learner.sampling, "after_step", spy):
+        learner.train_round(make_round())
+    assert distance(learner.sampling.tensors(), expected, begun) < 1e-4
+    assert distance(learner.sampling.tensors(), learner.policy.tensors(), begun) > 0.1
+    trained = learner.policy.tensors()
+    with learner.sampling.held():
+        assert learner.policy.proves(learner.sampling.tensors())
+    assert learner.policy.proves(trained)
+
+
+@pytest.mark.parametrize("draw", ["uniform", "stratified", "logit_normal"])
+def test_noise_levels_are_drawn_as_asked(tiny_sd1_folder: Path, draw: str) -> None:
+    learner = make_learner(
+        tiny_sd1_folder, noise_draw=draw, noise_range=(0.25, 0.75), global_batch=64, micro_batch=64, epochs=8
+    )
+    for batch in batches_of(learner, make_round(samples=128)):
+        place_B = (batch.level_B - 0.25) / 0.5
+        parts = (place_B * 64).long()
+        assert (len(set(parts.tolist())) == 64) == (draw == "stratified")
+        assert 0 <= float(place_B.min()) <= float(place_B.max()) < 1
+        middle = float(((place_B > 0.25) & (place_B < 0.75)).float().mean())
+        expected = 0.728 if draw == "logit_normal" else 0.5  # P(|N| < log 3)
+        assert middle == pytest.approx(expected, abs=0.02 if draw == "stratified" else 0.2)

@@ -23,6 +23,7 @@ from kto_ray.label.judging import worth_training
 from kto_ray.label.protocol import Labeler
 from kto_ray.loop import _Loop
 from kto_ray.making import Making, score_figures
+from kto_ray.objectives import DiffusionKTO
 from kto_ray.people.address import database_url
 from kto_ray.people.desk import Desk
 from kto_ray.people.labeler import HumanLabeler
@@ -784,34 +785,34 @@ ABSTAINED, FAILED = Verdict("c", "abstain", "x", "y"), Verdict("d", "failed", "x
 
 def test_people_who_did_not_answer_are_given_more_time() -> None:
     with pytest.raises(UserError, match=r"round 3 .* one class only .* Give people more time \(label\.deadline_s\)"):
-        worth_training(Labeling.model_validate({"labeler": "human"}), 3, [])
+        worth_training(Labeling.model_validate({"labeler": "human"}), 3, [], DiffusionKTO())
 
 
 def test_a_round_of_both_classes_is_trained_on() -> None:
-    assert worth_training(Labeling(), 0, [YES, NO])
+    assert worth_training(Labeling(), 0, [YES, NO], DiffusionKTO())
 
 
 @pytest.mark.parametrize("verdicts", [[YES], [NO], [], [YES, ABSTAINED, FAILED]])
 def test_a_threshold_that_leaves_one_class_empty_stops_the_run(verdicts: list[Verdict]) -> None:
     with pytest.raises(UserError, match=r"round 3 .* one class only .* label\.threshold than .*on_one_class=skip"):
-        worth_training(Labeling.model_validate({"threshold": 2}), 3, verdicts)
+        worth_training(Labeling.model_validate({"threshold": 2}), 3, verdicts, DiffusionKTO())
 
 
 def test_so_do_too_few_verdicts() -> None:
     with pytest.raises(UserError, match=r"round 3 has fewer verdicts than 3 \(1 desirable, 1 undesirable, 1 abstained"):
-        worth_training(Labeling(min_verdicts=3), 3, [YES, NO, ABSTAINED])
-    assert worth_training(Labeling(min_verdicts=3), 3, [YES, NO, NO])
+        worth_training(Labeling(min_verdicts=3), 3, [YES, NO, ABSTAINED], DiffusionKTO())
+    assert worth_training(Labeling(min_verdicts=3), 3, [YES, NO, NO], DiffusionKTO())
 
 
 @pytest.mark.parametrize("verdicts", [[YES], [NO, FAILED], [YES, NO]])
 @pytest.mark.parametrize(("choice", "trained"), [("skip", False), ("train", True), ("widen", False)])
 def test_or_the_configuration_says_what_to_do(choice: Any, trained: bool, verdicts: list[Verdict]) -> None:
-    assert worth_training(Labeling(on_one_class=choice, min_verdicts=3), 0, verdicts) is trained
+    assert worth_training(Labeling(on_one_class=choice, min_verdicts=3), 0, verdicts, DiffusionKTO()) is trained
 
 
 @pytest.mark.parametrize("choice", ["skip", "train", "widen"])
 def test_nothing_is_never_trained_on(choice: Any) -> None:
-    assert not worth_training(Labeling(on_one_class=choice), 0, [ABSTAINED, FAILED])
+    assert not worth_training(Labeling(on_one_class=choice), 0, [ABSTAINED, FAILED], DiffusionKTO())
 
 
 # -- after the fact ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`kto_ray.objectives.diffusion_kto` against closed forms in float64 numpy, finite differences, hand-made figures and two processes.
+"""Diffusion-KTO against closed forms in float64 numpy, finite differences, hand-made figures and two processes.
 
 Shapes as in the module under test: B samples, D numbers a sample; `_N` and `_ND` arrays are the numpy twins.
 """
@@ -21,16 +21,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kto_ray.objectives.diffusion_kto import (
-    UTILITIES,
-    DiffusionKTO,
-    Health,
-    NoiseMeans,
-    ReferencePointName,
-    UtilityName,
-    denoising_error,
-    sum_over_ranks,
-)
+from kto_ray.objectives.diffusion_kto import UTILITIES, DiffusionKTO, ReferencePointName, UtilityName
+from kto_ray.objectives.health import Health
+from kto_ray.objectives.noise_means import NoiseMeans
+from kto_ray.objectives.protocol import Losses, Scale, denoising_error
+from kto_ray.objectives.ranks import sum_over_ranks
 
 Array = NDArray[np.float64]
 
@@ -45,6 +40,7 @@ CLOSED_FORMS: dict[UtilityName, Callable[[Array], Array]] = {
     "kahneman_tversky": lambda x: 1 / (1 + np.exp(-x)),
     "loss_averse": lambda x: -np.log(1 + np.exp(-x)),
     "risk_seeking": lambda x: np.log(1 + np.exp(x)),
+    "linear": lambda x: x,
 }
 
 
@@ -66,6 +62,11 @@ def closed_form_losses(objective: DiffusionKTO, reward_N: Array, desirable_N: ND
     return np.asarray(weight_N * (1 - CLOSED_FORMS[objective.utility](x_N)))
 
 
+def losses(objective: DiffusionKTO, reward_B: Tensor, desirable_B: Tensor, z: Tensor) -> Tensor:
+    """The losses of samples whose reference point is known."""
+    return objective.losses_of(objective.beta * (reward_B - z), desirable_B)
+
+
 # A sample of a batch: its reward, its verdict, the reward of its mismatched pair.
 rewards = st.floats(-3, 3, allow_subnormal=False)
 batches = st.lists(st.tuples(rewards, st.booleans(), rewards), min_size=2, max_size=8)
@@ -84,12 +85,18 @@ def test_closed_form(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> None:
-    objective = DiffusionKTO(utility, reference_point, beta, desirable_weight, undesirable_weight)
+    objective = DiffusionKTO(
+        utility=utility,
+        reference_point=reference_point,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
     reward_N, desirable_N, mismatched_N = (np.array(column) for column in zip(*batch, strict=True))
     reward_B, desirable_B, mismatched_B = (torch.tensor(column) for column in (reward_N, desirable_N, mismatched_N))
 
     z = objective.find_reference_point(reward_B, desirable_B, mismatched_B)
-    loss_B = objective.losses(reward_B, desirable_B, z)
+    loss_B = losses(objective, reward_B, desirable_B, z)
 
     expected_z = closed_form_z(reference_point, reward_N, desirable_N, mismatched_N)
     np.testing.assert_allclose(z.numpy(), expected_z, rtol=1e-12, atol=1e-12)
@@ -107,9 +114,14 @@ def test_far_from_the_reference_point_losses_and_gradients_stay_finite(utility: 
     """x = +-1e4, where exp overflows: each utility is its asymptote, and no gradient is NaN."""
     reward_B = torch.tensor([1e4, -1e4, 1e4, -1e4], requires_grad=True)
     desirable_B = torch.tensor([True, True, False, False])
-    loss_B = DiffusionKTO(utility, beta=1.0).losses(reward_B, desirable_B, torch.tensor(0.0))
+    loss_B = losses(DiffusionKTO(utility=utility, beta=1.0), reward_B, desirable_B, torch.tensor(0.0))
     torch.autograd.backward(loss_B.sum())
-    gain, loss = {"kahneman_tversky": (1.0, 0.0), "loss_averse": (0.0, -1e4), "risk_seeking": (1e4, 0.0)}[utility]
+    gain, loss = {
+        "kahneman_tversky": (1.0, 0.0),
+        "loss_averse": (0.0, -1e4),
+        "risk_seeking": (1e4, 0.0),
+        "linear": (1e4, -1e4),
+    }[utility]
     assert loss_B.tolist() == [1 - gain, 1 - loss, 1 - loss, 1 - gain]
     assert reward_B.grad is not None
     assert reward_B.grad.isfinite().all()
@@ -118,7 +130,7 @@ def test_far_from_the_reference_point_losses_and_gradients_stay_finite(utility: 
 def test_utility_is_averaged_after_the_nonlinearity() -> None:
     """The mean of log sigmoids, not the log sigmoid of the mean: a known trap (diffusion-kto facts)."""
     reward_B, desirable_B = torch.tensor([5.0, -5.0]), torch.tensor([True, True])
-    loss = DiffusionKTO("loss_averse", beta=1.0).losses(reward_B, desirable_B, torch.tensor(0.0)).mean().item()
+    loss = losses(DiffusionKTO(utility="loss_averse", beta=1.0), reward_B, desirable_B, torch.tensor(0.0)).mean().item()
     mean_of_logs = float(np.mean(-np.log(1 + np.exp(np.array([-5.0, 5.0])))))
     log_of_mean = float(-np.log(2.0))
     assert loss == pytest.approx(1 - mean_of_logs)
@@ -145,10 +157,10 @@ class TestDenoisingError:
 class TestGradients:
     @each_utility
     def test_losses_in_float64(self, utility: UtilityName) -> None:
-        objective = DiffusionKTO(utility, beta=2.0, desirable_weight=1.5, undesirable_weight=0.5)
+        objective = DiffusionKTO(utility=utility, beta=2.0, desirable_weight=1.5, undesirable_weight=0.5)
         reward_B = torch.tensor([0.7, -0.4, 0.1, -1.3], dtype=torch.float64, requires_grad=True)
         desirable_B, z = torch.tensor([True, True, False, False]), torch.tensor(0.2, dtype=torch.float64)
-        assert torch.autograd.gradcheck(lambda reward_B: objective.losses(reward_B, desirable_B, z), (reward_B,))
+        assert torch.autograd.gradcheck(lambda reward_B: losses(objective, reward_B, desirable_B, z), (reward_B,))
 
     @each_utility
     @each_reference_point
@@ -163,7 +175,7 @@ class TestGradients:
         target_ND, reference_ND = rng.normal(size=(2, batch, outputs))
         desirable_N = np.array([True, True, False, True, False, False])
         weight_DD = rng.normal(size=(inputs, outputs))
-        objective = DiffusionKTO(utility, reference_point, beta=0.5, desirable_weight=1.5)
+        objective = DiffusionKTO(utility=utility, reference_point=reference_point, beta=0.5, desirable_weight=1.5)
 
         def closed_form_reward(inputs_ND: Array, weight_DD: Array) -> Array:
             error_N, reference_error_N = (
@@ -200,7 +212,7 @@ class TestGradients:
         )
         desirable_B = torch.tensor(desirable_N)
         z = objective.find_reference_point(reward_B, desirable_B, mismatched_reward_B)
-        torch.autograd.backward(objective.losses(reward_B, desirable_B, z).mean())
+        torch.autograd.backward(losses(objective, reward_B, desirable_B, z).mean())
 
         assert not z.requires_grad
         assert z.item() == pytest.approx(expected_z, rel=1e-5)
@@ -229,7 +241,8 @@ class TestNoiseMeans:
     ) -> None:
         """Every sample ever seen, weighted by its age."""
         low, high = noise_range
-        means = NoiseMeans.none(parts, memory, noise_range)
+        means = NoiseMeans(parts, memory, noise_range)
+        seen_2K = means.none()
         seen: list[tuple[float, int, int]] = []
         for age, step in enumerate(reversed(steps)):
             for reward, place in step:
@@ -237,11 +250,11 @@ class TestNoiseMeans:
         for step in steps:
             reward_B, place_B = (torch.tensor(column, dtype=torch.float64) for column in zip(*step, strict=True))
             level_B = low + (high - low) * place_B
-            before = means.sums_K.clone()
-            after = means.after(reward_B, level_B)
-            assert torch.equal(means.sums_K, before), "a step that is not taken must leave no trace"
-            means = after
-        z_B = means.at(level_B)
+            before_2K = seen_2K.clone()
+            after_2K = means.after(seen_2K, reward_B, level_B)
+            assert torch.equal(seen_2K, before_2K), "a step that is not taken must leave no trace"
+            seen_2K = after_2K
+        z_B = means.at(seen_2K, level_B)
         part_B = [min(int((level - low) / (high - low) * parts), parts - 1) for level in level_B.tolist()]
         for z, part in zip(z_B.tolist(), part_B, strict=True):
             mine = [(reward, memory**age) for reward, other, age in seen if other == part and memory**age > 0]
@@ -249,14 +262,16 @@ class TestNoiseMeans:
             assert z == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
     def test_a_part_of_which_nothing_was_seen_has_the_mean_of_all(self) -> None:
-        means = NoiseMeans.none(4, 0.9).after(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.3]))
-        z_B = means.at(torch.tensor([0.1, 0.3, 0.6, 0.9]))
+        means = NoiseMeans(4, 0.9)
+        seen_2K = means.after(means.none(), torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.3]))
+        z_B = means.at(seen_2K, torch.tensor([0.1, 0.3, 0.6, 0.9]))
         assert z_B.tolist() == [1.0, 3.0, 2.0, 2.0]
         assert (z_B.dtype, z_B.requires_grad) == (torch.float32, False)
 
     def test_they_may_be_negative_and_carry_no_gradient(self) -> None:
         reward_B = torch.tensor([-1.0, -3.0], requires_grad=True)
-        z_B = NoiseMeans.none(1, 0.5).after(reward_B, torch.tensor([0.2, 0.8])).at(torch.tensor([0.5]))
+        means = NoiseMeans(1, 0.5)
+        z_B = means.at(means.after(means.none(), reward_B, torch.tensor([0.2, 0.8])), torch.tensor([0.5]))
         assert z_B.tolist() == [-2.0]
         assert not z_B.requires_grad
 
@@ -267,7 +282,8 @@ class TestNoiseMeans:
         reward_B = 3 * level_B + torch.where(desirable_B, 0.1, -0.1)
         one = DiffusionKTO(reference_point="batch_kl", beta=1)
         z = one.find_reference_point(reward_B, desirable_B)
-        z_B = NoiseMeans.none(16, 0.0).after(reward_B, level_B).at(level_B)
+        means = NoiseMeans(16, 0.0)
+        z_B = means.at(means.after(means.none(), reward_B, level_B), level_B)
 
         def agree(z: Tensor) -> float:
             return float((((reward_B - z) > 0) == desirable_B).float().mean())
@@ -276,7 +292,7 @@ class TestNoiseMeans:
         assert agree(z_B) > 0.7
 
     def test_the_mean_of_a_whole_step_is_not_asked_of_it(self) -> None:
-        with pytest.raises(ValueError, match="NoiseMeans"):
+        with pytest.raises(ValueError, match="by noise level"):
             DiffusionKTO(reference_point="noise_mean").find_reference_point(torch.zeros(2), torch.tensor([True, False]))
 
 
@@ -318,14 +334,14 @@ class TestReferencePoint:
     @each_reference_point
     def test_carries_no_gradient(self, reference_point: ReferencePointName) -> None:
         """The gradient is that of a constant z, and the mismatched pairs receive none."""
-        objective = DiffusionKTO("loss_averse", reference_point, beta=1.0)
+        objective = DiffusionKTO(utility="loss_averse", reference_point=reference_point, beta=1.0)
         reward_B = torch.tensor([2.0, 1.0, 0.5], requires_grad=True)
         mismatched_B = torch.tensor([0.3, 0.6, 0.9], requires_grad=True)
         desirable_B = torch.tensor([True, False, True])
         z = objective.find_reference_point(reward_B, desirable_B, mismatched_B)
         constant = torch.tensor(z.item())
         gradient_B, constant_gradient_B = (
-            torch.autograd.grad(objective.losses(reward_B, desirable_B, point).mean(), reward_B)[0]
+            torch.autograd.grad(losses(objective, reward_B, desirable_B, point).mean(), reward_B)[0]
             for point in (z, constant)
         )
         assert not z.requires_grad
@@ -349,8 +365,11 @@ class TestHealth:
     objective = DiffusionKTO(beta=2.0)
 
     def add(self, health: Health, desirable: list[bool], reward: list[float], z: float, **others: Any) -> None:
-        loss, noise, norm = (torch.tensor(others[name]) for name in ("loss", "noise", "norm"))
-        health.add(self.objective, torch.tensor(reward), torch.tensor(desirable), torch.tensor(z), loss, noise, norm)
+        loss_B, noise_B, norm = (torch.tensor(others[name]) for name in ("loss", "noise", "norm"))
+        reward_B, z_B = torch.tensor(reward), torch.full((len(reward),), z)
+        scale = Scale(z_B, torch.full_like(z_B, self.objective.beta))
+        losses = Losses(loss_B, self.objective.beta * (reward_B - z_B))
+        health.add(reward_B, torch.tensor(desirable), losses, scale, noise_B, norm)
 
     def test_figures_by_hand(self) -> None:
         health = Health(noise_bins=4)
@@ -369,7 +388,11 @@ class TestHealth:
             # g_noise_1: no sample had a noise level in [0.25, 0.5)
             "g_noise_2": 0.75,
             "g_noise_3": 3.0,
+            "g_desirable_noise_0": 1.0,
+            "g_desirable_noise_3": 3.0,
+            "g_undesirable_noise_2": 0.75,
             "z": 0.375,
+            "beta": 2.0,
             "gradient_norm": 4.0,
         }
 
@@ -398,8 +421,10 @@ def global_figures(chosen: slice) -> dict[str, Any]:
     for reference_point in REFERENCE_POINT_NAMES:
         objective, health = DiffusionKTO(reference_point=reference_point, beta=1.5), Health()
         z = objective.find_reference_point(reward_B, desirable_B, mismatched_reward_B=reward_B * 0.5)
-        loss_B = objective.losses(reward_B, desirable_B, z)
-        health.add(objective, reward_B, desirable_B, z, loss_B, noise_level_B, gradient_norm=torch.tensor(2.0))
+        loss_B = losses(objective, reward_B, desirable_B, z)
+        scale = Scale(z.expand(len(reward_B)), torch.full_like(reward_B, objective.beta))
+        margins = Losses(loss_B, objective.beta * (reward_B - z))
+        health.add(reward_B, desirable_B, margins, scale, noise_level_B, gradient_norm=torch.tensor(2.0))
         loss_sum, count = sum_over_ranks(torch.stack([loss_B.double().sum(), torch.tensor(len(loss_B)).double()]))
         figures[reference_point] = {"z": z.item(), "loss": (loss_sum / count).item(), "health": health.summary()}
     return figures

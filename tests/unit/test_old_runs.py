@@ -142,7 +142,10 @@ def test_replayed_it_has_the_same_samples_scores_and_verdicts(run: Storage) -> N
 def test_training_gets_the_latents_and_batches_that_it_was_trained_on(run: Storage) -> None:
     config, store = saved_config(run), RoundStore(run)
     text = Conditioning({"text": torch.zeros(1, 1)})
-    family = cast(Any, SimpleNamespace(encode_prompts=lambda prompts: Conditioning.cat([text] * len(prompts))))
+    noise = SimpleNamespace(level_draw="uniform")
+    family = cast(
+        Any, SimpleNamespace(encode_prompts=lambda prompts: Conditioning.cat([text] * len(prompts)), noise=noise)
+    )
 
     def batches(data: RoundData) -> RoundBatches:
         return RoundBatches(data, config.train, family, config.seed, torch.device("cpu"))

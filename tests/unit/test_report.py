@@ -37,7 +37,15 @@ def a_round(number: int) -> dict[str, Any]:
         **{"score_mean": 0.5 + 0.1 * number, "pass_rate": 0.5 + 0.1 * number},
         **{"desirable": 300, "undesirable": 200, "abstained": 8, "failed": 4, "pending": 0},
         **{f"objective/{key}": 0.01 * number for key in ("g_desirable", "g_undesirable", "z", "saturated", "accuracy")},
-        **{f"objective/{key}": 0.5 for key in ("margin", "loss", "gradient_norm", *(f"g_noise_{k}" for k in range(4)))},
+        **{
+            f"objective/{key}": 0.5
+            for key in (
+                "margin",
+                "loss",
+                "gradient_norm",
+                *(f"{each}_noise_{k}" for each in ("g", "gap") for k in range(4)),
+            )
+        },
         **{"seconds/generate": 20.0, "seconds/label": 1.0, "seconds/train": 9.0, "seconds/publish": 0.5},
         **{"seconds/evaluate": 0.0, "seconds/round": 33.0},
         **{"score/shapes": 0.5 + 0.1 * number, "score_std/shapes": 0.5},

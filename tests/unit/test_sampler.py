@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kto_ray.config import Train
-from kto_ray.train.sampler import imbalance, plan_round
+from kto_ray.train.sampler import imbalance, plan_pairs, plan_round
 
 
 def verdicts(desirable: int, undesirable: int) -> npt.NDArray[np.bool_]:
@@ -103,3 +103,36 @@ def test_imbalance_is_told_with_the_draws_that_it_means(desirable: int, undesira
         assert rare in str(said)
         assert "about 102 times" in str(said)
         assert "train.max_draws holds it at 32" in str(said)
+
+
+def test_without_gamma_every_sample_is_drawn_equally_often() -> None:
+    plan_SB = plan_round(verdicts(3, 9), None, steps=6, global_batch=6, seed=0, round_index=0)
+    assert np.bincount(plan_SB.ravel()).tolist() == [3] * 12
+    assert imbalance(1, 999, Train(gamma=None)) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.sampled_from("abc")), min_size=1, max_size=20),
+    st.integers(0, 8),
+    st.integers(1, 8),
+    st.integers(0, 3),
+)
+def test_pairs_are_of_one_prompt_and_of_both_classes(
+    samples: list[tuple[bool, str]], steps: int, pairs_a_step: int, seed: int
+) -> None:
+    desirable_N, prompts = np.array([yes for yes, _ in samples]), [prompt for _, prompt in samples]
+    both = {prompt for prompt in prompts if {yes for yes, other in samples if other == prompt} == {True, False}}
+    plan_SB = plan_pairs(desirable_N, prompts, steps, 2 * pairs_a_step, seed, round_index=0)
+    assert plan_SB.shape == ((steps if both else 0), 2 * pairs_a_step)
+    pairs = plan_SB.reshape(-1, 2).tolist()
+    assert all(desirable_N[yes] and not desirable_N[no] and prompts[yes] == prompts[no] for yes, no in pairs)
+    # Prompts come equally often, and within one no pair again before all came.
+    drawn = [prompts[yes] for yes, _ in pairs]
+    counts = [drawn.count(prompt) for prompt in both]
+    assert not counts or max(counts) - min(counts) <= 1
+    for prompt in both:
+        mine = [tuple(pair) for pair in pairs if prompts[pair[0]] == prompt]
+        possible = sum(a and b == prompt for a, b in samples) * sum(not a and b == prompt for a, b in samples)
+        for start in range(0, len(mine), possible):
+            assert len(set(mine[start : start + possible])) == len(mine[start : start + possible])
