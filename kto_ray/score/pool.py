@@ -9,6 +9,7 @@ never a number.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from typing import Any
 
@@ -27,9 +28,14 @@ from kto_ray.score.environments.finding import interpreter
 
 logger = logging.getLogger(__name__)
 
+LEAST_PATIENCE_S = 1.0
+
 
 class ScorerPool:
     """Runs one scorer on `min_actors` to `max_actors` actors; grows while batches wait for one.
+
+    A batch waits for as long as the last actor took to be built before another one is: what is over sooner would be
+    over before that one is there.
 
     `start` must be awaited first. Use from one event loop.
 
@@ -52,6 +58,7 @@ class ScorerPool:
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self.version = ""
         self.busy_seconds = 0.0
+        self._patience_s = LEAST_PATIENCE_S
 
     async def start(self) -> None:
         """Bring up `min_actors` actors and learn the scorer's version.
@@ -78,9 +85,11 @@ class ScorerPool:
 
         One that cannot be built is offered, too: whoever takes it finds out why, and replaces it.
         """
+        began = time.monotonic()
         async with noisily(f"an actor of scorer {self.name}", self.cluster, self.settings.resources):
             with contextlib.suppress(RayError):
                 await actor.describe.remote()
+                self._patience_s = max(LEAST_PATIENCE_S, time.monotonic() - began)
         self._idle.put_nowait(actor)
 
     def _dismiss(self, actor: Any) -> None:
@@ -143,8 +152,12 @@ class ScorerPool:
         return [(None, f"{failure} (tried {tries} times)")] * len(samples)
 
     async def _acquire(self) -> Any:
-        if self._idle.empty() and len(self._actors) < self.settings.max_actors:
-            self._add_actor()
+        if len(self._actors) < self.settings.max_actors:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._patience_s):
+                    return await self._idle.get()
+            if len(self._actors) < self.settings.max_actors:
+                self._add_actor()
         return await self._idle.get()
 
     def shrink(self) -> None:

@@ -283,12 +283,22 @@ async def test_a_pool_grows_while_batches_wait_and_shrinks_when_told(tmp_path: P
 async def test_nobody_waits_for_an_actor_that_is_not_built(tmp_path: Path) -> None:
     samples = make_samples("round-00000", 4)
     async with running(coin=fateful(tmp_path, builds=1, later="hang", max_actors=2)) as scorers:
+        scorers.pools["coin"]._patience_s = 0
         scored = await asyncio.gather(*(scorers.score(Samples.of(samples[start : start + 1])) for start in range(4)))
         assert [score for scores in scored for score in scores] == by_coin(samples, "coin", "fateful@1")
         await until(lambda: len(built(tmp_path)) == 2)
         scorers.shrink()
         await until(lambda: len(alive(tmp_path)) == 1)
         assert await scorers.score(Samples.of(samples)) == by_coin(samples, "coin", "fateful@1")
+
+
+async def test_what_is_over_sooner_than_an_actor_is_built_builds_none(tmp_path: Path) -> None:
+    """Else every round of quick scorers would start processes, only to end them at its seal."""
+    samples = make_samples("round-00000", 4)
+    async with running(coin=fateful(tmp_path, max_actors=4)) as scorers:
+        scorers.pools["coin"]._patience_s = PATIENCE_S
+        await asyncio.gather(*(scorers.score(Samples.of(samples[start : start + 1])) for start in range(4)))
+        assert len(built(tmp_path)) == 1
 
 
 # -- how many failures are too many -----------------------------------------------------------------------------------
