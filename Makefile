@@ -4,7 +4,7 @@ RUN ?= demo
 BIN := .venv/bin
 export KTO_RAY_ENVS ?= $(CURDIR)/.envs
 
-.PHONY: demo test unit lint types bench clean system
+.PHONY: demo test unit lint types bench bake-off clean system
 
 demo: .venv/installed
 	$(BIN)/python jobs/online_kto.py --recipe shapes_demo run=$(RUN)
@@ -30,6 +30,9 @@ types: .venv/installed-dev
 bench: .venv/installed-dev system
 	$(BIN)/kto-ray env build --all
 	$(BIN)/python benchmarks/run.py
+
+bake-off: .venv/installed
+	$(BIN)/python jobs/bake_off.py
 
 clean:
 	rm -rf .venv runs

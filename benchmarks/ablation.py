@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from measuring import Table, become_like_a_worker, machine, threads
-from plain_loop import PlainEvaluation, PlainLoop, PlainRound
 from rich.console import Console
 
+from kto_ray.bake_off.plain_loop import PlainEvaluation, PlainLoop, PlainRound
 from kto_ray.config import RunConfig, load
 from kto_ray.errors import UserError
 
@@ -51,8 +51,31 @@ class Outcome:
     seconds: float = 0.0
 
 
+FOLLOW = ("train.objective.reference=round", "train.objective.reference_point=noise_mean")
+OPTIONS = [
+    Setting("round", FOLLOW[:1]),
+    Setting("noise_mean", FOLLOW[1:]),
+    Setting("follow", FOLLOW),
+    *(
+        Setting(f"follow+{name}", (*FOLLOW, *overrides))
+        for name, overrides in {
+            "scale": ("train.objective.scale_by_noise=true",),
+            "margin": ("train.objective.target_margin=1",),
+            "linear": ("train.objective.utility=linear", "train.objective.safeguard=true"),
+            "stratified": ("train.noise_draw=stratified",),
+            "own_noise": ("train.own_noise=0.5",),
+            "average": ("train.sampling_policy={kind: ema, decay: 0.9}",),
+            "ema": ("train.objective.reference=ema",),
+        }.items()
+    ),
+    Setting("sft", ("train.objective=sft",)),
+    Setting("nft", ("train.objective=nft",)),
+]
+"""What each option of the objective is worth, over the paper's and over the two that matter most; and others."""
+
+
 def built_in(recipe: RunConfig) -> list[Setting]:
-    """The neighbourhood of a recipe."""
+    """The neighbourhood of a recipe, and `OPTIONS`."""
     rate, beta = recipe.train.learning_rate, recipe.train.objective.beta
     full_rate = load("shapes_full").train.learning_rate  # all weights take far smaller steps than adapters
     return [
@@ -64,6 +87,7 @@ def built_in(recipe: RunConfig) -> list[Setting]:
         Setting("gamma_0.5", ("train.gamma=0.5",)),
         Setting("full", ("train.adapter.kind=full", f"train.learning_rate={full_rate:g}")),
         Setting("guidance_1", ("generate.guidance_scale=1",)),
+        *OPTIONS,
     ]
 
 
@@ -118,10 +142,14 @@ def run(config: RunConfig, every: int, outcomes: Sequence[Outcome], folder: Path
             return
         outcome.rounds.append(round_)
         figures = round_.figures
+        health = "".join(
+            f", {what} {figures[name]:.2f}"
+            for name, what in {"margin": "|beta (g - z)|", "saturated": "saturated", "accuracy": "accuracy"}.items()
+            if name in figures
+        )
         console.print(
             f"{outcome.setting.name}, round {index}: {round_.pass_rate:.1%} pass, drawn in {round_.generate_s:.0f} s, "
-            f"trained in {round_.train_s:.0f} s, |beta (g - z)| {figures['margin']:.2f}, "
-            f"saturated {figures['saturated']:.0%}, accuracy {figures['accuracy']:.0%}"
+            f"trained in {round_.train_s:.0f} s{health}"
         )
         if (index + 1) % every == 0 or index + 1 == config.rounds:
             evaluate(index + 1)

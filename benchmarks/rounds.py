@@ -19,8 +19,8 @@ from statistics import mean
 from typing import Any
 
 from measuring import Table, median_and_range, ratios, run_alone, threads
-from plain_loop import PlainLoop, PlainRound
 
+from kto_ray.bake_off.plain_loop import PlainLoop, PlainRound
 from kto_ray.config import RunConfig, load, to_yaml
 
 ROUNDS = 4

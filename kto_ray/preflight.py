@@ -75,7 +75,8 @@ class Preflight:
             variant = config.model.variant
             source.check(folder, variant)
             kto_ray.diffusion.checks.check(config.generate, folder)
-            _check_texts(folder, train, held_out)
+            prefixes = config.train.objective.needs.prefixes or ("",)
+            _check_texts(folder, train, held_out, max(prefixes, key=len))
             digests = source.reference_digest(folder, variant), source.component_digests(folder, variant)
             run.require_room(disk_bytes(config, folder, len(held_out)))
             found = cls(run, train, held_out, *digests, folder)
@@ -129,11 +130,15 @@ def _check_replay(config: RunConfig, held_out: Sequence[Prompt]) -> None:
         )
 
 
-def _check_texts(folder: Path, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    """Say what the model does not read of the prompts. Raises UserError for held-out prompts that it is trained on."""
+def _check_texts(folder: Path, train: Sequence[Prompt], held_out: Sequence[Prompt], prefix: str) -> None:
+    """Say what the model does not read of the prompts. Raises UserError for held-out prompts that it is trained on.
+
+    Args:
+        prefix: the longest that goes before a prompt.
+    """
     read, limit = {}, 0
     for name, texts in (("prompts.train", train), ("prompts.held_out", held_out)):
-        read[name], limit = read_by(folder, [prompt.text for prompt in texts])
+        read[name], limit = read_by(folder, [prefix + prompt.text for prompt in texts])
         if cut := sum(text.cut for text in read[name]):
             logger.warning(
                 "%s: of %d of %d prompts the model reads only the first %d tokens", *(name, cut, len(texts), limit)

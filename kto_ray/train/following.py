@@ -41,7 +41,10 @@ def reference_of(
         if running.version > drew:  # the run was rewound
             running.load_state_dict({})
         while running.version < drew:
-            policy = store.load(store.resolve(running.version + 1))
+            following = running.version + 1
+            # The file of the one that the learner holds may be gone.
+            own = learner.sampling.tensors() if following == version else None
+            policy = own or store.load(store.resolve(following))
             assert policy is not None
             running.follow(policy, objective.reference_rate, objective.reference_anchor)
         learner.policy.refer_to(running.tensors)

@@ -19,7 +19,8 @@ from tests.end_to_end import jobs
 from tests.end_to_end.cluster import free_port
 
 IMAGES, ROUNDS = 48, 4
-CROWD = {"good": 3, "noisy": 1, "lazy": 1, "hostile": 1}
+CROWD = {"good": 7, "noisy": 1, "lazy": 1, "hostile": 1}
+"""On a busy machine who is hostile is found out late: until then fewer than a fifth of the verdicts may be wrong."""
 LEAST_GAIN = 0.015
 """Of the mean redness of held-out images, 0.04 in the base. With seeds 0 to 4 of the same rounds, without Ray, it rose
 by 0.039 to 0.059 when 12 % of the verdicts were wrong, and fell by 0.002 to 0.012 when verdicts were chance."""
@@ -107,7 +108,7 @@ def test_a_crowd_teaches_red_though_desk_and_page_are_killed(tmp_path: Path) -> 
 
     # Who is hostile is found out; what is sealed from then on has nothing of theirs.
     assert excluded["hostile-1"] is not None
-    assert [excluded[f"good-{number}"] for number in (1, 2, 3)] == [None, None, None]
+    assert {excluded[f"good-{number}"] for number in range(1, CROWD["good"] + 1)} == {None}
     kept = [row for row in rows if row.name == "hostile-1" and row.expected is None and row.void is None]
     assert all(sealed[row.sealed_in] < excluded["hostile-1"] for row in kept)
     for round_ in RoundStore(Storage(str(job.run))).rounds():
@@ -125,7 +126,8 @@ def test_a_crowd_teaches_red_though_desk_and_page_are_killed(tmp_path: Path) -> 
     assert ledger["generated"] == IMAGES * ROUNDS
     assert ledger["pending"] == ledger["failed"] == ledger["trained_twice"] == 0
     assert summary["people"]["judged"] == IMAGES * ROUNDS
-    assert summary["final"]["score/redness"] - summary["base"]["score/redness"] > LEAST_GAIN
+    gain = summary["final"]["score/redness"] - summary["base"]["score/redness"]
+    assert gain > LEAST_GAIN, (ledger, tally, job.output())
 
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import ray.train
 import ray.train.torch
+import torch
 from ray.train import Checkpoint
 
 from kto_ray.config import RunConfig
-from kto_ray.policies import PolicyStore
+from kto_ray.policies import PolicyStore, digest_of
 from kto_ray.records import PolicyRef
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
+from kto_ray.train.averaging import RunningReference
 from kto_ray.train.checkpoints import BEGINNING
 from kto_ray.train.coordinator import RoundTask, TrainingReport
-from kto_ray.train.worker import train_worker
+from kto_ray.train.worker import build_learner, train_worker
 from tests.factories import make_samples, make_verdict
 
 ROUNDS = 2
@@ -100,10 +102,13 @@ def ruin(run: Storage, index: int) -> set[str]:
     return ruined
 
 
-def work(run: Storage, office: Office, folder: Path, **train: Any) -> None:
+def config_of(folder: Path, **train: Any) -> RunConfig:
     settings = {"global_batch": 8, "micro_batch": 8, "epochs": 1, "adapter": {"rank": 2}, "resources": {"threads": 1}}
-    config = RunConfig.model_validate({"model": str(folder), "rounds": ROUNDS, "train": settings | train})
-    train_worker({"config": config, "run": run, "coordinator": office})
+    return RunConfig.model_validate({"model": str(folder), "rounds": ROUNDS, "train": settings | train})
+
+
+def work(run: Storage, office: Office, folder: Path, **train: Any) -> None:
+    train_worker({"config": config_of(folder, **train), "run": run, "coordinator": office})
 
 
 def digests(run: Storage) -> list[str]:
@@ -162,7 +167,45 @@ def test_a_reference_that_follows_makes_another_policy(
     assert digests(other)[2] != digests(run)[2]
 
 
-@pytest.mark.parametrize("objective", [{}, {"reference": "round", "reference_point": "noise_mean", "noise_parts": 4}])
+def test_an_averaged_reference_follows_the_published_policies(
+    run: Storage, office: Office, tiny_sd1_folder: Path
+) -> None:
+    """R_1 = (1 - anchor) (rate B + (1 - rate) P_1) + anchor B, with the base's own adapter as B."""
+    work(run, office, tiny_sd1_folder, objective={"reference": "ema", "reference_rate": 0.25, "reference_anchor": 0.5})
+    store = PolicyStore(run)
+    published = store.load(store.resolve(1))
+    assert published is not None
+    learner = build_learner(config_of(tiny_sd1_folder))
+    base = learner.policy.tensors()
+    expected = {name: 0.5 * (0.25 * base[name] + 0.75 * published[name]) + 0.5 * base[name] for name in base}
+    averaged = RunningReference(base)
+    averaged.follow(published, 0.25, 0.5)
+    for name in base:
+        torch.testing.assert_close(averaged.tensors[name], expected[name])
+    digest = digest_of(averaged.tensors, learner.policy.metadata())
+    assert [office.reports[version].reference for version in (1, 2)] == [(0, digests(run)[0]), (1, digest)]
+
+
+@pytest.mark.parametrize("reference", ["ema", "round"])
+def test_what_draws_is_what_is_published_and_measured_against(
+    run: Storage, office: Office, tiny_sd1_folder: Path, reference: str
+) -> None:
+    """The average of the weights, with a digest of its own, while training goes on from the weights themselves."""
+    work(run, office, tiny_sd1_folder, objective={"reference": reference}, sampling_policy="ema")
+    state = torch.load(Path(office.checkpoints[2].path) / "state.pt", weights_only=True)["learner"]
+    store = PolicyStore(run)
+    published = store.load(store.resolve(2))
+    assert published is not None
+    assert any(not torch.equal(published[name], state["policy"][name]) for name in published)
+    if reference == "round":
+        assert office.reports[2].reference == (1, digests(run)[1])
+
+
+FOLLOWING = {"reference": "round", "reference_point": "noise_mean", "noise_parts": 4}
+AVERAGED = {"reference": "ema", "target_margin": 1, "scale_by_noise": True, "noise_parts": 4}
+
+
+@pytest.mark.parametrize("objective", [{}, FOLLOWING, AVERAGED, {"kind": "nft"}])
 def test_rounds_after_an_older_checkpoint_are_trained_again_to_the_same_bytes(
     run: Storage, office: Office, tiny_sd1_folder: Path, objective: dict[str, Any]
 ) -> None:
