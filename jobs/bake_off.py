@@ -9,7 +9,6 @@ Runs methods x tasks x seeds at an equal budget, each on one CPU of whatever clu
 """
 
 import argparse
-import logging
 import math
 import sys
 import time
@@ -26,6 +25,8 @@ from kto_ray.bake_off.planning import Cell, Results, cells, require_known, tunin
 from kto_ray.bake_off.running import Row, run_cells
 from kto_ray.bake_off.summary import Curve, curve_of, to_json
 from kto_ray.bake_off.tasks import TASKS
+from kto_ray.cluster import connected
+from kto_ray.config import Cluster
 from kto_ray.errors import UserError
 from kto_ray.storage import to_json as as_json
 
@@ -68,10 +69,8 @@ def main() -> int:
 
 def run(missing: list[Cell], rounds: int, every: int, results: Results, at_once: int | None, console: Console) -> None:
     """Run what is missing, with a bar over the rounds of all of it."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with connected(Cluster()), Progress(*columns, console=console) as progress:
         bar = progress.add_task("rounds", total=rounds)
 
         def on_row(cell: Cell, row: Row) -> None:

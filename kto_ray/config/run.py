@@ -163,11 +163,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _the_objective_gets_what_it_needs(self) -> "RunConfig":
         needs, kind = self.train.objective.needs, self.train.objective.kind
-        if self.replay and needs.reference in ("round", "ema"):
+        if self.replay and (needs.own_rounds or needs.reference == "ema"):
             raise ValueError(
-                f"train.objective ({kind}) measures against the policies that drew the rounds (reference: "
-                f"{needs.reference}), and those of replayed rounds are another run's: use an objective with reference: "
-                "fixed, or no replay"
+                f"train.objective ({kind}, reference: {needs.reference}) goes by the policies that drew the rounds, "
+                "and those of replayed rounds are another run's: use diffusion_kto with reference: fixed or round, or "
+                "no replay"
             )
         if needs.pairs and self.generate.images_per_prompt < 2:
             raise ValueError(

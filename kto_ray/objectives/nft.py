@@ -38,7 +38,7 @@ class NFT(ObjectiveSection):
 
     @property
     def needs(self) -> Needs:
-        return Needs(reference="round")
+        return Needs(reference="round", own_rounds=True)
 
     def losses(self, outputs: Outputs, desirable_B: "Tensor", scale: Scale | None) -> Losses:
         if outputs.reference_BCHW is None:

@@ -38,6 +38,8 @@ class Needs:
     reference: ReferenceName | None = None
     """The predictions of a frozen reference on the same noisy latents: the base model, the policy that drew the round,
     or a running average of the policies."""
+    own_rounds: bool = False
+    """Only rounds that this run's own policies drew."""
     mismatched: bool = False
     """The implicit reward of each image with a prompt that is not its own."""
     whole_step: bool = False

@@ -17,8 +17,9 @@ class Referring(Section):
 
     reference: Fixed[ReferenceName] = "fixed"
     """What the implicit reward is measured against. "fixed" is the base model, as in the paper; "round" the policy that
-    drew the round, so that every round asks anew for better than what there is; "ema" a running average of the
-    policies, which lies between the two."""
+    drew the round, so that every round asks anew for better than what there is (for a replayed round, which another
+    run's policy drew: the policy that is about to be trained on it); "ema" a running average of the policies, which
+    lies between the two."""
     reference_rate: Fixed[InnerShare] = 0.5
     """For "ema": share of the reference that stays from round to round; the rest becomes the newest policy."""
     reference_anchor: Fixed[Annotated[float, Field(ge=0, lt=1)]] = 0

@@ -1,7 +1,8 @@
 """What a round's implicit rewards are measured against (`train.objective.reference`), found before each round.
 
     fixed   the base model
-    round   the policy that drew the round: mostly the one that the learner would publish itself
+    round   the policy that drew the round: mostly the one that the learner would publish itself; for a replayed round,
+            which another run's policy drew, that one
     ema     a running average R of all published policies P, with the base B, whose rate and anchor are the objective's:
                 R_0 = B,    R_v = (1 - anchor) * (rate * R_(v-1) + (1 - rate) * P_v) + anchor * B
 
@@ -34,7 +35,8 @@ def reference_of(
     needs, objective = learner.objective.needs, learner.objective
     if needs.reference is None:
         return None
-    drew = max(rounds.round(index).policy_versions())
+    round_ = rounds.round(index)
+    drew = version if "replayed_from" in round_.manifest else max(round_.policy_versions())
     if needs.reference == "ema" and drew:
         assert isinstance(objective, Referring)
         running = learner.reference

@@ -379,10 +379,11 @@ def test_a_step_has_samples_of_each_part_of_the_noise_range() -> None:
 
 
 def test_replayed_rounds_have_no_policy_to_be_measured_against() -> None:
-    text = message("train.objective.reference=round", "replay.run=runs/earlier")
-    assert "train.objective (diffusion_kto)" in text
-    assert "an objective with reference: fixed" in text
-    assert load(None, ["train.objective.reference=round"])
+    text = message("train.objective.reference=ema", "replay.run=runs/earlier")
+    assert "train.objective (diffusion_kto, reference: ema)" in text
+    assert "with reference: fixed or round" in text
+    assert load(None, ["train.objective.reference=ema"])
+    assert load(None, ["train.objective.reference=round", "replay.run=runs/earlier"])
 
 
 def test_a_batch_of_one_has_no_batch_reference_point() -> None:

@@ -131,7 +131,7 @@ def test_each_of_a_pair_has_a_margin_of_its_own_sign() -> None:
         ("sft", Needs(undesirable=False)),
         ({"kind": "csft"}, Needs(prefixes=("good image, ", "bad image, "))),
         ({"kind": "dpo", "reference": "round"}, Needs(reference="round", pairs=True)),
-        ("nft", Needs(reference="round")),
+        ("nft", Needs(reference="round", own_rounds=True)),
     ],
 )
 def test_an_objective_says_what_it_needs(settings: Any, needs: Needs) -> None:
@@ -213,11 +213,11 @@ def test_the_safeguard_keeps_the_step_from_undoing_what_the_desirable_teach(
         ),
         (
             {"train": {"objective": "nft"}, "replay": {"run": "runs/other"}},
-            r"nft\) measures against the policies that drew the rounds \(reference: round\)",
+            r"nft, reference: round\) goes by the policies that drew the rounds",
         ),
         (
             {"train": {"objective": {"reference": "ema"}}, "replay": {"run": "runs/other"}},
-            r"diffusion_kto\) measures against .* \(reference: ema\), and those of replayed rounds are another run's",
+            r"diffusion_kto, reference: ema\) goes by .*, and those of replayed rounds are another run's",
         ),
         (
             {"train": {"objective": {"reference_rate": 1}}},

@@ -17,7 +17,7 @@ from ray.train import Checkpoint
 from kto_ray.config import RunConfig
 from kto_ray.policies import PolicyStore, digest_of
 from kto_ray.records import PolicyRef
-from kto_ray.rounds import RoundStore
+from kto_ray.rounds import Round, RoundStore
 from kto_ray.storage import Storage
 from kto_ray.train.averaging import RunningReference
 from kto_ray.train.checkpoints import BEGINNING
@@ -73,20 +73,23 @@ def office(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Office:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Storage:
-    """Two sealed rounds; in the first are two latents that are no numbers, as older versions may have stored them."""
+    """Two sealed rounds."""
     run = Storage(str(tmp_path / "run"))
     for index in range(ROUNDS):
-        round_, rng = RoundStore(run).round(index), np.random.default_rng(index)
-        latents_NCHW = rng.normal(size=(16, 4, 8, 8)).astype(np.float32)
-        policy = PolicyRef(index, "d" * 64)
-        samples = [
-            replace(sample, latents_CHW=latents_CHW)
-            for sample, latents_CHW in zip(make_samples(round_.stage, 16, policy), latents_NCHW, strict=True)
-        ]
-        round_.add_samples(samples)
-        round_.add_verdicts([make_verdict(sample.id, place % 2 == 0) for place, sample in enumerate(samples)])
-        round_.seal()
+        fill(RoundStore(run).round(index), index, PolicyRef(index, "d" * 64))
     return run
+
+
+def fill(round_: Round, seed: int, policy: PolicyRef, **facts: Any) -> None:
+    """Samples, half of them desirable, and the seal."""
+    latents_NCHW = np.random.default_rng(seed).normal(size=(16, 4, 8, 8)).astype(np.float32)
+    samples = [
+        replace(sample, latents_CHW=latents_CHW)
+        for sample, latents_CHW in zip(make_samples(round_.stage, 16, policy), latents_NCHW, strict=True)
+    ]
+    round_.add_samples(samples)
+    round_.add_verdicts([make_verdict(sample.id, place % 2 == 0) for place, sample in enumerate(samples)])
+    round_.seal(**facts)
 
 
 def ruin(run: Storage, index: int) -> set[str]:
@@ -184,6 +187,17 @@ def test_an_averaged_reference_follows_the_published_policies(
         torch.testing.assert_close(averaged.tensors[name], expected[name])
     digest = digest_of(averaged.tensors, learner.policy.metadata())
     assert [office.reports[version].reference for version in (1, 2)] == [(0, digests(run)[0]), (1, digest)]
+
+
+def test_a_replayed_round_is_measured_against_the_policy_that_trains_on_it(
+    tmp_path: Path, office: Office, tiny_sd1_folder: Path
+) -> None:
+    """Another run's policy 5 drew both: that number says nothing here."""
+    run = Storage(str(tmp_path / "replaying"))
+    for index in range(ROUNDS):
+        fill(RoundStore(run).round(index), index, PolicyRef(5, "d" * 64), replayed_from="another run")
+    work(run, office, tiny_sd1_folder, objective={"reference": "round"})
+    assert [office.reports[version].reference for version in (1, 2)] == list(enumerate(digests(run)[:2]))
 
 
 @pytest.mark.parametrize("reference", ["ema", "round"])
