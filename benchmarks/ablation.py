@@ -51,13 +51,13 @@ class Outcome:
     seconds: float = 0.0
 
 
-FOLLOW = ("train.objective.reference=round", "train.objective.reference_point=noise_mean")
+PAPERS = "train.objective={kind: diffusion_kto, beta: 75}"
 OPTIONS = [
-    Setting("round", FOLLOW[:1]),
-    Setting("noise_mean", FOLLOW[1:]),
-    Setting("follow", FOLLOW),
+    Setting("paper", (PAPERS,)),
+    Setting("round", (PAPERS, "train.objective.reference=round")),
+    Setting("noise_mean", (PAPERS, "train.objective.reference_point=noise_mean")),
     *(
-        Setting(f"follow+{name}", (*FOLLOW, *overrides))
+        Setting(name, overrides)
         for name, overrides in {
             "scale": ("train.objective.scale_by_noise=true",),
             "margin": ("train.objective.target_margin=1",),
@@ -71,7 +71,8 @@ OPTIONS = [
     Setting("sft", ("train.objective=sft",)),
     Setting("nft", ("train.objective=nft",)),
 ]
-"""What each option of the objective is worth, over the paper's and over the two that matter most; and others."""
+"""The paper's objective in place of the recipe's, each of the two things that tell them apart alone, then each further
+option on top of the recipe, and other objectives."""
 
 
 def built_in(recipe: RunConfig) -> list[Setting]:

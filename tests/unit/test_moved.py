@@ -25,11 +25,12 @@ def test_new_names_lead_to_a_field(new: str) -> None:
 
 def test_a_run_that_was_saved_before_the_move_still_opens(tmp_path: object) -> None:
     run = Storage(str(tmp_path))
-    tree = load("shapes_demo").model_dump(mode="json")
+    papers = "train.objective={kind: diffusion_kto, beta: 75}"
+    tree = load("shapes_demo", [papers]).model_dump(mode="json")
     objective = tree["train"].pop("objective")
     for name in ("beta", "utility", "reference_point", "desirable_weight", "undesirable_weight"):
         tree["train"][name] = objective[name]
     tree["train"]["beta"] = 7.0
     run.write("config.yaml", yaml.safe_dump(tree).encode())
-    assert saved_config(run) == load("shapes_demo", ["train.objective.beta=7"])
+    assert saved_config(run) == load("shapes_demo", [papers, "train.objective.beta=7"])
     assert "beta: 7.0" in to_yaml(saved_config(run))

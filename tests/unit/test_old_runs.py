@@ -17,6 +17,7 @@ from kto_ray.config import Replay, load, to_yaml
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.label.threshold_labeler import ThresholdLabeler
 from kto_ray.making import Making
+from kto_ray.objectives import DiffusionKTO
 from kto_ray.prompts import load_prompts
 from kto_ray.records import PolicyRef, Sample, SampleRequest, table_to_verdicts
 from kto_ray.relabel import Replayed, relabel, saved_config, sealed_rounds
@@ -78,7 +79,7 @@ def replay(run: Storage, name: str, **settings: Any) -> Storage:
 def test_its_configuration_is_read(run: Storage) -> None:
     config = saved_config(run)
     assert config.run == "old"
-    assert config.train.objective == load("shapes_demo").train.objective
+    assert config.train.objective == DiffusionKTO(beta=75)
 
 
 def test_its_rounds_are_as_they_were_sealed(run: Storage) -> None:
