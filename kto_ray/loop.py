@@ -43,7 +43,7 @@ from typing import Any
 from rich.console import Console
 
 from kto_ray.caretaker import Caretaker
-from kto_ray.cluster import connected
+from kto_ray.cluster import connected, noisily
 from kto_ray.concurrency import all_closed, together
 from kto_ray.config import RunConfig
 from kto_ray.diffusion.sampling import drawing_digest
@@ -160,10 +160,11 @@ class _Loop:
 
     async def _start(self) -> None:
         """Start all parts; what cannot be started ends the starting of the others."""
-        alone = await asyncio.to_thread(self.caretaker.start)
-        # What is refused here has cost no machine time yet.
         people = self.config.label.human if self.config.label.labeler == "human" else None
-        await asyncio.to_thread(start_serve, people, alone)
+        # What is refused here has cost no machine time yet.
+        async with noisily("the run's caretaker, and Serve", self.config.cluster):
+            alone = await asyncio.to_thread(self.caretaker.start)
+            await asyncio.to_thread(start_serve, people, alone)
         # Training starts while the generators do: both spend their first seconds on imports.
         self.training.start()
         async with together() as group:
@@ -291,8 +292,7 @@ class _Loop:
         """Say what there is to doubt, see `evaluate/doubts.py`; whether the run has to end therefore."""
         # A continued run has rows of later rounds, too, and must stop where it would have stopped.
         rows = [row for row in self.metrics.of("round") if row["step"] <= index]
-        doubts = doubts_of(self.config, rows)
-        for doubt in doubts:
+        for doubt in (doubts := doubts_of(self.config, rows)):
             self.console.print(doubt.text, style="yellow", markup=False, highlight=False)
         for hint in new_hints(self.config, rows):
             self.console.print(hint, markup=False, highlight=False)
