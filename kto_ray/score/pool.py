@@ -28,7 +28,8 @@ from kto_ray.score.environments.finding import interpreter
 
 logger = logging.getLogger(__name__)
 
-LEAST_PATIENCE_S = 1.0
+LEAST_PATIENCE_S, MOST_PATIENCE_S = 1.0, 60.0
+"""How long a batch waits at least, and at most, before another actor is built."""
 
 
 class ScorerPool:
@@ -89,7 +90,7 @@ class ScorerPool:
         async with noisily(f"an actor of scorer {self.name}", self.cluster, self.settings.resources):
             with contextlib.suppress(RayError):
                 await actor.describe.remote()
-                self._patience_s = max(LEAST_PATIENCE_S, time.monotonic() - began)
+                self._patience_s = min(max(LEAST_PATIENCE_S, time.monotonic() - began), MOST_PATIENCE_S)
         self._idle.put_nowait(actor)
 
     def _dismiss(self, actor: Any) -> None:
