@@ -33,9 +33,9 @@ def signs_of_collapse(config: RunConfig, rows: Sequence[Row]) -> dict[str, str]:
 
 def _worse(config: RunConfig, rows: Sequence[Row]) -> str | None:
     # Where beta sets itself, the round says what it was.
-    beta = _figure(rows[-1], "objective/beta")
+    beta = figure(rows[-1], "objective/beta")
     beta = getattr(config.train.objective, "beta", math.nan) if math.isnan(beta) else beta
-    yes, no = (beta * _figure(rows[-1], f"objective/g_{label}") for label in ("desirable", "undesirable"))
+    yes, no = (beta * figure(rows[-1], f"objective/g_{label}") for label in ("desirable", "undesirable"))
     if not (yes < -config.train.watch.worse and no < -config.train.watch.worse):
         return None
     return (
@@ -45,7 +45,7 @@ def _worse(config: RunConfig, rows: Sequence[Row]) -> str | None:
 
 
 def _saturated(config: RunConfig, rows: Sequence[Row]) -> str | None:
-    share = _figure(rows[-1], "objective/saturated")
+    share = figure(rows[-1], "objective/saturated")
     if not share > config.train.watch.saturated:
         return None
     return (
@@ -55,7 +55,7 @@ def _saturated(config: RunConfig, rows: Sequence[Row]) -> str | None:
 
 
 def _alike(config: RunConfig, rows: Sequence[Row]) -> str | None:
-    first, last = (_figure(row, "pictures/diversity") for row in (rows[0], rows[-1]))
+    first, last = (figure(row, "pictures/diversity") for row in (rows[0], rows[-1]))
     if not last < config.train.watch.diversity * first:
         return None
     return (
@@ -66,7 +66,7 @@ def _alike(config: RunConfig, rows: Sequence[Row]) -> str | None:
 
 
 def _falling(config: RunConfig, rows: Sequence[Row]) -> str | None:
-    rates = [_figure(row, "pass_rate") for row in rows[-config.train.watch.rounds :]]
+    rates = [figure(row, "pass_rate") for row in rows[-config.train.watch.rounds :]]
     trend = slope(rates)
     if trend is None or -trend <= max(config.train.watch.falls, CHANCE * _error_of_slope(rates, config)):
         return None
@@ -98,7 +98,7 @@ def _slower(config: RunConfig) -> str:
     return f"lower train.learning_rate or train.epochs{clean}"
 
 
-def _figure(row: Row, name: str) -> float:
+def figure(row: Row, name: str) -> float:
     """NaN for one that is not there: no comparison with it holds."""
     value = row.get(name)
     return math.nan if value is None else float(value)

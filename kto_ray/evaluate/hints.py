@@ -4,11 +4,11 @@ The loop says a hint after the round in which it is first seen, the report lists
 doubts are (`doubts.py`): a continued run says what it would have said. Figures and limits: docs/objectives.md.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kto_ray.config import RunConfig
+from kto_ray.evaluate.collapse import figure
 from kto_ray.objectives import AnyObjective, DiffusionKTO
 
 Row = Mapping[str, Any]
@@ -35,12 +35,15 @@ def new_hints(config: RunConfig, rows: Sequence[Row]) -> list[str]:
 
 def hints_in_all(config: RunConfig, rows: Sequence[Row]) -> list[str]:
     """Each kind as it was first given, with that round."""
-    ends = range(1, len(rows) + 1)
-    return [f"after round {rows[end - 1]['step']}: {text}" for end in ends for text in new_hints(config, rows[:end])]
+    seen: dict[str, str] = {}
+    for end in range(1, len(rows) + 1):
+        for kind, text in hints_of(config, rows[:end]).items():
+            seen.setdefault(kind, f"after round {rows[end - 1]['step']}: {text}")
+    return list(seen.values())
 
 
 def _accuracy(objective: AnyObjective, rows: Sequence[Row]) -> str | None:
-    shares = [_figure(row, "objective/accuracy") for row in rows]
+    shares = [figure(row, "objective/accuracy") for row in rows]
     if not max(shares) < 0.5:
         return None
     remedy = "a smaller train.learning_rate, or more images a round"
@@ -58,7 +61,7 @@ def _accuracy(objective: AnyObjective, rows: Sequence[Row]) -> str | None:
 
 
 def _alike(objective: AnyObjective, rows: Sequence[Row]) -> str | None:
-    pairs = [[_figure(row, f"objective/g_{label}") for label in ("desirable", "undesirable")] for row in rows]
+    pairs = [[figure(row, f"objective/g_{label}") for label in ("desirable", "undesirable")] for row in rows]
     if not all(yes > 0 and no > ALIKE * yes for yes, no in pairs):
         return None
     yes, no = pairs[-1]
@@ -73,9 +76,3 @@ def _alike(objective: AnyObjective, rows: Sequence[Row]) -> str | None:
 
 
 HINTS: dict[str, Callable[[AnyObjective, Sequence[Row]], str | None]] = {"accuracy": _accuracy, "alike": _alike}
-
-
-def _figure(row: Row, name: str) -> float:
-    """NaN for one that is not there: no comparison with it holds."""
-    value = row.get(name)
-    return math.nan if value is None else float(value)
