@@ -108,6 +108,11 @@ def test_held_out_prompts_that_differ_in_case_and_spaces_only(base: list[str], t
     assert "' A   DOG '" in text
 
 
+def test_a_prefix_takes_room_from_the_prompt(base: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    describe(load("shapes_demo", [*base, "train.objective=csft"]))
+    assert "the model reads only the first 8 tokens" in caplog.text
+
+
 def test_held_out_prompts_that_the_model_reads_as_one_it_is_trained_on(
     base: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
