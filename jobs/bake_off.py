@@ -99,7 +99,7 @@ def write(results: Results, out: Path, rounds: int | None, console: Console) -> 
             tuning.setdefault(cell.method, {})[cell.setting] = rate
     (out / "bake_off.json").write_text(as_json(to_json(curves, tuning)) + "\n")
     if curves:
-        (out / "bake_off.html").write_text(page.render(curves, tuning, ""))
+        (out / "bake_off.html").write_text(page.render(curves, tuning))
         (out / "bake_off.md").write_text(page.markdown(curves))
         (out / "bake_off.png").write_bytes(page.draw_curves(curves, "png"))
     for method, rates in tuning.items():

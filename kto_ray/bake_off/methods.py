@@ -1,8 +1,8 @@
 """Who takes part in the bake-off, and how each was tuned.
 
-Every method gets the same number of tuning runs (`TUNED`), on the first task and on a seed that is not reported; what
-came best by the held-out pass rate is what it is reported with. `jobs/bake_off.py --tune` runs them; all of them stand
-in `bake_off.json`.
+Every method has the same number of tuning runs (`TUNED`), on the first task and on a seed that is not reported;
+`jobs/bake_off.py --tune` runs them, says which came best, and puts all of them into `bake_off.json`. They were not run
+yet: `tuned` is what `shapes_demo` had for all of them, and is to become what comes best.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Method:
         ours: whether it is one of this project's, to be compared with the others.
         train: laid over the task's `train`.
         grid: what is tuned: values by dotted field of `train`; every combination is a tuning run.
-        tuned: the combination that came best.
+        tuned: the combination that it is reported with, one of the grid.
         generate: laid over the task's `generate`.
     """
 

@@ -73,6 +73,7 @@ def _draw_panel(axes: Axes, title: str, curves: Sequence[Curve]) -> None:
         axes.plot(curve.images, rate, marker + line, color=color, markersize=3, label=METHODS[curve.method].title)
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlabel("images drawn", fontsize=9, color=MUTED)
+    axes.set_ylim(-0.02, 1.02)  # the interval of two seeds reaches beyond what a share can be
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)
@@ -112,7 +113,7 @@ def markdown(curves: Sequence[Curve]) -> str:
     return "\n".join(lines)
 
 
-def render(curves: Sequence[Curve], tuning: dict[str, dict[str, float]], machine: str) -> str:
+def render(curves: Sequence[Curve], tuning: dict[str, dict[str, float]]) -> str:
     """One self-contained HTML page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {word.__name__: word for word in (percent, number, duration, shown)}
@@ -127,6 +128,5 @@ def render(curves: Sequence[Curve], tuning: dict[str, dict[str, float]], machine
         goals=[f"{goal:g}" for goal in GOALS],
         curves=data_uri("image/svg+xml", draw_curves(curves, "svg")),
         best=within_the_best,
-        machine=machine,
         MISSING=MISSING,
     )

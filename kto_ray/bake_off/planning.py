@@ -34,7 +34,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, (self.task, self.method, self.setting, str(self.seed))))
+        cut = f"{self.rounds} rounds" if self.rounds else ""
+        return "-".join(filter(None, (self.task, self.method, self.setting, cut, str(self.seed))))
 
     def config(self) -> RunConfig:
         """Raises UserError when the method cannot do the task."""

@@ -67,13 +67,14 @@ def curve_of(task: str, method: str, runs: Mapping[int, Sequence[Mapping[str, An
     Args:
         runs: the rows of each seed, see `running.rows_of`.
     """
-    evaluated = {seed: [row for row in rows if row["evaluation"]] for seed, rows in runs.items()}
-    images = [row["images"] for row in next(iter(evaluated.values()))]
+    by_images = [{row["images"]: row for row in rows if row["evaluation"]} for rows in runs.values()]
+    images = sorted(set[int].intersection(*map(set, by_images)))  # where all seeds were evaluated
+    evaluated = [[rows[place] for place in images] for rows in by_images]
     rates = [
-        over_seeds([rows[place]["evaluation"]["pass_rate"]["value"] for rows in evaluated.values()])
+        over_seeds([rows[place]["evaluation"]["pass_rate"]["value"] for rows in evaluated])
         for place in range(len(images))
     ]
-    first, last = ([rows[place]["evaluation"] for rows in evaluated.values()] for place in (0, -1))
+    first, last = ([rows[place]["evaluation"] for rows in evaluated] for place in (0, -1))
     watched = TASKS[task].watched
     lost = (
         over_seeds(

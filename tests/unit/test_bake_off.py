@@ -58,6 +58,15 @@ def test_a_cell_is_done_until_its_configuration_changes(tmp_path: Path, monkeypa
     assert results.read(cell) is None
 
 
+def test_a_cut_cell_takes_no_whole_ones_place(tmp_path: Path) -> None:
+    results, whole = Results(tmp_path), Cell("follow", "sft", 0)
+    results.write(whole, [{"round": 12}])
+    results.write(Cell("follow", "sft", 0, rounds=1), [{"round": 1}])
+    found = results.read(whole)
+    assert found is not None
+    assert found["rows"] == [{"round": 12}]
+
+
 def test_cells_go_seed_by_seed() -> None:
     planned = cells(["follow", "red"], ["kto", "sft"], [0, 1], 2)
     assert [cell.seed for cell in planned] == [0] * 4 + [1] * 4
@@ -130,6 +139,12 @@ def rows(*rates: float, watched: float = 0.0) -> list[dict[str, Any]]:
     ]
 
 
+def test_seeds_that_were_evaluated_at_other_rounds_meet_where_all_were() -> None:
+    curve = curve_of("follow", "kto", {0: rows(0.5, 0.6, 0.8), 1: rows(0.5, math.nan, 0.9)})
+    assert curve.images == [0, 200]
+    assert curve.final.value == pytest.approx(0.85)
+
+
 def test_a_curve_and_its_page() -> None:
     kto = curve_of("red", "kto", {0: rows(0.5, math.nan, 0.8, watched=0.1), 1: rows(0.6, math.nan, 0.9, watched=0.2)})
     assert kto.images == [0, 200]
@@ -144,8 +159,9 @@ def test_a_curve_and_its_page() -> None:
     assert follow.lost is None
 
     curves, tuning = [kto, sft, follow], {"nft": {"objective.beta=1": 0.7}}
-    text = page.render(curves, tuning, "On a <machine>.")
-    assert "On a &lt;machine&gt;." in text
+    assert "No method was tuned." in page.render(curves, {})
+    text = page.render(curves, tuning)
+    assert "Tuned on the first task and on seed 1000" in text
     for words in ("Likes red", "85.0 ± ", "objective.beta=1", "DiffusionNFT, binary", "shapes lost"):
         assert words in text
     table = page.markdown(curves)
