@@ -45,10 +45,13 @@ def nothing_trained(index: int, config: RunConfig, draws: Mapping[str, int]) -> 
             f"round {index}: nothing was trained on: all of its verdicts are on images of policies older than "
             f"max_policy_lag ({config.max_policy_lag}) allows"
         )
-    lacking = "no prompt has both a desirable and an undesirable image, so that there are no pairs; more "
-    lacking += "generate.images_per_prompt, or a label.threshold nearer to the middle, make some"
-    if not config.train.objective.needs.pairs:
-        lacking = "it has no desirable image"
+    lacking = {
+        "verdicts": "no prompt has both a desirable and an undesirable image, so that there are no pairs; more "
+        "generate.images_per_prompt, or a label.threshold nearer to the middle, make some",
+        "scores": "no prompt has two images whose scores differ, so that there are no pairs; more "
+        "generate.images_per_prompt makes some",
+        None: "it has no desirable image",
+    }[config.train.objective.needs.pairs]
     return f"round {index}: nothing was trained on by {config.train.objective.kind}: {lacking}"
 
 

@@ -22,11 +22,12 @@ from kto_ray.config import RunConfig
 from kto_ray.diffusion.sampling import as_asked, draw, use_scheduler
 from kto_ray.evaluate.evaluation import STAGE
 from kto_ray.evaluate.statistics import Interval, mean_interval, pass_rate
-from kto_ray.label.judging import judge_round, one_sided, rule_of, table_of
+from kto_ray.label.judging import judge_round, one_sided
 from kto_ray.objectives.reference import Referring
 from kto_ray.pictures import picture_figures
 from kto_ray.prompts import load_prompts, round_requests
 from kto_ray.records import Label, SampleRequest, Score, derive_seed
+from kto_ray.ruling import rule_of, table_of, values_of
 from kto_ray.score.protocol import Scorer
 from kto_ray.score.scorers import load_scorer
 from kto_ray.train.batches import LatentsInMemory, RoundData
@@ -106,7 +107,8 @@ class PlainLoop:
         generate_s = time.perf_counter() - began
 
         prompts = {request.id: request.prompt.id for request in requests}
-        judged = judge_round(config.label, self._score(pixels_NHWC, requests), prompts, self.fit)
+        scores, needs = self._score(pixels_NHWC, requests), config.train.objective.needs
+        judged = judge_round(config.label, scores, prompts, self.fit)
         self.fit = judged.fit
         verdicts = {
             v.sample_id: (v.label == "desirable") != self._is_flipped(v.sample_id)
@@ -121,6 +123,7 @@ class PlainLoop:
             prompts=[requests[place].prompt.text for place in order],
             desirable_N=np.array([verdicts[requests[place].id] for place in order], np.bool_),
             seeds=[requests[place].seed for place in order],
+            values_N=values_of(config.label, scores, prompts)[order] if needs.pairs == "scores" else None,
         )
         labels: dict[Label, int] = {
             "desirable": int(data.desirable_N.sum()),
@@ -128,7 +131,7 @@ class PlainLoop:
         }
         began = time.perf_counter()
         figures: dict[str, float] = {}
-        if not one_sided(config.label, labels, config.train.objective.needs.undesirable):
+        if not one_sided(config.label, labels, needs):
             self._refer()
             figures, _ = self.learner.train_round(data)
         self.version += 1

@@ -174,6 +174,11 @@ class RunConfig(Section):
                 f"train.objective ({kind}) learns from pairs of images of one prompt: generate.images_per_prompt "
                 f"({self.generate.images_per_prompt}) must be at least 2, better 4 or more"
             )
+        if needs.pairs == "scores" and not self.label.voting:
+            raise ValueError(
+                "train.objective.pairs: scores makes pairs of what scorers say, and label.scorers names none that is "
+                "not held_out: name one, or use pairs: verdicts"
+            )
         return self
 
     @property

@@ -31,10 +31,10 @@ from kto_ray.evaluate.statistics import (
 )
 from kto_ray.generate.client import Generators
 from kto_ray.generate.drawn import require_drawn
-from kto_ray.label.judging import rule_of, table_of
 from kto_ray.parts import write_part
 from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest, Score
 from kto_ray.rounds import Round, by_sample
+from kto_ray.ruling import rule_of, table_of
 from kto_ray.samples import Samples
 from kto_ray.score.pool import Scorers, require_scored
 from kto_ray.storage import Storage

@@ -13,12 +13,16 @@ import numpy as np
 from kto_ray.config import Labeling
 from kto_ray.errors import UserError
 from kto_ray.objectives import AnyObjective
+from kto_ray.objectives.protocol import Needs
 from kto_ray.records import Label, Score, Verdict
-from kto_ray.verdicts.rule import SUM, RuleFit, ScoreTable, VerdictRule, Voter
+from kto_ray.ruling import rule_of, table_of
+from kto_ray.verdicts.rule import SUM, RuleFit, VerdictRule
 from kto_ray.verdicts.thresholds import EVERY
 
 logger = logging.getLogger(__name__)
 
+BOTH_CLASSES = Needs()
+"""Of an objective that learns from verdicts of either class; what `label.on_one_class: widen` goes by."""
 BY_THRESHOLD = "threshold"
 """Whose verdicts these are, in the record."""
 
@@ -32,23 +36,6 @@ class RoundVerdicts:
     """How far each sample is from another verdict, by its id; see `VerdictRule.margins`."""
     fit: RuleFit
     figures: dict[str, float]
-
-
-def rule_of(config: Labeling) -> VerdictRule:
-    """The rule of `label.scorers` (those not held out), `label.combine` and `label.threshold`."""
-    voters = [Voter(name, s.weight, s.mean, s.std, s.threshold) for name, s in config.voting.items()]
-    return VerdictRule(voters, config.combine, config.threshold)
-
-
-def table_of(rule: VerdictRule, scores: Mapping[str, Mapping[str, Score]], prompts: Mapping[str, str]) -> ScoreTable:
-    """The table of the samples in `prompts` (sample id -> prompt id), in that order."""
-
-    def value(sample_id: str, scorer: str) -> float:
-        score = scores.get(sample_id, {}).get(scorer)
-        return np.nan if score is None or score.value is None else score.value
-
-    values_SN = np.array([[value(sample_id, voter.name) for sample_id in prompts] for voter in rule.voters], np.float64)
-    return ScoreTable(values_SN.reshape(len(rule.voters), len(prompts)), list(prompts.values()))
 
 
 def judge_round(
@@ -96,14 +83,13 @@ def _failures(rule: VerdictRule, scores: Mapping[str, Score]) -> str:
     )
 
 
-def one_sided(config: Labeling, labels: Mapping[Label, int], both: bool = True) -> bool:
-    """Whether there are yes or no only, or fewer of both together than `label.min_verdicts`.
-
-    Args:
-        both: False: yes only is fine.
-    """
+def one_sided(config: Labeling, labels: Mapping[Label, int], needs: Needs = BOTH_CLASSES) -> bool:
+    """Whether a class is missing that the objective needs, or there are fewer verdicts than `label.min_verdicts`."""
     yes, no = labels.get("desirable", 0), labels.get("undesirable", 0)
-    return not yes or (both and not no) or yes + no < config.min_verdicts
+    if not yes + no or yes + no < config.min_verdicts:
+        return True
+    # Scores make pairs whatever the verdicts are.
+    return needs.pairs != "scores" and (not yes or (needs.undesirable and not no))
 
 
 def worth_training(config: Labeling, index: int, verdicts: Sequence[Verdict], objective: AnyObjective) -> bool:
@@ -115,7 +101,7 @@ def worth_training(config: Labeling, index: int, verdicts: Sequence[Verdict], ob
     """
     labels = Counter(verdict.label for verdict in verdicts)
     needs = objective.needs
-    if not one_sided(config, labels, needs.undesirable):
+    if not one_sided(config, labels, needs):
         return True
     yes, no = labels["desirable"], labels["undesirable"]
     what = "verdicts of one class only" if not yes or not no else f"fewer verdicts than {config.min_verdicts}"

@@ -1,7 +1,8 @@
-"""Online Diffusion-DPO: pairs of one prompt, made from the verdicts of a round (Wallace et al., arXiv 2311.12908).
+"""Online Diffusion-DPO: pairs of one prompt, made from the verdicts or scores of a round (Wallace et al., arXiv
+2311.12908).
 
-For a pair of a desirable image, with implicit reward g_w, and an undesirable one, with g_l, that share prompt, noise
-and timestep (Equation 14; its weights T and omega(lambda_t) are in beta):
+For a pair of a better image, with implicit reward g_w, and a worse one, with g_l, that share prompt, noise and timestep
+(Equation 14; its weights T and omega(lambda_t) are in beta):
 
     loss = mean over the pairs of  -log sigmoid(beta * (g_w - g_l))
 """
@@ -18,15 +19,19 @@ if TYPE_CHECKING:
 
 
 class DPO(Referring, ObjectiveSection):
-    """Prefer the desirable image of a pair. Needs several images of a prompt: `generate.images_per_prompt`."""
+    """Prefer the better image of a pair. Needs several images of a prompt: `generate.images_per_prompt`."""
 
     kind: Literal["dpo"] = "dpo"
     beta: Fixed[Positive] = 5000
     """Scale of the implicit reward; the paper's is 2000 to 5000 for Stable Diffusion."""
 
+    pairs: Fixed[Literal["verdicts", "scores"]] = "verdicts"
+    """What makes a pair: a desirable and an undesirable image of one prompt; or any two of one prompt whose scores
+    differ, by what `label` compares images by, whatever their verdicts are."""
+
     @property
     def needs(self) -> Needs:
-        return Needs(reference=self.reference, pairs=True)
+        return Needs(reference=self.reference, pairs=self.pairs)
 
     def check_batch(self, global_batch: int, micro_batch: int) -> None:
         if micro_batch % 2:

@@ -46,9 +46,10 @@ class Needs:
     """The implicit rewards of the whole optimizer step, before its first gradient."""
     undesirable: bool = True
     """Undesirable samples; without, only desirable ones are drawn."""
-    pairs: bool = False
-    """Batches of pairs: at every even place a desirable sample, after it an undesirable one of the same prompt; the two
-    share noise, timestep and whether their prompt is dropped."""
+    pairs: Literal["verdicts", "scores"] | None = None
+    """Batches of pairs: at every even place the better of two samples of one prompt, after it the other, by their
+    verdicts or by their scores. The two share noise, timestep and whether their prompt is dropped; the better one
+    counts as desirable."""
     classes_apart: bool = False
     """The gradients of desirable and undesirable samples apart, so that the safeguard can scale the latter."""
     prefixes: tuple[str, str] | None = None

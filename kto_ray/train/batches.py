@@ -117,6 +117,8 @@ class RoundData:
     """That the images were drawn from; for `train.own_noise`."""
     dtype: Dtype = "float32"
     """That they were drawn in; `generate.dtype`."""
+    values_N: npt.NDArray[np.float64] | None = None
+    """What they are compared by, where pairs are made of scores; NaN: nothing is known."""
 
 
 class RoundBatches:
@@ -193,7 +195,9 @@ class RoundBatches:
         desirable, size = self.data.desirable_N[members], config.global_batch
         if self.needs.pairs:
             prompts = [self.data.prompts[n] for n in members]
-            places_SG = plan_pairs(desirable, prompts, steps, size, self.seed, index)
+            values_N = self.data.desirable_N if self.needs.pairs == "verdicts" else self.data.values_N
+            assert values_N is not None, "pairs of scores, without any"
+            places_SG = plan_pairs(values_N[members].astype(np.float64), prompts, steps, size, self.seed, index)
         else:
             steps = steps if len(members) else 0
             places_SG = plan_round(desirable, config.gamma, steps, size, self.seed, index, config.max_draws)
@@ -220,6 +224,9 @@ class RoundBatches:
         if self.needs.pairs:
             for drawn_G in (noise_GCHW, level_G, dropped_G):
                 drawn_G[1::2] = drawn_G[0::2]
+        desirable_G = self.data.desirable_N[picks_G]
+        if self.needs.pairs:
+            desirable_G = np.arange(len(picks_G)) % 2 == 0
         own_G = self.text_index_N[picks_G]
         return Batch(
             clean_BCHW=clean_BCHW.to(self.device),
@@ -227,7 +234,7 @@ class RoundBatches:
             level_B=level_G[mine].to(self.device),
             text_B=self.text_P[own_G.masked_fill(dropped_G, 0)[mine]],
             mismatched_text_B=self.text_P[(_mismatched(own_G) if self.needs.mismatched else own_G)[mine]],
-            desirable_B=torch.from_numpy(self.data.desirable_N[picks_G])[mine].to(self.device),
+            desirable_B=torch.from_numpy(desirable_G)[mine].to(self.device),
         )
 
 

@@ -7,7 +7,7 @@ Shape suffixes: S optimizer steps, B global batch, N samples of the round.
 """
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import permutations
 
 import numpy as np
 import numpy.typing as npt
@@ -59,30 +59,37 @@ def _passes(rng: np.random.Generator, members: npt.NDArray[np.int64], count: int
     return np.concatenate([*passes, members[:0]])[:count]
 
 
-def pairs_of(desirable_N: npt.NDArray[np.bool_], prompts: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
-    """By prompt, every (desirable, undesirable) pair of its samples; prompts of one class have none."""
-    classes: dict[str, tuple[list[int], list[int]]] = {}
-    for n, (yes, prompt) in enumerate(zip(desirable_N, prompts, strict=True)):
-        classes.setdefault(prompt, ([], []))[not yes].append(n)
-    return {prompt: list(product(yes, no)) for prompt, (yes, no) in classes.items() if yes and no}
+def pairs_of(value_N: npt.NDArray[np.float64], prompts: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
+    """By prompt, every pair (better, worse) of its samples; prompts whose samples are all alike have none."""
+    members: dict[str, list[int]] = {}
+    for n, prompt in enumerate(prompts):
+        members.setdefault(prompt, []).append(n)
+    pairs = {
+        prompt: [pair for pair in permutations(those, 2) if value_N[pair[0]] > value_N[pair[1]]]
+        for prompt, those in members.items()
+    }
+    return {prompt: those for prompt, those in pairs.items() if those}
 
 
 def plan_pairs(
-    desirable_N: npt.NDArray[np.bool_],
+    value_N: npt.NDArray[np.float64],
     prompts: Sequence[str],
     steps: int,
     global_batch: int,
     seed: int,
     round_index: int,
 ) -> npt.NDArray[np.int64]:
-    """Indices of the samples of every step, (S, B): a desirable one at each even place, after it an undesirable one of
-    the same prompt. No steps where no prompt has both.
+    """Indices of the samples of every step, (S, B): the better of a pair at each even place, after it the other one of
+    the same prompt. No steps where no prompt has pairs.
 
     Prompts with pairs come in shuffled passes, and so do the pairs of each, so that a prompt with many pairs teaches no
     more than one with few.
+
+    Args:
+        value_N: what samples are compared by, the higher the better; NaN is neither better nor worse than anything.
     """
     rng = np.random.default_rng(derive_seed(seed, "pairs", round_index))
-    pairs = pairs_of(desirable_N, prompts)
+    pairs = pairs_of(value_N, prompts)
     if not pairs:
         return np.empty((0, global_batch), np.int64)
     names, count = sorted(pairs), steps * global_batch // 2

@@ -27,13 +27,14 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode
 
-from kto_ray.config import Dtype, RunConfig
+from kto_ray.config import RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.families import load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.errors import UserError
 from kto_ray.policies import DigestError, PolicyStore
-from kto_ray.rounds import RoundStore
+from kto_ray.rounds import RoundStore, by_sample
+from kto_ray.ruling import values_of
 from kto_ray.storage import Storage
 from kto_ray.train.batches import RoundData, StoredLatents
 from kto_ray.train.checkpoints import beginning
@@ -82,7 +83,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
         if task is None:
             return
         began = time.monotonic()
-        ids, data = read_round(rounds, task, version, config.max_policy_lag, config.generate.dtype)
+        ids, data = read_round(rounds, task, version, config)
         loaded = time.monotonic()
 
         def on_step(step: int, steps: int, index: int = task.round_index) -> None:
@@ -162,26 +163,30 @@ def _some(ids: Sequence[str], most: int = 20) -> str:
 
 
 def read_round(
-    rounds: RoundStore, task: RoundTask, version: int, max_policy_lag: int, dtype: Dtype = "float32"
+    rounds: RoundStore, task: RoundTask, version: int, config: RunConfig
 ) -> tuple[list[str], RoundData | None]:
     """Ids and data of a sealed round's samples to train on; None when there are none, or the round is to be skipped.
-
-    Args:
-        dtype: that the samples were drawn in.
 
     Raises:
         ValueError: the round's files are not as they were sealed.
     """
-    records, desirable = rounds.trainable(task.round_index, version, max_policy_lag) if task.train else ([], [])
+    lag = config.max_policy_lag
+    records, desirable = rounds.trainable(task.round_index, version, lag) if task.train else ([], [])
     if not records:
         return [], None
+    values_N = None
+    if config.train.objective.needs.pairs == "scores":
+        prompts = {record.id: record.prompt.id for record in records}
+        scores = [score for home in rounds.homes(prompts) for score in rounds.round(home).scores()]
+        values_N = values_of(config.label, by_sample(scores), prompts)
     return [record.id for record in records], RoundData(
         round_index=task.round_index,
         latents=StoredLatents(rounds, records),
         prompts=[record.prompt.text for record in records],
         desirable_N=np.array(desirable),
         seeds=[record.seed for record in records],
-        dtype=dtype,
+        dtype=config.generate.dtype,
+        values_N=values_N,
     )
 
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from kto_ray.config import Train
+from kto_ray.config import RunConfig, Train, from_tree
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.records import PolicyRef, Sample, Verdict
+from kto_ray.records import PolicyRef, Sample, Score, Verdict
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from kto_ray.train.batches import Batch, LatentsInMemory, RoundBatches, RoundData
@@ -46,6 +46,7 @@ def make_round(store: RoundStore, index: int, verdicts: Sequence[Verdict] = ()) 
     round_.add_samples(samples[20:])
     round_.add_verdicts([make_verdict(sample.id, place % 3 > 0) for place, sample in enumerate(samples[3:])])
     round_.add_verdicts(verdicts)
+    round_.add_scores([Score(sample.id, "shapes", "1", index + rng.random(), None) for sample in samples])
     round_.seal()
     return samples
 
@@ -56,7 +57,7 @@ def store(tmp_path: Path) -> RoundStore:
 
 
 def stored_data(store: RoundStore, index: int = 0, lag: int = 0) -> RoundData:
-    _, data = read_round(store, RoundTask(index), index, lag)
+    _, data = read_round(store, RoundTask(index), index, RunConfig(max_policy_lag=lag))
     assert data is not None
     return data
 
@@ -169,3 +170,17 @@ def test_a_round_whose_tables_have_changed_is_not_trained_on(store: RoundStore, 
     folder.write(f"{table}.parquet", bytes(data))
     with pytest.raises(ValueError, match=rf"{table}\.parquet has changed since the round was sealed"):
         stored_data(store)
+
+
+def test_pairs_of_scores_read_the_scores_of_each_samples_own_round(store: RoundStore) -> None:
+    """One scorer: its scores as they are; what was drawn a round earlier has its score there."""
+    late = [make_verdict(sample.id, True) for sample in make_round(store, 0)[:3]]
+    make_round(store, 1, late)
+    said = {score.sample_id: score.value for index in range(2) for score in store.round(index).scores()}
+    objective = {"kind": "dpo", "pairs": "scores"}
+    config = from_tree({"max_policy_lag": 1, "generate": {"images_per_prompt": 4}, "train": {"objective": objective}})
+    ids, data = read_round(store, RoundTask(1), 1, config)
+    assert data is not None
+    assert data.values_N is not None
+    assert data.values_N.tolist() == [said[id_] for id_ in ids]
+    assert set(ids) > {verdict.sample_id for verdict in late}

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -83,6 +84,7 @@ def make_round(index: int = 0, samples: int = 16) -> RoundData:
         prompts=[PROMPTS[i % len(PROMPTS)] for i in range(samples)],
         desirable_N=rng.random(samples) < 0.5,
         seeds=[1000 * index + sample for sample in range(samples)],
+        values_N=np.random.default_rng(index + 1).normal(size=samples),
     )
 
 
@@ -194,6 +196,7 @@ DISTRIBUTED: dict[str, dict[str, Any]] = {
     "sft": {"kind": "lora", "objective": "sft", "micro_batch": 2},
     "csft": {"kind": "full", "objective": {"kind": "csft"}},
     "dpo": {"kind": "lora", "objective": {"kind": "dpo", "beta": 20}, "micro_batch": 2},
+    "dpo of scores": {"kind": "lora", "objective": {"kind": "dpo", "beta": 20, "pairs": "scores"}},
     "nft": {"kind": "lora", "objective": "nft", "micro_batch": 2},
 }
 """Every objective, and every option that an objective or the sampling of its steps has."""
@@ -418,6 +421,23 @@ def test_pairs_share_prompt_noise_timestep_and_dropout(tiny_sd1_folder: Path) ->
         for shared_B in (batch.noise_BCHW, batch.level_B, batch.text_B.tensors["text"]):
             assert torch.equal(shared_B[0::2], shared_B[1::2])
         assert not torch.equal(batch.clean_BCHW[0::2], batch.clean_BCHW[1::2])
+
+
+def test_pairs_of_scores_go_by_them_whatever_the_verdicts_are(tiny_sd1_folder: Path) -> None:
+    data = replace(make_round(), desirable_N=np.ones(16, bool))
+    learner = make_learner(tiny_sd1_folder, objective={"kind": "dpo", "pairs": "scores"}, epochs=4)
+    assert data.values_N is not None
+    for batch in batches_of(learner, data):
+        assert batch.desirable_B.tolist() == [True, False] * 4  # the better one is the batch's desirable
+        drawn = [
+            int(np.flatnonzero((latents(data) == clean_CHW.numpy()).all((1, 2, 3)))[0])
+            for clean_CHW in batch.clean_BCHW
+        ]
+        for better, worse in zip(drawn[0::2], drawn[1::2], strict=True):
+            assert data.values_N[better] > data.values_N[worse]
+            assert data.prompts[better] == data.prompts[worse]
+    figures, _ = learner.train_round(data)
+    assert 0 <= figures["accuracy"] <= 1
 
 
 def test_the_verdict_is_told_in_the_prompt(tiny_sd1_folder: Path) -> None:

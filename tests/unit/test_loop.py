@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from kto_ray import loop, making, stalls
-from kto_ray.config import Labeling, RunConfig, load
+from kto_ray.config import Labeling, RunConfig, from_tree, load
 from kto_ray.errors import UserError
 from kto_ray.evaluate.summary import write_results
 from kto_ray.label.judging import worth_training
@@ -32,6 +32,7 @@ from kto_ray.prompts import round_requests
 from kto_ray.records import Prompt, Sample, Score, Verdict
 from kto_ray.rounds import Round
 from kto_ray.storage import Storage
+from kto_ray.telling import nothing_trained
 from tests.blocking import BlockingCall
 from tests.counting import Moved, counted
 from tests.factories import make_sample, make_score, make_verdict, ruined
@@ -868,3 +869,20 @@ def test_a_run_holds_its_folder_while_it_works(tmp_path: Path, monkeypatch: pyte
     written = Storage(str(tmp_path / "demo")).names()
     assert "while held" in written
     assert "after it was lost" not in written
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("sft", "by sft: it has no desirable image"),
+        ({"kind": "dpo"}, "no prompt has both a desirable and an undesirable image, so that there are no pairs"),
+        (
+            {"kind": "dpo", "pairs": "scores"},
+            "no prompt has two images whose scores differ, so that there are no pairs",
+        ),
+    ],
+)
+def test_a_round_of_which_nothing_is_trained_on_says_what_it_lacks(objective: Any, words: str) -> None:
+    config = from_tree({"train": {"objective": objective}, "generate": {"images_per_prompt": 4}})
+    assert words in nothing_trained(3, config, {"sample": 0})
+    assert "older than max_policy_lag" in nothing_trained(3, config, {})

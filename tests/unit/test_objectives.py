@@ -130,7 +130,8 @@ def test_each_of_a_pair_has_a_margin_of_its_own_sign() -> None:
         ({"safeguard": True}, Needs(reference="fixed", whole_step=True, classes_apart=True)),
         ("sft", Needs(undesirable=False)),
         ({"kind": "csft"}, Needs(prefixes=("good image, ", "bad image, "))),
-        ({"kind": "dpo", "reference": "round"}, Needs(reference="round", pairs=True)),
+        ({"kind": "dpo", "reference": "round"}, Needs(reference="round", pairs="verdicts")),
+        ({"kind": "dpo", "pairs": "scores"}, Needs(reference="fixed", pairs="scores")),
         ("nft", Needs(reference="round", own_rounds=True)),
     ],
 )
@@ -206,6 +207,14 @@ def test_the_safeguard_keeps_the_step_from_undoing_what_the_desirable_teach(
         (
             {"train": {"objective": "dpo"}},
             r"dpo\) learns from pairs .*generate\.images_per_prompt \(1\) must be at least 2",
+        ),
+        (
+            {
+                "train": {"objective": {"kind": "dpo", "pairs": "scores"}},
+                "generate": {"images_per_prompt": 4},
+                "label": {"labeler": "human", "scorers": {"shapes": {"held_out": True}}},
+            },
+            r"train\.objective\.pairs: scores .* label\.scorers names none that is not held_out",
         ),
         (
             {"train": {"objective": "dpo", "global_batch": 6, "micro_batch": 3}, "generate": {"images_per_prompt": 4}},

@@ -152,7 +152,7 @@ def test_training_gets_the_latents_and_batches_that_it_was_trained_on(run: Stora
         return RoundBatches(data, config.train, family, config.seed, torch.device("cpu"))
 
     for index in range(2):
-        ids, data = read_round(store, RoundTask(index), index, config.max_policy_lag)
+        ids, data = read_round(store, RoundTask(index), index, config)
         assert data is not None
         samples, written = store.round(index).samples(), arrays(index)["latents"]
         assert ids == [sample.id for sample in samples]

@@ -51,7 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objectives",),
     ("lease", "naming", "outbox", "parts", "prompt_files", "verdicts"),
     ("config",),
-    ("cluster", "serving", "policies", "rounds", "samples", "prompts", "tracking", "diffusion"),
+    ("cluster", "serving", "policies", "rounds", "ruling", "samples", "prompts", "tracking", "diffusion"),
     ("caretaker", "generate", "score", "train"),
     ("holdings", "label"),
     ("people", "evaluate", "relabel"),

@@ -123,7 +123,7 @@ def test_pairs_are_of_one_prompt_and_of_both_classes(
 ) -> None:
     desirable_N, prompts = np.array([yes for yes, _ in samples]), [prompt for _, prompt in samples]
     both = {prompt for prompt in prompts if {yes for yes, other in samples if other == prompt} == {True, False}}
-    plan_SB = plan_pairs(desirable_N, prompts, steps, 2 * pairs_a_step, seed, round_index=0)
+    plan_SB = plan_pairs(desirable_N.astype(np.float64), prompts, steps, 2 * pairs_a_step, seed, round_index=0)
     assert plan_SB.shape == ((steps if both else 0), 2 * pairs_a_step)
     pairs = plan_SB.reshape(-1, 2).tolist()
     assert all(desirable_N[yes] and not desirable_N[no] and prompts[yes] == prompts[no] for yes, no in pairs)
@@ -136,3 +136,17 @@ def test_pairs_are_of_one_prompt_and_of_both_classes(
         possible = sum(a and b == prompt for a, b in samples) * sum(not a and b == prompt for a, b in samples)
         for start in range(0, len(mine), possible):
             assert len(set(mine[start : start + possible])) == len(mine[start : start + possible])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.5, np.nan]), st.sampled_from("abc")), min_size=1, max_size=12))
+def test_pairs_of_scores_are_all_that_differ(samples: list[tuple[float, str]]) -> None:
+    value_N, prompts = np.array([value for value, _ in samples]), [prompt for _, prompt in samples]
+    expected = {
+        (i, j)
+        for i, (a, one) in enumerate(samples)
+        for j, (b, other) in enumerate(samples)
+        if one == other and a > b  # never where either is NaN
+    }
+    found = plan_pairs(value_N, prompts, steps=3 * len(expected), global_batch=2, seed=0, round_index=0)
+    assert {(better, worse) for better, worse in found.tolist()} == expected

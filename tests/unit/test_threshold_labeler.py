@@ -19,9 +19,10 @@ from kto_ray.label.judging import judge_round, one_sided
 from kto_ray.label.protocol import Labeler
 from kto_ray.label.threshold_labeler import ThresholdLabeler
 from kto_ray.labelers import LABELERS, make_labeler
+from kto_ray.objectives.protocol import Needs
 from kto_ray.people.labeler import HumanLabeler
 from kto_ray.plugins import load_plugin
-from kto_ray.records import Prompt, Sample, Score, Verdict
+from kto_ray.records import Label, Prompt, Sample, Score, Verdict
 from kto_ray.samples import Samples
 from kto_ray.score.scorers import SCORERS, load_scorer
 from kto_ray.storage import Storage
@@ -259,6 +260,24 @@ async def test_every_voter_logs_its_own_cut() -> None:
 )
 def test_one_sided_is_yes_or_no_only_or_too_few(labels: dict[str, int], min_verdicts: int, verdict: bool) -> None:
     assert one_sided(Labeling(min_verdicts=min_verdicts), labels) == verdict
+
+
+@pytest.mark.parametrize(
+    ("needs", "labels", "verdict"),
+    [
+        (Needs(undesirable=False), {"desirable": 3}, False),
+        (Needs(undesirable=False), {"undesirable": 3}, True),
+        (Needs(pairs="verdicts"), {"desirable": 3}, True),
+        (Needs(pairs="scores"), {"desirable": 3}, False),
+        (Needs(pairs="scores"), {"undesirable": 3}, False),
+        (Needs(pairs="scores"), {"undesirable": 1}, True),
+        (Needs(pairs="scores"), {}, True),
+    ],
+)
+def test_what_is_one_sided_depends_on_what_the_objective_needs(
+    needs: Needs, labels: dict[Label, int], verdict: bool
+) -> None:
+    assert one_sided(Labeling(min_verdicts=2), labels, needs) == verdict
 
 
 @pytest.mark.parametrize("choice", ["stop", "skip", "train", "widen"])
