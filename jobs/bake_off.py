@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kto_ray.bake_off import page
 from kto_ray.bake_off.methods import METHODS
-from kto_ray.bake_off.planning import Cell, Results, cells, require_known, tuning_cells
+from kto_ray.bake_off.planning import Cell, Results, best_setting, cells, require_known, tuning_cells, tuning_rates
 from kto_ray.bake_off.running import Row, run_cells
 from kto_ray.bake_off.summary import Curve, curve_of, to_json
 from kto_ray.bake_off.tasks import TASKS
@@ -42,33 +42,32 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, help="runs at a time; default: the CPUs of the cluster")
     parser.add_argument("--out", type=Path, default=Path("runs/bake_off"))
     args = parser.parse_args()
-    console = Console(soft_wrap=True)
+    console, results = Console(soft_wrap=True), Results(args.out)
     try:
         require_known("--tasks", args.tasks, TASKS)
         require_known("--methods", args.methods, METHODS)
-        wanted = (
-            tuning_cells(args.methods, args.tasks[0], args.rounds)
-            if args.tune
-            else cells(args.tasks, args.methods, args.seeds, args.rounds)
-        )
-        configs = [cell.config() for cell in wanted]  # all checked before any of them runs
+        wanted = cells(args.tasks, args.methods, args.seeds, args.rounds)
+        if args.tune:
+            wanted = tuning_cells(args.methods, results)
+        for cell in wanted:  # all checked before any of them runs
+            cell.config()
     except UserError as error:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         return 2
-    results = Results(args.out)
-    missing = [cell for cell in wanted if results.read(cell) is None]
-    rounds = sum(config.rounds for cell, config in zip(wanted, configs, strict=True) if cell in missing)
-    console.print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done", highlight=False)
-    if missing:
-        began = time.monotonic()
-        run(missing, rounds, args.every, results, args.at_once, console)
-        console.print(f"{len(missing)} runs in {time.monotonic() - began:.0f} s", highlight=False)
+    run(wanted, args.every, results, args.at_once, console)
+    if args.tune:  # those that came best, once more
+        run(tuning_cells(args.methods, results), args.every, results, args.at_once, console)
     write(results, args.out, args.rounds, console)
     return 0
 
 
-def run(missing: list[Cell], rounds: int, every: int, results: Results, at_once: int | None, console: Console) -> None:
+def run(wanted: list[Cell], every: int, results: Results, at_once: int | None, console: Console) -> None:
     """Run what is missing, with a bar over the rounds of all of it."""
+    missing = [cell for cell in wanted if results.read(cell) is None]
+    console.print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done", highlight=False)
+    if not missing:
+        return
+    began, rounds = time.monotonic(), sum(cell.config().rounds for cell in missing)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with connected(Cluster()), Progress(*columns, console=console) as progress:
         bar = progress.add_task("rounds", total=rounds)
@@ -80,6 +79,7 @@ def run(missing: list[Cell], rounds: int, every: int, results: Results, at_once:
                 progress.console.print(f"{cell.name}, round {row['round']}: {rate:.1%} pass", highlight=False)
 
         run_cells(missing, every, results, on_row, at_once or math.floor(ray.cluster_resources()["CPU"]))
+    console.print(f"{len(missing)} runs in {time.monotonic() - began:.0f} s", highlight=False)
 
 
 def write(results: Results, out: Path, rounds: int | None, console: Console) -> None:
@@ -92,19 +92,16 @@ def write(results: Results, out: Path, rounds: int | None, console: Console) -> 
             runs: dict[int, Any] = {seed: result["rows"] for seed, result in found.items() if result}
             if runs:
                 curves.append(curve_of(task, method, runs))
-    tuning: dict[str, dict[str, float]] = {}
-    for cell in tuning_cells(METHODS, next(iter(TASKS)), rounds):
-        if result := results.read(cell):
-            rate = result["rows"][-1]["evaluation"]["pass_rate"]["value"]
-            tuning.setdefault(cell.method, {})[cell.setting] = rate
+    tuning = tuning_rates(results)
     (out / "bake_off.json").write_text(as_json(to_json(curves, tuning)) + "\n")
     if curves:
         (out / "bake_off.html").write_text(page.render(curves, tuning))
         (out / "bake_off.md").write_text(page.markdown(curves))
         (out / "bake_off.png").write_bytes(page.draw_curves(curves, "png"))
     for method, rates in tuning.items():
-        best = max(rates, key=lambda setting: rates[setting])
-        console.print(f"{method}: best of {len(rates)} settings is {best} ({rates[best]:.1%})", highlight=False)
+        best = best_setting(rates)
+        shown = ", ".join(f"{rate:.1%}" for rate in rates[best])
+        console.print(f"{method}: best of {len(rates)} settings is {best} ({shown})", highlight=False)
     console.print(f"wrote {out}/bake_off.*", highlight=False)
 
 

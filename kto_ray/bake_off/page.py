@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Literal
 
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kto_ray.bake_off.methods import METHODS, TUNING_SEED
+from kto_ray.bake_off.methods import METHODS, TUNING_ROUNDS, TUNING_SEEDS
 from kto_ray.bake_off.summary import GOALS, Curve, within_the_best
 from kto_ray.bake_off.tasks import TASKS
 from kto_ray.evaluate.charts import (
@@ -50,14 +50,14 @@ def draw_curves(curves: Sequence[Curve], kind: Literal["svg", "png"], columns: i
     """Held-out pass rate over images drawn, a panel a task; the band is the 95 % interval over seeds."""
     tasks = by_task(curves)
     rows, columns = -(-len(tasks) // columns), min(columns, len(tasks))
-    figure = Figure(figsize=(4.2 * columns, 3.1 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(6.4, 4.2 * columns), 3.1 * rows + 0.9), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for (task, those), axes in zip(tasks.items(), panels, strict=False):
         _draw_panel(axes, TASKS[task].title, those)
     for axes in panels[len(tasks) :]:
         axes.axis("off")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
@@ -73,7 +73,9 @@ def _draw_panel(axes: Axes, title: str, curves: Sequence[Curve]) -> None:
         axes.plot(curve.images, rate, marker + line, color=color, markersize=3, label=METHODS[curve.method].title)
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlabel("images drawn", fontsize=9, color=MUTED)
-    axes.set_ylim(-0.02, 1.02)  # the interval of two seeds reaches beyond what a share can be
+    # The interval of two seeds reaches beyond what a share can be.
+    low, high = np.clip(axes.get_ylim(), 0, 1)
+    axes.set_ylim(low - 0.02, high + 0.02)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)
@@ -113,7 +115,7 @@ def markdown(curves: Sequence[Curve]) -> str:
     return "\n".join(lines)
 
 
-def render(curves: Sequence[Curve], tuning: dict[str, dict[str, float]]) -> str:
+def render(curves: Sequence[Curve], tuning: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """One self-contained HTML page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {word.__name__: word for word in (percent, number, duration, shown)}
@@ -124,7 +126,8 @@ def render(curves: Sequence[Curve], tuning: dict[str, dict[str, float]]) -> str:
         watched={name: task.watched for name, task in TASKS.items()},
         methods=METHODS,
         tuning=tuning,
-        tuning_seed=TUNING_SEED,
+        tuning_seeds=TUNING_SEEDS,
+        tuning_rounds=TUNING_ROUNDS,
         goals=[f"{goal:g}" for goal in GOALS],
         curves=data_uri("image/svg+xml", draw_curves(curves, "svg")),
         best=within_the_best,

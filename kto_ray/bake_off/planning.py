@@ -1,7 +1,8 @@
 """The cells of a bake-off: a task, a method, a seed, and the configuration that they make.
 
 A cell that is done lies in `<out>/cells/` with the configuration that it was run with; it is run again only when that
-is another one now. So a bake-off that ended anywhere goes on, and a method that changes is measured anew.
+is another one now. So a bake-off that ended anywhere goes on, and a method that changes is measured anew. Fields that
+the configuration did not have then are not compared: what is new is off unless it is asked for.
 """
 
 import json
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kto_ray.bake_off.methods import METHODS, TUNING_SEED, Method
+from kto_ray.bake_off.methods import FINALISTS, METHODS, TUNING_ROUNDS, TUNING_SEEDS, Method
 from kto_ray.bake_off.tasks import COMMON, TASKS, Task
 from kto_ray.config import RunConfig, from_tree
 from kto_ray.errors import UserError
@@ -48,13 +49,35 @@ class Cell:
         return from_tree(tree | ({"rounds": self.rounds} if self.rounds else {}))
 
 
-def tuning_cells(methods: Iterable[str], task: str, rounds: int | None) -> list[Cell]:
-    """Every setting of the methods' grids."""
-    return [
-        Cell(task, name, TUNING_SEED, _said(candidate), rounds)
-        for name in methods
-        for candidate in METHODS[name].candidates()
-    ]
+def tuning_cells(methods: Iterable[str], results: "Results") -> list[Cell]:
+    """Every setting of the methods' grids on the first tuning seed; of methods of which all of these are done, the best
+    on the second, too."""
+    first = {name: [_tuning(name, _said(found), 0) for found in METHODS[name].candidates()] for name in methods}
+    second: list[Cell] = []
+    for name, those in first.items():
+        rates = {cell.setting: rate for cell in those if (rate := results.rate(cell)) is not None}
+        if len(rates) == len(those):
+            best = sorted(rates, key=lambda setting: -rates[setting])[:FINALISTS]
+            second += [_tuning(name, setting, 1) for setting in best]
+    return [*(cell for those in first.values() for cell in those), *second]
+
+
+def _tuning(method: str, setting: str, place: int) -> Cell:
+    return Cell(next(iter(TASKS)), method, TUNING_SEEDS[place], setting, TUNING_ROUNDS)
+
+
+def tuning_rates(results: "Results") -> dict[str, dict[str, list[float]]]:
+    """Final held-out pass rate of what was tuned so far, by method and setting: on one tuning seed, or on both."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for cell in tuning_cells(METHODS, results):
+        if (rate := results.rate(cell)) is not None:
+            found.setdefault(cell.method, {}).setdefault(cell.setting, []).append(rate)
+    return found
+
+
+def best_setting(rates: Mapping[str, Sequence[float]]) -> str:
+    """Of those that were run on most seeds, the one with the best mean."""
+    return max(rates, key=lambda setting: (len(rates[setting]), sum(rates[setting]) / len(rates[setting])))
 
 
 def cells(tasks: Iterable[str], methods: Iterable[str], seeds: Sequence[int], rounds: int | None) -> list[Cell]:
@@ -83,7 +106,12 @@ class Results:
         if not path.is_file():
             return None
         result: dict[str, Any] = json.loads(path.read_text())
-        return result if result["config"] == cell.config().model_dump(mode="json") else None
+        return result if _agrees(result["config"], cell.config().model_dump(mode="json")) else None
+
+    def rate(self, cell: Cell) -> float | None:
+        """Final held-out pass rate."""
+        result = self.read(cell)
+        return None if result is None else float(result["rows"][-1]["evaluation"]["pass_rate"]["value"])
 
     def write(self, cell: Cell, rows: Sequence[Mapping[str, Any]]) -> None:
         """Whole or not at all."""
@@ -91,6 +119,13 @@ class Results:
         partial = self.folder / f"{cell.name}.partial"
         partial.write_text(to_json(result) + "\n")
         partial.rename(self.folder / f"{cell.name}.json")
+
+
+def _agrees(then: Any, now: Any) -> bool:
+    """Whether a configuration is what it was, in the fields that it had."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        return all(name in now and _agrees(value, now[name]) for name, value in then.items())
+    return bool(then == now)
 
 
 def _said(setting: Mapping[str, float]) -> str:

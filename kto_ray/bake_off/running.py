@@ -12,6 +12,9 @@ from kto_ray.bake_off.tasks import TASKS
 
 Row = dict[str, Any]
 
+HEALTH = ("accuracy", "margin", "saturated", "g_desirable", "g_undesirable", "gradient_norm")
+"""Figures of the learner that are kept of every round, where the objective has them."""
+
 
 def rows_of(cell: Cell, every: int) -> Iterator[Row]:
     """What came of the base and of every round, evaluated after each `every` rounds and after the last.
@@ -30,7 +33,7 @@ def rows_of(cell: Cell, every: int) -> Iterator[Row]:
             "round": index + 1,
             "images": (index + 1) * config.generate.images_per_round,
             "desirable": trained.pass_rate,
-            "figures": trained.figures,
+            "figures": {name: trained.figures[name] for name in HEALTH if name in trained.figures},
             "evaluation": asdict(loop.evaluate(index + 1)) if last or (index + 1) % every == 0 else None,
             "seconds": time.monotonic() - began,
         }

@@ -109,8 +109,8 @@ def within_the_best(curve: Curve, curves: Sequence[Curve]) -> bool:
     return curve is best or not curve.final.value < best.final.low
 
 
-def to_json(curves: Sequence[Curve], tuning: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """All of it, with how every method was tuned: final held-out pass rate by setting."""
+def to_json(curves: Sequence[Curve], tuning: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """All of it, with how every method was tuned: final held-out pass rate by setting and tuning seed."""
     return {
         "tasks": {name: task.title for name, task in TASKS.items()},
         "methods": {

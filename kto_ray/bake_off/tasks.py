@@ -10,7 +10,7 @@ from typing import Any
 COMMON: dict[str, Any] = {
     "run": "bake_off",
     "model": "shapes",
-    "rounds": 12,
+    "rounds": 6,
     "generate": {"images_per_round": 432, "guidance_scale": 1.1, "steps": 8, "batch_size": 72},
     "train": {
         "epochs": 5,
@@ -49,7 +49,7 @@ MEDIAN = {"kind": "round_quantile", "quantile": 0.5}
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("follow", "Follow the prompt", {"scorers": {"shapes": {}}, "threshold": 0.5}),
+        Task("follow", "Follow the prompt", {"scorers": {"shapes": {}}, "threshold": 0.5}, more={"rounds": 12}),
         Task("rare", "Rare success: 6 % desirable at the start", {"scorers": {"shapes": {}}, "threshold": 0.99}),
         Task(
             *("easy", "Nearly all desirable: 89 % at the start"),

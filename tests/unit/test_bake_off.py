@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import pytest
 from scipy import stats
 
 from kto_ray.bake_off import page
-from kto_ray.bake_off.methods import METHODS, TUNED
+from kto_ray.bake_off.methods import FINALISTS, METHODS, SETTINGS
 from kto_ray.bake_off.plain_loop import PlainLoop
-from kto_ray.bake_off.planning import Cell, Results, cells, require_known, tuning_cells
+from kto_ray.bake_off.planning import Cell, Results, best_setting, cells, require_known, tuning_cells, tuning_rates
 from kto_ray.bake_off.running import rows_of
 from kto_ray.bake_off.summary import curve_of, images_to, over_seeds, to_json, within_the_best
 from kto_ray.bake_off.tasks import TASKS
@@ -33,13 +34,34 @@ def test_every_method_has_the_same_budget(task: str) -> None:
     assert {config.train.objective.kind for config in configs} >= {"diffusion_kto", "sft", "csft", "dpo", "nft"}
 
 
-def test_every_method_has_the_same_number_of_tuning_runs() -> None:
-    assert {len(method.candidates()) for method in METHODS.values()} == {TUNED}
-    planned = tuning_cells(METHODS, "follow", None)
-    assert len({cell.name for cell in planned}) == len(planned) == TUNED * len(METHODS)
+def test_every_method_has_the_same_number_of_tuning_runs(tmp_path: Path) -> None:
+    assert {len(method.candidates()) for method in METHODS.values()} == {SETTINGS}
+    results = Results(tmp_path)
+    first = tuning_cells(METHODS, results)
+    assert len({cell.name for cell in first}) == len(first) == SETTINGS * len(METHODS)
+    for place, cell in enumerate(first):
+        results.write(cell, rows(0.5, place / 100))
+    planned = tuning_cells(METHODS, results)
+    assert planned[: len(first)] == first
+    second = planned[len(first) :]
+    # Later settings came better above: the finalists are the last ones of each method.
+    assert [cell.method for cell in second] == [name for name in METHODS for _ in range(FINALISTS)]
+    expected = {(c.method, c.setting) for place, c in enumerate(first) if place % SETTINGS >= SETTINGS - FINALISTS}
+    assert {(cell.method, cell.setting) for cell in second} == expected
+    assert len({cell.seed for cell in planned}) == 2
     assert not {cell.seed for cell in planned} & set(range(100))
-    for cell in planned:
-        cell.config()
+
+
+def test_the_best_setting_is_a_finalist(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    first = tuning_cells(["sft"], results)
+    for cell, rate in zip(first, (0.9, 0.7, 0.8, 0.1), strict=True):
+        results.write(cell, rows(0.5, rate))
+    for cell, rate in zip(tuning_cells(["sft"], results)[len(first) :], (0.3, 0.6), strict=True):
+        results.write(cell, rows(0.5, rate))
+    rates = tuning_rates(results)["sft"]
+    assert sorted(map(len, rates.values())) == [1, 1, 2, 2]
+    assert best_setting(rates) == first[2].setting  # 0.8 and 0.6, before 0.9 and 0.3
 
 
 def test_what_a_method_was_tuned_to_is_one_of_its_candidates() -> None:
@@ -56,6 +78,24 @@ def test_a_cell_is_done_until_its_configuration_changes(tmp_path: Path, monkeypa
     assert found["rows"] == [{"round": 0}]
     monkeypatch.setitem(METHODS, "sft", METHODS["sft"].__class__(**vars(METHODS["sft"]) | {"tuned": {"gamma": 0.5}}))
     assert results.read(cell) is None
+
+
+def test_fields_that_came_later_make_no_cell_undone(tmp_path: Path) -> None:
+    results, cell = Results(tmp_path), Cell("follow", "sft", 0)
+    results.write(cell, [{"round": 0}])
+    path = tmp_path / "cells" / f"{cell.name}.json"
+    written = json.loads(path.read_text())
+
+    def rewritten(change: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
+        changed = json.loads(json.dumps(written))
+        change(changed["config"])
+        path.write_text(json.dumps(changed))
+        return results.read(cell)
+
+    assert rewritten(lambda config: config["train"].pop("noise_draw"))
+    assert rewritten(lambda config: config["train"]["adapter"].pop("alpha"))
+    assert rewritten(lambda config: config["train"].update(own_noise=0.5)) is None
+    assert rewritten(lambda config: config["train"].update(gone=1)) is None
 
 
 def test_a_cut_cell_takes_no_whole_ones_place(tmp_path: Path) -> None:
@@ -158,10 +198,10 @@ def test_a_curve_and_its_page() -> None:
     assert within_the_best(kto, [kto, sft])
     assert follow.lost is None
 
-    curves, tuning = [kto, sft, follow], {"nft": {"objective.beta=1": 0.7}}
+    curves, tuning = [kto, sft, follow], {"nft": {"objective.beta=1": [0.7, 0.72]}}
     assert "No method was tuned." in page.render(curves, {})
     text = page.render(curves, tuning)
-    assert "Tuned on the first task and on seed 1000" in text
+    assert "on seeds 1000 and 1001" in text
     for words in ("Likes red", "85.0 ± ", "objective.beta=1", "DiffusionNFT, binary", "shapes lost"):
         assert words in text
     table = page.markdown(curves)
