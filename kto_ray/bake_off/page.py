@@ -15,23 +15,8 @@ from matplotlib.ticker import PercentFormatter
 from kto_ray.bake_off.methods import METHODS, TUNING_ROUNDS, TUNING_SEEDS
 from kto_ray.bake_off.summary import GOALS, Curve, within_the_best
 from kto_ray.bake_off.tasks import TASKS
-from kto_ray.evaluate.charts import (
-    BLUE,
-    GRAY,
-    GREEN,
-    GRID,
-    INK,
-    MISSING,
-    MUTED,
-    ORANGE,
-    PURPLE,
-    RED,
-    STYLES,
-    data_uri,
-    duration,
-    number,
-    percent,
-)
+from kto_ray.evaluate.charts import MISSING, STYLES, data_uri, duration, number, percent
+from kto_ray.evaluate.plots import BLUE, GRAY, GREEN, GRID, INK, MUTED, ORANGE, PURPLE, RED
 from kto_ray.evaluate.statistics import Interval
 
 COLORS = (GREEN, BLUE, ORANGE, PURPLE, RED, GRAY, INK)

@@ -3,7 +3,7 @@
     render_report(ReportData(...)) -> str        save_png_grid(pairs, "before_after.png")
 
 Whoever has a run folder fills `ReportData`; nothing here reads a run. Pictures and charts travel inside the page as
-data URIs, so that it can be mailed, archived and opened offline. `report.html.j2` is the page, `charts.PLOTS` lists
+data URIs, so that it can be mailed, archived and opened offline. `report.html.j2` is the page, `plots.PLOTS` lists
 its charts.
 """
 
@@ -25,16 +25,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 import kto_ray
 from kto_ray.evaluate.charts import (
-    INK,
     MISSING,
-    PLOTS,
     Row,
     data_uri,
     draw,
     duration,
     number,
     numbers,
-    opinion_plots,
     percent,
     percents,
     points,
@@ -42,6 +39,7 @@ from kto_ray.evaluate.charts import (
 )
 from kto_ray.evaluate.hacking import with_opinions
 from kto_ray.evaluate.people import PeopleSummary
+from kto_ray.evaluate.plots import INK, PLOTS, opinion_plots
 from kto_ray.evaluate.statistics import EvaluationSummary
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kto_ray.evaluate.charts import PLOTS, Plot, draw, duration, number, opinion_plots, percent, percents
+from kto_ray.evaluate.charts import draw, duration, number, percent, percents
 from kto_ray.evaluate.people import PeopleSummary, people_summary
+from kto_ray.evaluate.plots import PLOTS, Plot, opinion_plots
 from kto_ray.evaluate.report import Pair, Picture, ReportData, picture_uri, render_report, save_png_grid
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval
 from kto_ray.shapes.world import Scene, draw_somewhere
