@@ -9,6 +9,8 @@ The defaults are the paper's. Options beyond it, each off by default:
 
 - `reference_point: noise_mean`, `scale_by_noise`: z, and the unit in which margins are measured, by noise level, so
   that every part of the schedule has a say (after timestep-aware training, arXiv 2505.18736).
+- `mirror`: what undesirable samples are measured by (after the implicit negative policy of DiffusionNFT, arXiv
+  2509.16117).
 - `reference: round | ema`: what g is measured against moves with the policy (arXiv 2505.18736, 2605.21123).
 - `target_margin`: beta sets itself.
 - `utility: linear` (arXiv 2605.21123), and `safeguard` (closed form after arXiv 2511.03317; `train/safeguard.py`).
@@ -69,6 +71,16 @@ class DiffusionKTO(Referring, ObjectiveSection):
     beta is multiplied by (mean of all |g - z|) / (mean of |g - z| in the sample's part of the noise range)."""
     beta: Fixed[Positive] = 5000
     """Scale of the implicit reward; choose it so that the median of beta |g - z| is about 0.5 to 2."""
+    mirror: Fixed[bool] = False
+    """Measure undesirable samples by the policy's mirror image in the reference. With predictions p of the policy and q
+    of the reference, and target t:
+
+        g = |q - t|^2 - |p - t|^2              of desirable samples, and of all without `mirror`
+        g = |2q - p - t|^2 - |q - t|^2         of undesirable ones
+
+    Both are 2 <t - q, p - q> to first order. But the first one falls with any step of p away from t, without end; the
+    second one only as far as the mirror image explains the sample better, and no lower than -|q - t|^2: a policy that
+    is taken apart gains nothing by it."""
     target_margin: Fixed[Positive | None] = None
     """Let beta set itself, so that the median of beta |g - z| is about this; `beta` is what it begins with. 1 is a good
     value where the right beta is not known."""
@@ -101,6 +113,10 @@ class DiffusionKTO(Referring, ObjectiveSection):
                 f"objective.noise_parts ({self.noise_parts}) must be at most global_batch ({global_batch}), so that a "
                 "step has samples of each part"
             )
+
+    def reward(self, outputs: Outputs, desirable_B: "Tensor") -> "Tensor":
+        """g, see `mirror`."""
+        return outputs.reward_B.where(desirable_B, outputs.mirrored_reward_B) if self.mirror else outputs.reward_B
 
     def begin(self, noise_range: tuple[float, float]) -> Memory:
         import torch
@@ -209,7 +225,7 @@ class DiffusionKTO(Referring, ObjectiveSection):
 
     def losses(self, outputs: Outputs, desirable_B: "Tensor", scale: Scale | None) -> Losses:
         """lambda_w * (1 - U(w * beta * (g - z)))."""
-        reward_B = outputs.reward_B
+        reward_B = self.reward(outputs, desirable_B)
         margin_B = self.beta * reward_B if scale is None else scale.beta_B * (reward_B - scale.z_B)
         return Losses(self.losses_of(margin_B, desirable_B), margin_B)
 

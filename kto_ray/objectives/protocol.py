@@ -99,9 +99,20 @@ class Outputs:
     @cached_property
     def reward_B(self) -> "Tensor":
         """g; raises ValueError without a reference."""
+        return denoising_error(self._reference_BCHW, self.target_BCHW) - self.error_B
+
+    @cached_property
+    def mirrored_reward_B(self) -> "Tensor":
+        """g by the policy's mirror image in its reference, with the sign turned: see `DiffusionKTO.mirror`."""
+        reference_BCHW = self._reference_BCHW.float()
+        mirror_BCHW = 2 * reference_BCHW - self.prediction_BCHW.float()
+        return denoising_error(mirror_BCHW, self.target_BCHW) - denoising_error(reference_BCHW, self.target_BCHW)
+
+    @property
+    def _reference_BCHW(self) -> "Tensor":
         if self.reference_BCHW is None:
             raise ValueError("there is no implicit reward without a reference")
-        return denoising_error(self.reference_BCHW, self.target_BCHW) - self.error_B
+        return self.reference_BCHW
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,10 @@ class ObjectiveSection(Section):
             noise_range: `train.noise_range`.
         """
         return {}
+
+    def reward(self, outputs: Outputs, desirable_B: "Tensor") -> "Tensor":
+        """g of each sample, as this objective measures it; for those with a reference."""
+        return outputs.reward_B
 
     def scale(self, rewards: Rewards, memory: Memory) -> tuple[Scale, Memory]:
         """What the samples of a step share, and what is known after it; for those that need the whole step.

@@ -50,6 +50,7 @@ def closed_forms() -> dict[str, tuple[Any, Array]]:
         np.abs((1 - 0.5) * reference_ND + 0.5 * policy_ND - target_ND).mean(axis=1),
         np.abs((1 + 0.5) * reference_ND - 0.5 * policy_ND - target_ND).mean(axis=1),
     )
+    mirror_N = ((2 * reference_ND - policy_ND - target_ND) ** 2).mean(axis=1) - reference_error_N
     nft_N = np.where(desirable_N, positive_N, negative_N)
     return {
         "sft": (SFT(), error_N),
@@ -60,6 +61,10 @@ def closed_forms() -> dict[str, tuple[Any, Array]]:
         "diffusion_kto": (
             DiffusionKTO(beta=2, reference_point="zero"),
             1 - 1 / (1 + np.exp(-np.where(desirable_N, 2.0, -2.0) * g_N)),
+        ),
+        "diffusion_kto, mirrored": (
+            DiffusionKTO(beta=2, reference_point="zero", mirror=True),
+            1 - 1 / (1 + np.exp(-np.where(desirable_N, 2.0 * g_N, -2.0 * mirror_N))),
         ),
     }
 
@@ -108,6 +113,33 @@ def test_nft_moves_towards_the_desirable_and_away_from_the_undesirable() -> None
     assert prediction_BD.grad is not None
     towards_ND = 2 / 4 * (reference_ND - target_ND) * np.where(DESIRABLE, 1.0, -1.0)[:, None]
     np.testing.assert_allclose(prediction_BD.grad.numpy(), towards_ND, rtol=1e-5)
+
+
+def test_the_mirrored_reward_falls_no_lower_than_the_references_error() -> None:
+    """Whatever the policy predicts, and however far from its reference; the plain one falls without end."""
+    _, reference_ND, target_ND = predictions()
+    rng = np.random.default_rng(1)
+    target_BD, reference_BD = torch.tensor(target_ND), torch.tensor(reference_ND)
+    floor_B = -((reference_BD - target_BD) ** 2).mean(1).float()
+    for far in (0.01, 1.0, 100.0):
+        away = Outputs(reference_BD + far * torch.tensor(rng.normal(size=reference_ND.shape)), target_BD, reference_BD)
+        assert (away.mirrored_reward_B >= floor_B - 1e-5).all()
+    assert (away.reward_B < 100 * floor_B).all()
+    lowest = Outputs(2 * reference_BD - target_BD, target_BD, reference_BD)  # whose mirror image is the target
+    torch.testing.assert_close(lowest.mirrored_reward_B, floor_B)
+
+
+def test_mirrored_or_not_the_first_step_is_the_same() -> None:
+    _, reference_ND, target_ND = predictions()
+    gradients: list[Tensor] = []
+    for mirror in (False, True):
+        prediction_BD = torch.tensor(reference_ND, dtype=torch.float32, requires_grad=True)
+        held = Outputs(prediction_BD, torch.tensor(target_ND).float(), torch.tensor(reference_ND).float())
+        objective = DiffusionKTO(reference_point="zero", beta=2, mirror=mirror)
+        torch.autograd.backward(objective.losses(held, torch.tensor(DESIRABLE), None).loss_B.sum())
+        assert prediction_BD.grad is not None
+        gradients.append(prediction_BD.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_each_of_a_pair_has_a_margin_of_its_own_sign() -> None:

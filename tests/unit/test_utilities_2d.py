@@ -83,6 +83,13 @@ def test_risk_seeking_runs_away_past_the_desirable_cluster(landings: Landings) -
     assert found["near_desirable"] < landings["loss_averse"]["near_desirable"] - 0.1
 
 
+def test_mirrored_even_risk_seeking_stays(landings: Landings) -> None:
+    found, base = landings["risk_seeking, mirrored"], landings["base"]
+    assert found["near_desirable"] > 0.7 > 2 * base["near_desirable"]
+    assert (found["x"], found["y"]) == pytest.approx((0.3, 0.8), abs=0.08)
+    assert found["closer_to_undesirable"] < 0.5 * base["closer_to_undesirable"]
+
+
 def test_main_prints_the_landings_and_writes_the_figure(
     job: ModuleType,
     clouds: dict[str, Tensor],
