@@ -48,15 +48,13 @@ def main() -> int:
         require_known("--methods", args.methods, METHODS)
         wanted = cells(args.tasks, args.methods, args.seeds, args.rounds)
         if args.tune:
-            wanted = tuning_cells(args.methods, results)
+            wanted = tuning_cells(args.methods)
         for cell in wanted:  # all checked before any of them runs
             cell.config()
     except UserError as error:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         return 2
     run(wanted, args.every, results, args.at_once, console)
-    if args.tune:  # those that came best, once more
-        run(tuning_cells(args.methods, results), args.every, results, args.at_once, console)
     write(results, args.out, args.rounds, console)
     return 0
 

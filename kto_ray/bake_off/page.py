@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kto_ray.bake_off.methods import METHODS, TUNING_ROUNDS, TUNING_SEEDS
+from kto_ray.bake_off.methods import METHODS, TUNING_SEEDS
 from kto_ray.bake_off.summary import GOALS, Curve, within_the_best
 from kto_ray.bake_off.tasks import TASKS
 from kto_ray.evaluate.charts import MISSING, STYLES, data_uri, duration, number, percent
@@ -112,7 +112,6 @@ def render(curves: Sequence[Curve], tuning: Mapping[str, Mapping[str, Sequence[f
         methods=METHODS,
         tuning=tuning,
         tuning_seeds=TUNING_SEEDS,
-        tuning_rounds=TUNING_ROUNDS,
         goals=[f"{goal:g}" for goal in GOALS],
         curves=data_uri("image/svg+xml", draw_curves(curves, "svg")),
         best=within_the_best,

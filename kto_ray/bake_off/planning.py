@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kto_ray.bake_off.methods import FINALISTS, METHODS, TUNING_ROUNDS, TUNING_SEEDS, Method
+from kto_ray.bake_off.methods import METHODS, TUNING_SEEDS, Method
 from kto_ray.bake_off.tasks import COMMON, TASKS, Task
 from kto_ray.config import RunConfig, from_tree
 from kto_ray.errors import UserError
@@ -35,7 +35,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        cut = f"{self.rounds} rounds" if self.rounds else ""
+        cut = f"{self.rounds}-rounds" if self.rounds else ""
         return "-".join(filter(None, (self.task, self.method, self.setting, cut, str(self.seed))))
 
     def config(self) -> RunConfig:
@@ -49,28 +49,23 @@ class Cell:
         return from_tree(tree | ({"rounds": self.rounds} if self.rounds else {}))
 
 
-def tuning_cells(methods: Iterable[str], results: "Results") -> list[Cell]:
-    """Every setting of the methods' grids on the first tuning seed; of methods of which all of these are done, the best
-    on the second, too."""
-    first = {name: [_tuning(name, _said(found), 0) for found in METHODS[name].candidates()] for name in methods}
-    second: list[Cell] = []
-    for name, those in first.items():
-        rates = {cell.setting: rate for cell in those if (rate := results.rate(cell)) is not None}
-        if len(rates) == len(those):
-            best = sorted(rates, key=lambda setting: -rates[setting])[:FINALISTS]
-            second += [_tuning(name, setting, 1) for setting in best]
-    return [*(cell for those in first.values() for cell in those), *second]
-
-
-def _tuning(method: str, setting: str, place: int) -> Cell:
-    return Cell(next(iter(TASKS)), method, TUNING_SEEDS[place], setting, TUNING_ROUNDS)
+def tuning_cells(methods: Iterable[str]) -> list[Cell]:
+    """Every setting of the methods' grids on every tuning seed, of the first task."""
+    task = next(iter(TASKS))
+    return [
+        Cell(task, name, seed, _said(candidate))
+        for seed in TUNING_SEEDS
+        for name in methods
+        for candidate in METHODS[name].candidates()
+    ]
 
 
 def tuning_rates(results: "Results") -> dict[str, dict[str, list[float]]]:
-    """Final held-out pass rate of what was tuned so far, by method and setting: on one tuning seed, or on both."""
+    """Final held-out pass rate of what was tuned so far, by method and setting: one a tuning seed."""
     found: dict[str, dict[str, list[float]]] = {}
-    for cell in tuning_cells(METHODS, results):
-        if (rate := results.rate(cell)) is not None:
+    for cell in tuning_cells(METHODS):
+        if (result := results.read(cell)) is not None:
+            rate = float(result["rows"][-1]["evaluation"]["pass_rate"]["value"])
             found.setdefault(cell.method, {}).setdefault(cell.setting, []).append(rate)
     return found
 
@@ -107,11 +102,6 @@ class Results:
             return None
         result: dict[str, Any] = json.loads(path.read_text())
         return result if _agrees(result["config"], cell.config().model_dump(mode="json")) else None
-
-    def rate(self, cell: Cell) -> float | None:
-        """Final held-out pass rate."""
-        result = self.read(cell)
-        return None if result is None else float(result["rows"][-1]["evaluation"]["pass_rate"]["value"])
 
     def write(self, cell: Cell, rows: Sequence[Mapping[str, Any]]) -> None:
         """Whole or not at all."""
