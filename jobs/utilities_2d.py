@@ -33,8 +33,8 @@ undesirable, and risk-seeking behaves like SFT; with the paper's formulas the pa
 
 Beyond the paper: with a slope that never falls, linear follows both classes best in these 400 steps, and the safeguard
 costs it a little of its distance to the undesirable. Measured by the mirror image (`DiffusionKTO.mirror`), undesirable
-points cannot be pushed away without end, and risk_seeking stays on the desirable cluster; Kahneman-Tversky gets less far
-in these 400 steps. A reference point and margins by noise level, which help where every round is drawn anew
+points cannot be pushed away without end, and risk_seeking stays on the desirable cluster; Kahneman-Tversky gets less
+far in these 400 steps. A reference point and margins by noise level, which help where every round is drawn anew
 (docs/bake_off.md), hold the model nearer to the base on this fixed set of points.
 
 This order (loss_averse least far from the base, risk_seeking farthest from the undesirable) held wherever we looked,
