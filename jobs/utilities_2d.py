@@ -15,7 +15,7 @@ deviations of the desirable and of the undesirable centre (the two circles overl
     loss_averse           70-73 %           20-23 %               7-9 %
     risk_seeking           0-27 %              0 %                  0 %
     mirrored              65-67 %           22-24 %              14-17 %
-    risk_seeking,         80-82 %           21-23 %               8-9 %
+    risk_seeking,         81-83 %           22-25 %               8-9 %
       mirrored
     linear                86-88 %            6-9 %                  0 %
     linear, safeguarded   86-88 %           11-15 %               0-1 %
@@ -204,8 +204,7 @@ def finetune(method: str, base: Denoiser, seed: int = 0, steps: int = 400, lr: f
         scale = None
         if objective.needs.whole_step:
             level_B = timesteps_B / NOISE_LEVELS
-            reward_B = objective.reward(outputs, desirable_B).detach()
-            scale, memory = objective.scale(Rewards(reward_B, desirable_B, level_B), memory)
+            scale, memory = objective.scale(Rewards(outputs.reward_B.detach(), desirable_B, level_B), memory)
         loss_B = objective.losses(outputs, desirable_B, scale).loss_B
         if not objective.needs.undesirable:
             loss_B = loss_B[desirable_B]

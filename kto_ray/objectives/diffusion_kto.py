@@ -75,8 +75,8 @@ class DiffusionKTO(Referring, ObjectiveSection):
     """Measure undesirable samples by the policy's mirror image in the reference. With predictions p of the policy and q
     of the reference, and target t:
 
-        g = |q - t|^2 - |p - t|^2              of desirable samples, and of all without `mirror`
-        g = |2q - p - t|^2 - |q - t|^2         of undesirable ones
+        g = |q - t|^2 - |p - t|^2              in the loss of desirable samples, and wherever else g is spoken of
+        g = |2q - p - t|^2 - |q - t|^2         in the loss of undesirable ones
 
     Both are 2 <t - q, p - q> to first order. But the first one falls with any step of p away from t, without end; the
     second one only as far as the mirror image explains the sample better, and no lower than -|q - t|^2: a policy that
@@ -113,10 +113,6 @@ class DiffusionKTO(Referring, ObjectiveSection):
                 f"objective.noise_parts ({self.noise_parts}) must be at most global_batch ({global_batch}), so that a "
                 "step has samples of each part"
             )
-
-    def reward(self, outputs: Outputs, desirable_B: "Tensor") -> "Tensor":
-        """g, see `mirror`."""
-        return outputs.reward_B.where(desirable_B, outputs.mirrored_reward_B) if self.mirror else outputs.reward_B
 
     def begin(self, noise_range: tuple[float, float]) -> Memory:
         import torch
@@ -224,10 +220,16 @@ class DiffusionKTO(Referring, ObjectiveSection):
         return z.to(reward_B.dtype)
 
     def losses(self, outputs: Outputs, desirable_B: "Tensor", scale: Scale | None) -> Losses:
-        """lambda_w * (1 - U(w * beta * (g - z)))."""
-        reward_B = self.reward(outputs, desirable_B)
-        margin_B = self.beta * reward_B if scale is None else scale.beta_B * (reward_B - scale.z_B)
-        return Losses(self.losses_of(margin_B, desirable_B), margin_B)
+        """lambda_w * (1 - U(w * beta * (g - z))); with `mirror`, the margins that are told are those of plain g."""
+
+        def margin_of(reward_B: "Tensor") -> "Tensor":
+            return self.beta * reward_B if scale is None else scale.beta_B * (reward_B - scale.z_B)
+
+        margin_B = margin_of(outputs.reward_B)
+        if not self.mirror:
+            return Losses(self.losses_of(margin_B, desirable_B), margin_B)
+        mirrored_B = margin_of(outputs.reward_B.where(desirable_B, outputs.mirrored_reward_B))
+        return Losses(self.losses_of(mirrored_B, desirable_B), margin_B)
 
     def losses_of(self, margin_B: "Tensor", desirable_B: "Tensor") -> "Tensor":
         """lambda_w * (1 - U(w * margin)) of each sample, (B,)."""

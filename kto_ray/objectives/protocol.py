@@ -147,10 +147,6 @@ class ObjectiveSection(Section):
         """
         return {}
 
-    def reward(self, outputs: Outputs, desirable_B: "Tensor") -> "Tensor":
-        """g of each sample, as this objective measures it; for those with a reference."""
-        return outputs.reward_B
-
     def scale(self, rewards: Rewards, memory: Memory) -> tuple[Scale, Memory]:
         """What the samples of a step share, and what is known after it; for those that need the whole step.
 

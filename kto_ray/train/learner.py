@@ -174,12 +174,15 @@ class Learner:
     @torch.no_grad()
     def _rewards(self, parts: list[Batch], references: list[Tensor | None], mismatched: bool = False) -> Tensor:
         """The implicit rewards of this rank's share of a step, (B,), without gradient."""
-        rewards: list[Tensor] = []
-        for part, reference in zip(parts, references, strict=True):
-            text_B = part.mismatched_text_B if mismatched else part.text_B
-            outputs = Outputs(*self._predict(self.policy.module, part, text_B), reference_BCHW=reference)
-            rewards.append(outputs.reward_B if mismatched else self.objective.reward(outputs, part.desirable_B))
-        return torch.cat(rewards)
+        return torch.cat(
+            [
+                Outputs(
+                    *self._predict(self.policy.module, part, part.mismatched_text_B if mismatched else part.text_B),
+                    reference_BCHW=reference,
+                ).reward_B
+                for part, reference in zip(parts, references, strict=True)
+            ]
+        )
 
     def _optimizer_step(self, batch: Batch, health: Health) -> None:
         """One step, or NotFiniteError and none; its `samples` are places in the global batch then.
@@ -213,7 +216,7 @@ class Learner:
             with self._gradient_sync(last=end == len(batch.desirable_B)):
                 outputs = Outputs(*self._predict(model, part, part.text_B), reference_BCHW=reference)
                 if needs.whole_step and scale is None:
-                    scale, memory = share(self.objective.reward(outputs, part.desirable_B))
+                    scale, memory = share(outputs.reward_B)
                 losses = self.objective.losses(outputs, part.desirable_B, scale and scale[start:end])
                 loss_M = losses.loss_B / len(batch.desirable_B)
                 if safeguard:
@@ -226,12 +229,7 @@ class Learner:
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         losses = _joined([losses for _, losses in made])
         error_B = torch.cat([outputs.error_B.detach() for outputs, _ in made])
-        reward_B = None
-        if needs.reference:
-            rewards = [
-                self.objective.reward(outputs, part.desirable_B) for (outputs, _), part in zip(made, parts, strict=True)
-            ]
-            reward_B = torch.cat(rewards).detach()
+        reward_B = torch.cat([outputs.reward_B.detach() for outputs, _ in made]) if needs.reference else None
         require_finite_step(
             error_B if reward_B is None else reward_B, losses.loss_B, gradient_norm, self.rank, self.ranks
         )
