@@ -59,6 +59,7 @@ OPTIONS = [
     *(
         Setting(name, overrides)
         for name, overrides in {
+            "unmirrored": ("train.objective.mirror=false",),
             "scale": ("train.objective.scale_by_noise=true",),
             "margin": ("train.objective.target_margin=1",),
             "linear": ("train.objective.utility=linear", "train.objective.safeguard=true"),
