@@ -45,7 +45,7 @@ def _kto(**options: Any) -> dict[str, Any]:
 
 RATE = "learning_rate"
 RATES: dict[str, tuple[float, ...]] = {RATE: (2e-3, 4e-3)}
-"""Of the adapters. What else was looked at made less of a difference, see docs/bake_off.md."""
+"""Of the adapters. Beta made less of a difference, see docs/bake_off.md."""
 
 METHODS: dict[str, Method] = {
     method.name: method
