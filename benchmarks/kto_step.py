@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from kto_ray.config import RunConfig, Train, load, steps_for
 from kto_ray.diffusion import source
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.families import Family, load_family
+from kto_ray.diffusion.family import Family
+from kto_ray.diffusion.loading import load_family
 from kto_ray.objectives.protocol import denoising_error
 from kto_ray.shapes.world import all_scenes, draw_somewhere
 from kto_ray.train.batches import LatentsInMemory, RoundData
@@ -80,7 +81,7 @@ def measure(quick: bool) -> Table:
 
 def load_base(config: RunConfig) -> Family:
     """The frozen base model, on the CPU."""
-    return load_family(source.resolve(config.model), config.model.variant, torch.device("cpu"), torch.float32)
+    return load_family(source.resolve(config.model), config.model, torch.device("cpu"), torch.float32)
 
 
 def make_round(family: Family, images: int) -> tuple[npt.NDArray[np.uint8], RoundData]:

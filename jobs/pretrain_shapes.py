@@ -24,8 +24,8 @@ from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from kto_ray.diffusion.families import load_family
-from kto_ray.diffusion.stable_diffusion import WITHOUT
+from kto_ray.config import Model
+from kto_ray.diffusion.loading import load_family
 from kto_ray.records import Prompt
 from kto_ray.shapes import HELD_OUT_PROMPTS, MODEL_FOLDER, TRAIN_PROMPTS
 from kto_ray.shapes.scorer import ShapesScorer
@@ -97,7 +97,9 @@ def build_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
-        **WITHOUT,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -262,7 +264,7 @@ def main() -> None:
     np.random.default_rng(0).shuffle(prompts["training"])
     for split, path in {"training": TRAIN_PROMPTS, "held-out": HELD_OUT_PROMPTS}.items():
         path.write_text("".join(json.dumps({"id": p.id, "text": p.text}) + "\n" for p in prompts[split]))
-    family = load_family(args.out, None, torch.device("cpu"), torch.float32)
+    family = load_family(args.out, Model(), torch.device("cpu"), torch.float32)
     print_figures(family.pipeline, prompts, [1.0, 1.25, 1.5, 2.0, 3.0])
     print(f"done after {time.monotonic() - started:.0f} s")
 

@@ -6,19 +6,24 @@ checks; `begin` then opens the run's folder. What was found is handed to the loo
 """
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import kto_ray.diffusion.checks
 import kto_ray.people.checks
 import kto_ray.score.checks
 from kto_ray import prompts, tracking
-from kto_ray.config import RunConfig, implied, require_same, to_yaml
+from kto_ray.config import Model, RunConfig, implied, require_same, to_yaml
 from kto_ray.config.resuming import Change, Marks, write_down
 from kto_ray.diffusion import source
-from kto_ray.diffusion.checks import image_size, read_by
-from kto_ray.diffusion.layouts import layout_of
+from kto_ray.diffusion.checks import read_by
+from kto_ray.diffusion.families import family_of
+from kto_ray.diffusion.geometry import image_size
+from kto_ray.diffusion.weights import weight_files
 from kto_ray.errors import UserError
 from kto_ray.identity import marks_of
 from kto_ray.labelers import labeler_class
@@ -72,12 +77,12 @@ class Preflight:
             kto_ray.people.checks.check(config.label.human, run)
         found = cls(run, train, held_out)
         if (folder := source.resolve(config.model) if download else source.local_folder(config.model)) is not None:
-            variant = config.model.variant
-            source.check(folder, variant)
-            kto_ray.diffusion.checks.check(config.generate, folder)
+            model = config.model
+            source.check(folder, model)
+            kto_ray.diffusion.checks.check(config.generate, config.train, model, folder)
             prefixes = config.train.objective.needs.prefixes or ("",)
-            _check_texts(folder, train, held_out, max(prefixes, key=len))
-            digests = source.reference_digest(folder, variant), source.component_digests(folder, variant)
+            _check_texts(folder, model, train, held_out, max(prefixes, key=len))
+            digests = source.reference_digest(folder, model), source.component_digests(folder, model)
             run.require_room(disk_bytes(config, folder, len(held_out)))
             found = cls(run, train, held_out, *digests, folder)
         return cls(**(vars(found) | {"changes": _changes(config, found)})) if run.exists("config.yaml") else found
@@ -130,7 +135,7 @@ def _check_replay(config: RunConfig, held_out: Sequence[Prompt]) -> None:
         )
 
 
-def _check_texts(folder: Path, train: Sequence[Prompt], held_out: Sequence[Prompt], prefix: str) -> None:
+def _check_texts(folder: Path, model: Model, train: Sequence[Prompt], held_out: Sequence[Prompt], prefix: str) -> None:
     """Say what the model does not read of the prompts. Raises UserError for held-out prompts that it is trained on.
 
     Args:
@@ -138,7 +143,7 @@ def _check_texts(folder: Path, train: Sequence[Prompt], held_out: Sequence[Promp
     """
     read, limit = {}, 0
     for name, texts in (("prompts.train", train), ("prompts.held_out", held_out)):
-        read[name], limit = read_by(folder, [prefix + prompt.text for prompt in texts])
+        read[name], limit = read_by(folder, model, [prefix + prompt.text for prompt in texts])
         if cut := sum(text.cut for text in read[name]):
             logger.warning(
                 "%s: of %d of %d prompts the model reads only the first %d tokens", *(name, cut, len(texts), limit)
@@ -171,12 +176,20 @@ def _changes(config: RunConfig, found: Preflight) -> list[Change]:
         for name, texts in (("prompts.train", found.train_prompts), ("prompts.held_out", found.held_out_prompts))
         if prompts.require_kept(found.run, name, texts)
     ]
+    if found.folder:
+        same_content += _named(config, saved, kto_ray.diffusion.checks.defaults(found.folder, config.model))
     changes = require_same(config, saved, _argument_marks(config), same_content)
     if any(change.field in ("evaluate.every", "rounds") for change in changes):
         _check_evaluated(config, saved, found.run)
     if differs:
         raise UserError(f"model.name: {differs}; give the model that the run began with, or {ANOTHER}")
     return changes
+
+
+def _named(config: RunConfig, saved: RunConfig, defaults: Mapping[str, Any]) -> list[str]:
+    """Of the fields with a default that depends on the model, those in which two configurations come to the same."""
+    values = ([attrgetter(name)(tree) or default for name, default in defaults.items()] for tree in (config, saved))
+    return [name for name, one, other in zip(defaults, *values, strict=True) if one == other]
 
 
 def _check_evaluated(config: RunConfig, saved: RunConfig, run: Storage) -> None:
@@ -206,8 +219,8 @@ def _argument_marks(config: RunConfig) -> dict[str, Marks]:
 
 def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     """About how much a whole run stores at most: images and latents uncompressed, policies and checkpoints."""
-    layout = layout_of(folder)
-    geometry = layout.geometry(folder)
+    family = family_of(folder, config.model)
+    geometry = family.geometry_of(folder)
     height, width = image_size(config.generate, geometry)
     pixels, latents = height * width * 3, height * width // geometry.shrink**2 * geometry.channels * 4
     evaluations = 2 + config.rounds // config.evaluate.every + 2 * (config.evaluate.stop_at_pass_rate is not None)
@@ -216,8 +229,12 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     drawn = config.rounds * a_round + evaluations * an_evaluation
     # Besides the rounds that are kept, those in the making and in training; besides two evaluations, the one in work.
     with_pixels = min(drawn, (kept + 2) * a_round + 3 * an_evaluation) if kept != "all" else drawn
-    weights = sum(file.stat().st_size for file in source.weight_files(folder / layout.denoiser, config.model.variant))
-    trained = weights * 2 if config.train.adapter.kind == "full" else weights // 10
+    adapter = config.train.adapter
+    if adapter.kind == "full":
+        trained = 2 * sum(file.stat().st_size for file in weight_files(folder / family.part, config.model.variant))
+    else:
+        shapes = kto_ray.diffusion.checks.adapted(folder, config.model, adapter).values()
+        trained = sum(4 * adapter.rank * (shape[0] + math.prod(shape[1:])) for shape in shapes)
     policies = config.rounds if config.keep_policies == "all" else min(config.rounds, config.keep_policies)
     return drawn * latents + with_pixels * pixels + (policies + 3 * config.train.keep_checkpoints) * trained
 

@@ -120,7 +120,7 @@ class Replayed:
     def _is_made_by(self, model: Model) -> bool:
         """Whether a model of another name is known to be the earlier run's, to the last byte."""
         made_by, folder = PolicyStore(self.run).base_components(), source.local_folder(model)
-        return folder is not None and made_by == source.component_digests(folder, model.variant)
+        return folder is not None and made_by == source.component_digests(folder, model)
 
     def settle(self, run: Storage) -> None:
         """Write down in the run that replays how many rounds there are; from then on they are so many.

@@ -11,14 +11,20 @@ COMMON: dict[str, Any] = {
     "run": "bake_off",
     "model": "shapes",
     "rounds": 6,
-    "generate": {"images_per_round": 432, "guidance_scale": 1.1, "steps": 8, "batch_size": 72},
+    "generate": {
+        "images_per_round": 432,
+        "guidance_scale": 1.1,
+        "steps": 8,
+        "scheduler": "DDIMScheduler",
+        "batch_size": 72,
+    },
     "train": {
         "epochs": 5,
         "global_batch": 72,
         "micro_batch": 72,
         "prompt_dropout": 0.1,
         "decay": "cosine",
-        "adapter": {"kind": "lora", "rank": 16},
+        "adapter": {"kind": "lora", "rank": 16, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
     },
     "evaluate": {"images_per_prompt": 5},
 }

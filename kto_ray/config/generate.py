@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from kto_ray.config.machines import Device, Dtype, Resources
-from kto_ray.identity import Fixed, Free, Noted
+from kto_ray.identity import ByContent, Fixed, Free, Noted
 from kto_ray.section import Count, Section
 
 
@@ -18,8 +18,8 @@ class Generate(Section):
     guidance_scale: Fixed[Annotated[float, Field(ge=1)]] = 7.5
     """Classifier-free guidance; 1 is none."""
     steps: Fixed[Count] = 50
-    scheduler: Fixed[str] = "DDIMScheduler"
-    """Any diffusers scheduler that is compatible with the pipeline, by class name."""
+    scheduler: ByContent[str | None] = None
+    """A diffusers scheduler that can sample the model, by class name; None: the pipeline's own."""
     batch_size: Noted[Count] = 8
     """Images of one request."""
     height: Fixed[Count | None] = None

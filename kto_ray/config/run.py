@@ -4,7 +4,7 @@ The other sections have a file each beside this one. The text under a field is i
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -22,15 +22,38 @@ from kto_ray.section import Count, Section, Share
 from kto_ray.verdicts.thresholds import PromptQuantile, as_combination, as_threshold
 
 
+class BaseAdapter(Section):
+    """A LoRA that becomes a part of the base model; a name alone is short for `{name: NAME}`."""
+
+    name: ByContent[str]
+    """A safetensors file, a folder that has one, or a name on the model hub."""
+    scale: Fixed[float] = 1.0
+    """How much of it is added to the weights."""
+
+
+def as_base_adapters(value: Any) -> Any:
+    """A name stands for the adapter of that name, and one adapter for a list of it."""
+    several = [value] if isinstance(value, str | Mapping) else value
+    return [{"name": one} if isinstance(one, str) else one for one in several] if isinstance(several, list) else several
+
+
 class Model(Section):
     """The base model; `model: NAME` is short for `model: {name: NAME}`."""
 
     name: ByContent[str] = "shapes"
-    """"shapes" (the embedded world), a diffusers pipeline folder, or a name on the model hub."""
+    """"shapes" (the embedded world), a diffusers pipeline folder, a single safetensors checkpoint, or a name on the
+    model hub."""
     revision: ByContent[str | None] = None
     """Hub revision; a commit hash makes a run reproducible."""
     variant: ByContent[str | None] = None
     """Weight file variant, for instance "fp16"."""
+    config: ByContent[str | None] = None
+    """For a single checkpoint: a diffusers folder of the same kind, of which configurations, tokenizers and what the
+    file lacks are taken; None: what the model hub has for the kind."""
+    adapters: ByContent[Annotated[tuple[BaseAdapter, ...], BeforeValidator(as_base_adapters)]] = ()
+    """LoRAs that are added to the base model's weights before anything is drawn or trained."""
+    family: Fixed[str | None] = None
+    """A class of one's own that loads and trains the model, `my_module:MyFamily`; None: by the folder's pipeline."""
 
 
 def as_model(value: Any) -> Any:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from kto_ray.config.machines import Device, Resources
 from kto_ray.config.watching import CollapseWatch, as_watch
-from kto_ray.identity import Fixed, Free, Noted
+from kto_ray.identity import ByContent, Fixed, Free, Noted
 from kto_ray.objectives import DiffusionKTO, Objective
 from kto_ray.section import Count, InnerShare, NonNegative, Positive, Section, Share
 
@@ -21,7 +21,8 @@ class Adapter(Section):
     rank: Fixed[Count] = 16
     alpha: Fixed[Positive | None] = None
     """None: equal to the rank, which scales the adapter by 1."""
-    target_modules: Fixed[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: ByContent[tuple[str, ...] | None] = None
+    """Ends of the names of the modules that are adapted; None: those of the model's family."""
 
 
 class SamplingPolicy(Section):

@@ -1,81 +1,99 @@
-"""Whether a model can draw what `generate` and the prompts ask for: sizes, scheduler, steps, length of texts.
+"""Whether a model can draw and be trained as the run asks: sizes, scheduler, steps, guidance, adapters, texts.
 
 `preflight.py` asks here. Reads a folder that `source.check` has passed; loads no weights.
 """
 
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from safetensors import safe_open
 
-from kto_ray.config import Generate
-from kto_ray.diffusion.layouts import Geometry, layout_of
-from kto_ray.diffusion.noise import DiscreteDiffusion
-from kto_ray.diffusion.sampling import compatible_scheduler
+from kto_ray.config import Adapter, Generate, Model, Train
+from kto_ray.diffusion.families import family_of
+from kto_ray.diffusion.family import config_of, index_of
+from kto_ray.diffusion.geometry import image_size
+from kto_ray.diffusion.schedulers import scheduler_for
+from kto_ray.diffusion.weights import weight_files
 from kto_ray.errors import UserError
 
-PIPELINES_WANT = 8
-"""Pixels: diffusers' pipelines take multiples of it only, whatever the autoencoder."""
 
-
-def check(settings: Generate, folder: Path) -> None:
-    """Raises UserError: a size, a scheduler or a number of steps with which nothing can be drawn."""
-    image_size(settings, layout_of(folder).geometry(folder))
-    scheduler = _component(folder, "scheduler", diffusers)
-    DiscreteDiffusion.from_folder(folder)
-    _check_steps(settings, scheduler)
-
-
-def image_size(settings: Generate, geometry: Geometry) -> tuple[int, int]:
-    """Height and width of the images in pixels. Raises UserError when they are not known, or cannot be."""
-    sides = {"height": settings.height, "width": settings.width}
-    given = {name: side for name, side in sides.items() if side is not None}
-    if len(given) == 1:
-        ((name, side),) = given.items()
-        own = f" ({geometry.pixels[0]} x {geometry.pixels[1]})" if geometry.pixels else ""
+def check(generate: Generate, train: Train, model: Model, folder: Path) -> None:
+    """Raises UserError: a size, a scheduler, a number of steps or a guidance with which nothing can be drawn, or
+    adapters that the model does not take."""
+    family = family_of(folder, model)
+    image_size(generate, family.geometry_of(folder))
+    family.process.from_folder(folder)
+    if generate.guidance_scale != 1 and not family.takes_guidance(folder):
         raise UserError(
-            f"generate.{name}: {side} without the other side; give generate.height and generate.width, or neither of "
-            f"them for what the model was trained on{own}"
+            f"generate.guidance_scale: {generate.guidance_scale:g}, but {folder} takes no guidance (it was distilled "
+            "to draw without); give 1"
         )
-    if not given and geometry.pixels is None:
+    if train.adapter.kind == "lora" and not family.takes_adapters:
         raise UserError(
-            "generate.height: the model does not say how large its images are; give generate.height and generate.width"
+            f"train.adapter.kind: {family.__name__} takes no adapters in diffusers; give full, which trains every "
+            "weight"
         )
-    multiple = math.lcm(PIPELINES_WANT, geometry.shrink)
-    for name, side in given.items():
-        if side % multiple:
-            below = side // multiple * multiple
-            near = f"{below} or {below + multiple}" if below else f"{multiple}"
-            raise UserError(f"generate.{name}: {side} is no multiple of {multiple}, as this model needs; take {near}")
-    return geometry.pixels if geometry.pixels and not given else (given["height"], given["width"])
+    if train.adapter.kind == "lora" and not adapted(folder, model, train.adapter):
+        named = sorted({name.rpartition(".")[2] for name in _layers(folder, model)} - {str(i) for i in range(100)})
+        raise UserError(
+            f"train.adapter.target_modules: {list(train.adapter.target_modules or ())} names no layer of the "
+            f"{family.part}; its layers' names end in, for instance: {', '.join(named[:12])}; null takes the family's"
+        )
+    _check_steps(generate, _component(folder, "scheduler", diffusers))
+
+
+def adapted(folder: Path, model: Model, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """The layers of the denoiser that adapters are put on, and the shapes of their weights."""
+    targets = adapter.target_modules or defaults(folder, model)["train.adapter.target_modules"]
+    ends = tuple(f".{target}" for target in targets)
+    return {name: shape for name, shape in _layers(folder, model).items() if f".{name}".endswith(ends)}
+
+
+def _layers(folder: Path, model: Model) -> dict[str, tuple[int, ...]]:
+    """Linear layers and convolutions of the denoiser, and the shapes of their weights."""
+    found = dict[str, tuple[int, ...]]()
+    for file in weight_files(folder / family_of(folder, model).part, model.variant):
+        with safe_open(file, framework="np") as weights:
+            shapes = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+        found |= {key.removesuffix(".weight"): shape for key, shape in shapes.items() if len(shape) in (2, 4)}
+    return found
+
+
+def defaults(folder: Path, model: Model) -> dict[str, Any]:
+    """What a field stands for that says nothing, by its dotted name: the pipeline's scheduler, the family's targets."""
+    family = family_of(folder, model)
+    return {
+        "generate.scheduler": index_of(folder)["scheduler"][1],
+        "train.adapter.target_modules": family.target_modules(config_of(folder, family.part)),
+    }
 
 
 def _check_steps(settings: Generate, own: Any) -> None:
     """Take a scheduler through all of its steps on one pixel."""
-    chosen, trained = compatible_scheduler(own, settings.scheduler), own.config.num_train_timesteps
+    trained, name = own.config.num_train_timesteps, settings.scheduler or type(own).__name__
     if settings.steps > trained:
         raise UserError(f"generate.steps: {settings.steps} is more than the {trained} that the model was trained with")
+    scheduler = scheduler_for(own, settings.scheduler)
+    shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     try:
-        scheduler = chosen.from_config(own.config)
-        scheduler.set_timesteps(settings.steps)
-        pixel = torch.ones(1, 1, 1, 1) * scheduler.init_noise_sigma
+        scheduler.set_timesteps(settings.steps, **shift)
+        pixel = torch.ones(1, 1, 1, 1) * getattr(scheduler, "init_noise_sigma", 1.0)
+        scaled = getattr(scheduler, "scale_model_input", lambda pixel, timestep: pixel)
         with torch.random.fork_rng(devices=[]):
             for timestep in scheduler.timesteps:
-                predicted = 0.5 * scheduler.scale_model_input(pixel, timestep)
-                pixel = scheduler.step(predicted, timestep, pixel).prev_sample
+                pixel = scheduler.step(0.5 * scaled(pixel, timestep), timestep, pixel).prev_sample
     except Exception as error:  # whatever a scheduler may raise for what it cannot do
         raise UserError(
-            f"generate.steps: {settings.scheduler} cannot draw in {settings.steps} steps ({type(error).__name__}: "
+            f"generate.steps: {name} cannot draw in {settings.steps} steps ({type(error).__name__}: "
             f"{error}); take another number of steps, or another generate.scheduler"
         ) from error
     if not pixel.isfinite().all():
         raise UserError(
-            f"generate.steps: {settings.scheduler} draws nothing finite in {settings.steps} steps; take another number "
+            f"generate.steps: {name} draws nothing finite in {settings.steps} steps; take another number "
             "of steps, or another generate.scheduler"
         )
 
@@ -88,21 +106,23 @@ class Read:
     cut: bool
 
 
-def read_by(folder: Path, texts: Sequence[str]) -> tuple[list[Read], int]:
+def read_by(folder: Path, model: Model, texts: Sequence[str]) -> tuple[list[Read], int]:
     """What the model's tokenizer makes of each text, and the number of tokens after which it cuts."""
     import transformers
 
-    tokenizer = _component(folder, "tokenizer", transformers)
-    limit = int(tokenizer.model_max_length)
+    reads: Mapping[str, int | None] = family_of(folder, model).reads
+    index = index_of(folder)
+    name = next(name for name in reads if index.get(name, [None, None])[1] is not None)
+    tokenizer = _component(folder, name, transformers)
+    limit = int(reads[name] or tokenizer.model_max_length)
 
     def read(tokens: Sequence[int]) -> Read:
         kept = (*tokens[: limit - 1], tokens[-1]) if len(tokens) > limit else tuple(tokens)
         return Read(kept, len(tokens) > limit)
 
-    return [read(tokens) for tokens in tokenizer(list(texts), verbose=False).input_ids], limit
+    return [read(tokens) for tokens in tokenizer(text=list(texts), verbose=False).input_ids], limit
 
 
 def _component(folder: Path, name: str, library: Any) -> Any:
     """A component without weights, of the class that the folder names."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return getattr(library, index[name][1]).from_pretrained(folder, subfolder=name)
+    return getattr(library, index_of(folder)[name][1]).from_pretrained(folder, subfolder=name)

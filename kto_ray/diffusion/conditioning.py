@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,38 @@ class Conditioning:
             }
         )
 
+    @property
+    def nbytes(self) -> int:
+        """That all tensors take."""
+        return sum(tensor_P.nbytes for tensor_P in self.tensors.values())
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Conditioning":
+        """On a device.
+
+        Args:
+            dtype: of what is not counted or masked; None: as it is.
+        """
+        return Conditioning(
+            {
+                name: tensor_P.to(device, dtype if tensor_P.is_floating_point() else None)
+                for name, tensor_P in self.tensors.items()
+            }
+        )
+
     def split(self, size: int) -> "list[Conditioning]":
         """In parts of `size` prompts; the last may have fewer."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
     @classmethod
     def cat(cls, parts: "Sequence[Conditioning]") -> "Conditioning":
-        """Rows of one after those of another; all have the same names."""
-        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        """Rows of one after those of another; all have the same names. Texts of fewer tokens than the longest are
+        filled up with zeros, as are their masks."""
+        return cls({name: _cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension; as long as the longest along the second."""
+    if tensors[0].dim() == 1:
+        return torch.cat(list(tensors))
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, longest - tensor.shape[1])) for tensor in tensors])

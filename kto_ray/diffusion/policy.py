@@ -20,7 +20,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from kto_ray.config import Adapter
-from kto_ray.diffusion.families import Family
+from kto_ray.diffusion.family import Family
 from kto_ray.errors import UserError
 
 ADAPTER = "policy"
@@ -58,24 +58,26 @@ class LoraPolicy:
 
     Args:
         component: the denoiser's name in its pipeline, which diffusers puts before the names of the weights.
+        targets: modules that are adapted where the run does not say.
 
     Raises:
         UserError: no module of the denoiser matches `target_modules`.
     """
 
-    def __init__(self, denoiser: Any, adapter: Adapter, component: str) -> None:
+    def __init__(self, denoiser: Any, adapter: Adapter, component: str, targets: Sequence[str]) -> None:
         self.module: nn.Module = denoiser
+        targets = list(adapter.target_modules or targets)
         self._prefix = f"{component}."
         self.config = LoraConfig(
             r=adapter.rank,
             lora_alpha=adapter.alpha or adapter.rank,
-            target_modules=list(adapter.target_modules),
+            target_modules=targets,
             init_lora_weights="gaussian",
         )
         try:
             denoiser.add_adapter(self.config, adapter_name=ADAPTER)
         except ValueError as error:
-            raise UserError(f"train.adapter.target_modules: {list(adapter.target_modules)}: {error}") from error
+            raise UserError(f"train.adapter.target_modules: {targets}: {error}") from error
         self._switched_on = True
         self._reference: list[Tensor] | None = None  # in the place of the parameters; None: the base
         for parameter in self.parameters():
@@ -191,7 +193,7 @@ def _copy(weights: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None
 def make_policy(family: Family, adapter: Adapter) -> Policy:
     """The policy that `train.adapter` asks for, set up on the denoiser of a freshly loaded family."""
     if adapter.kind == "lora":
-        return LoraPolicy(family.denoiser, adapter, family.layout.denoiser)
+        return LoraPolicy(family.denoiser, adapter, family.part, family.target_modules(family.denoiser.config))  # type: ignore[arg-type]
     return FullPolicy(family.denoiser)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from kto_ray.config import RunConfig
 from kto_ray.diffusion import source
-from kto_ray.diffusion.families import DTYPES, load_family, pick_device
+from kto_ray.diffusion.loading import DTYPES, load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.diffusion.sampling import as_asked, draw, drawing_digest, use_scheduler
 from kto_ray.generate.drawn import Drawn
@@ -44,11 +44,12 @@ class Generator:
         self.config = config
         self.store = PolicyStore(run)
         folder = source.resolve(config.model)
-        self.reference_digest = source.reference_digest(folder, config.model.variant)
-        self.components = source.component_digests(folder, config.model.variant)
+        self.reference_digest = source.reference_digest(folder, config.model)
+        self.components = source.component_digests(folder, config.model)
         self.drawing = drawing_digest(config, self.components)
         device = pick_device(config.generate.device, resources.num_gpus)
-        self.family = load_family(folder, config.model.variant, device, DTYPES[config.generate.dtype])
+        settings = config.generate
+        self.family = load_family(folder, config.model, device, DTYPES[settings.dtype], settings.guidance_scale)
         use_scheduler(self.family.pipeline, config.generate.scheduler)
         self.policy = make_policy(self.family, config.train.adapter)
         self.policy.module.requires_grad_(False).eval()

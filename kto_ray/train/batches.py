@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kto_ray.config import Dtype, Train, steps_for
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.families import DTYPES, Family
+from kto_ray.diffusion.family import Family
+from kto_ray.diffusion.loading import DTYPES
 from kto_ray.diffusion.sampling import initial_noise
 from kto_ray.records import SampleRecord, derive_seed
 from kto_ray.rounds import RoundStore
@@ -143,6 +144,7 @@ class RoundBatches:
     ) -> None:
         self.data, self.config, self.seed, self.device = data, config, seed, device
         self.rank, self.ranks, self.needs = rank, ranks, config.objective.needs
+        self.noise_dtype = family.noise_dtype or DTYPES[data.dtype]
         self.level_draw = family.noise.level_draw if config.noise_draw == "auto" else config.noise_draw
         self.left_out: set[int] = set()
         self.step = 0
@@ -153,10 +155,9 @@ class RoundBatches:
             for prompt, yes in zip(data.prompts, data.desirable_N, strict=True)
         ]
         texts = sorted(set(prompts))
-        place_of = {text: place for place, text in enumerate(texts, start=1)}  # the first is the empty prompt
-        known = ["", *texts]
-        chunks = (known[start : start + TEXTS_AT_ONCE] for start in range(0, len(known), TEXTS_AT_ONCE))
-        self.text_P = Conditioning.cat([family.encode_prompts(chunk) for chunk in chunks])
+        place_of = {text: place for place, text in enumerate(texts, start=1)}  # the first is that of dropped ones
+        chunks = (texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE))
+        self.text_P = Conditioning.cat([family.nothing(), *(family.encode_prompts(chunk) for chunk in chunks)])
         self.text_index_N = torch.tensor([place_of[prompt] for prompt in prompts], dtype=torch.int64)
 
     @property
@@ -220,7 +221,7 @@ class RoundBatches:
         if config.own_noise:
             for place in torch.nonzero(torch.rand(len(picks_G), generator=generator) < config.own_noise)[:, 0].tolist():
                 sample_seed = self.data.seeds[picks_G[place]]
-                noise_GCHW[place] = initial_noise(sample_seed, noise_GCHW.shape[1:], DTYPES[self.data.dtype])
+                noise_GCHW[place] = initial_noise(sample_seed, noise_GCHW.shape[1:], self.noise_dtype)
         if self.needs.pairs:
             for drawn_G in (noise_GCHW, level_G, dropped_G):
                 drawn_G[1::2] = drawn_G[0::2]

@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kto_ray.config import Train
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.families import DTYPES, Family
+from kto_ray.diffusion.family import Family
+from kto_ray.diffusion.loading import DTYPES
 from kto_ray.diffusion.policy import Policy
 from kto_ray.objectives.health import Health
 from kto_ray.objectives.protocol import Losses, Outputs, Rewards, Scale

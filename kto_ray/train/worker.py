@@ -29,7 +29,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 
 from kto_ray.config import RunConfig
 from kto_ray.diffusion import source
-from kto_ray.diffusion.families import load_family, pick_device
+from kto_ray.diffusion.loading import load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.errors import UserError
 from kto_ray.policies import DigestError, PolicyStore
@@ -67,7 +67,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
     run.require_seen()
     learner = build_learner(config, rank, ranks, distributed=True)
     store, rounds = PolicyStore(run), RoundStore(run)
-    base = source.resolve(config.model), config.model.variant
+    base = source.resolve(config.model), config.model
     store.publish_base(source.reference_digest(*base), source.component_digests(*base))
     version, report = beginning(run), None
     if checkpoint := ray.train.get_checkpoint():
@@ -194,7 +194,7 @@ def build_learner(config: RunConfig, rank: int = 0, ranks: int = 1, distributed:
     """Load the base model and set up policy, objective and optimizer; every rank starts from equal weights."""
     folder = source.resolve(config.model)
     device = pick_device(config.train.device, config.train.resources.num_gpus)
-    family = load_family(folder, config.model.variant, device, torch.float32)
+    family = load_family(folder, config.model, device, torch.float32, config.generate.guidance_scale)
     # Adapter weights are drawn at random; every rank, and every restart, must draw the same.
     torch.manual_seed(config.seed)
     policy = make_policy(family, config.train.adapter)

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray import serve
 
-from kto_ray.config import RunConfig
+from kto_ray.config import Model, RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.sampling import drawing_digest
 from kto_ray.generate.client import Generators
@@ -101,8 +101,8 @@ async def test_images_whose_node_goes_before_they_are_fetched_are_not_lost(
     # 8 images of 128 x 128 are 400 kB, which Ray keeps in the object store of the node that made them.
     generate = {"steps": 1, "height": 128, "width": 128, "batch_size": 8, "resources": {"num_cpus": 1, "threads": 1}}
     config = RunConfig.model_validate({"run": "loss", "model": str(tiny_sd1_folder), "generate": generate})
-    components = source.component_digests(tiny_sd1_folder)
-    policy = PolicyStore(run).publish_base(source.reference_digest(tiny_sd1_folder), components)
+    components = source.component_digests(tiny_sd1_folder, Model())
+    policy = PolicyStore(run).publish_base(source.reference_digest(tiny_sd1_folder, Model()), components)
     requests = [SampleRequest.make(0, "round-00000", Prompt(f"p{i}", "a red circle on black"), 0) for i in range(16)]
     await asyncio.to_thread(start_serve, None)
     generators = Generators(config, run, drawing_digest(config, components))

@@ -32,7 +32,15 @@ def encode_prompts(prompts: Sequence[str]) -> Conditioning:
     return Conditioning({"text": torch.tensor([[float(len(prompt))] for prompt in prompts])})
 
 
-FAMILY = cast(Any, SimpleNamespace(encode_prompts=encode_prompts, noise=SimpleNamespace(level_draw="uniform")))
+FAMILY = cast(
+    Any,
+    SimpleNamespace(
+        encode_prompts=encode_prompts,
+        nothing=lambda: encode_prompts([""]),
+        noise=SimpleNamespace(level_draw="uniform"),
+        noise_dtype=None,
+    ),
+)
 
 
 def make_round(store: RoundStore, index: int, verdicts: Sequence[Verdict] = ()) -> list[Sample]:

@@ -18,10 +18,10 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kto_ray.config import Adapter, SamplingPolicy, Train
+from kto_ray.config import Adapter, Model, SamplingPolicy, Train
 from kto_ray.diffusion import source
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.families import DTYPES, load_family
+from kto_ray.diffusion.loading import DTYPES, load_family
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.objectives.diffusion_kto import DiffusionKTO, ReferencePointName
 from kto_ray.objectives.health import Health
@@ -38,7 +38,7 @@ FAST = {"global_batch": 8, "micro_batch": 8, "beta": 50.0, "epochs": 1, "learnin
 @cache
 def better_than_the_base(folder: Path, adapter: Adapter) -> dict[str, Tensor]:
     """Weights of a policy that denoises all of a round's images better than the base does: g and z are above 0."""
-    family = load_family(folder, None, CPU, torch.float32)
+    family = load_family(folder, Model(), CPU, torch.float32)
     torch.manual_seed(1)
     policy = make_policy(family, adapter)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
@@ -68,7 +68,7 @@ def make_learner(
     settings = FAST | {"adapter": Adapter(kind=kind, rank=4)} | train
     objective = {name: settings.pop(name) for name in DiffusionKTO.model_fields if name in settings}
     config = Train.model_validate({"objective": DiffusionKTO(**objective)} | settings)
-    family = load_family(folder, None, CPU, torch.float32)
+    family = load_family(folder, Model(), CPU, torch.float32)
     torch.manual_seed(0)
     policy = make_policy(family, config.adapter)
     if nudged:
@@ -156,7 +156,7 @@ def test_the_gradient_is_that_of_the_paper(tiny_folder: Path, kind: Kind) -> Non
     learner = make_learner(tiny_folder, kind, max_grad_norm=1e9, desirable_weight=1.5, undesirable_weight=0.5)
     batch = batches_of(learner, make_round())[0]
     policy = copy.deepcopy(learner.policy.module).double()
-    base = load_family(tiny_folder, None, CPU, torch.float64).denoiser
+    base = load_family(tiny_folder, Model(), CPU, torch.float64).denoiser
     loss = paper_loss(learner, batch, policy, base, predicts_v="sd2" in str(tiny_folder))
     loss.backward()  # type: ignore[no-untyped-call]
     expected = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
@@ -463,7 +463,7 @@ def test_own_noise_is_what_the_sampler_began_with(tiny_sd1_folder: Path, dtype: 
     learner = make_learner(tiny_sd1_folder, own_noise=1.0)
     plain = make_round()
     data = RoundData(0, plain.latents, plain.prompts, plain.desirable_N, plain.seeds, dtype)
-    family = load_family(tiny_sd1_folder, None, CPU, DTYPES[dtype])
+    family = load_family(tiny_sd1_folder, Model(), CPU, DTYPES[dtype])
     pixels, begun_with = 8 * family.pipeline.vae_scale_factor, dict[int, Tensor]()
     for seed in data.seeds:
         began = family.pipeline.prepare_latents(

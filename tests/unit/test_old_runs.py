@@ -145,7 +145,13 @@ def test_training_gets_the_latents_and_batches_that_it_was_trained_on(run: Stora
     text = Conditioning({"text": torch.zeros(1, 1)})
     noise = SimpleNamespace(level_draw="uniform")
     family = cast(
-        Any, SimpleNamespace(encode_prompts=lambda prompts: Conditioning.cat([text] * len(prompts)), noise=noise)
+        Any,
+        SimpleNamespace(
+            encode_prompts=lambda prompts: Conditioning.cat([text] * len(prompts)),
+            nothing=lambda: text,
+            noise=noise,
+            noise_dtype=None,
+        ),
     )
 
     def batches(data: RoundData) -> RoundBatches:

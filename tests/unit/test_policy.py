@@ -9,8 +9,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from kto_ray.config import Adapter
-from kto_ray.diffusion.families import Family, load_family
+from kto_ray.config import Adapter, Model
+from kto_ray.diffusion.family import Family
+from kto_ray.diffusion.loading import load_family
 from kto_ray.diffusion.policy import Policy, make_policy
 from kto_ray.errors import UserError
 from kto_ray.policies import PolicyStore
@@ -27,7 +28,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Family:
-    return load_family(folder, None, CPU, dtype)
+    return load_family(folder, Model(), CPU, dtype)
 
 
 def nudge(policy: Policy, seed: int = 1) -> None:

@@ -15,11 +15,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from kto_ray.config import RunConfig, load, recipe_names, to_yaml
+from kto_ray.config import Model, RunConfig, load, recipe_names, to_yaml
 from kto_ray.config.resuming import changes_of
 from kto_ray.diffusion import source
-from kto_ray.diffusion.checks import image_size
-from kto_ray.diffusion.layouts import layout_of
+from kto_ray.diffusion.families import family_of
+from kto_ray.diffusion.geometry import image_size
 from kto_ray.errors import UserError
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight, describe, disk_bytes
@@ -67,7 +67,7 @@ def test_a_run_that_is_well_is_ready(base: list[str], tmp_path: Path, model: Pat
     found = begin(config)
     assert [prompt.text for prompt in found.train_prompts] == ["a cat", "a dog"]
     assert [prompt.text for prompt in found.held_out_prompts] == ["a cow"]
-    assert found.reference_digest == source.reference_digest(model)
+    assert found.reference_digest == source.reference_digest(model, Model())
     assert found.run.local == tmp_path / "runs" / "demo"
     assert load(str(tmp_path / "runs" / "demo" / "config.yaml")) == config
 
@@ -251,7 +251,7 @@ def test_a_replay_of_another_model(base: list[str], tmp_path: Path, model: Path,
 
 
 def test_a_replay_of_the_same_model_elsewhere(base: list[str], tmp_path: Path, model: Path, earlier: Storage) -> None:
-    PolicyStore(earlier).publish_base(source.reference_digest(model), source.component_digests(model))
+    PolicyStore(earlier).publish_base(source.reference_digest(model, Model()), source.component_digests(model, Model()))
     moved = shutil.copytree(model, tmp_path / "moved")
     begin(load("shapes_demo", [*base, f"model={moved}", f"replay.run={earlier}", "run=again"]))
 
@@ -293,10 +293,10 @@ def test_a_truncated_model(base: list[str], tmp_path: Path, model: Path) -> None
 
 def test_a_model_of_an_unsupported_family(base: list[str], tmp_path: Path, model: Path) -> None:
     copy = shutil.copytree(model, tmp_path / "copy")
-    (copy / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (copy / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     text = message(base, f"model={copy}")
     assert "model.name" in text
-    assert "FluxPipeline" in text
+    assert "WanPipeline" in text
     assert "supported: StableDiffusionPipeline" in text
 
 
@@ -351,6 +351,24 @@ def test_a_run_does_not_go_on_with_other_arguments_of_its_scorer(base: list[str]
     begin(load("shapes_demo", [*base, coins, "label.scorers.shapes.resources.num_cpus=0.1"]))
     text = message(base, coins, "label.scorers.shapes.args.seconds=1.0")
     assert "label.scorers.shapes.args.seconds: the run has 0.0, this command says 1.0" in text
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("generate.scheduler=PNDMScheduler", "generate.scheduler=null"),
+        ("generate.scheduler=null", "generate.scheduler=PNDMScheduler"),
+        ("train.adapter.target_modules=[to_q,to_k,to_v,to_out.0]", "train.adapter.target_modules=null"),
+    ],
+)
+def test_what_is_said_and_what_it_stands_for_are_the_same(
+    base: list[str], tiny_sd1_folder: Path, before: str, after: str
+) -> None:
+    base = [*base, f"model={tiny_sd1_folder}"]
+    begin(load("shapes_demo", [*base, before]))
+    begin(load("shapes_demo", [*base, after]))
+    other = f"{before.partition('=')[0]}={'DDIMScheduler' if 'scheduler' in before else '[to_q]'}"
+    assert f"{before.partition('=')[0]}: the run has" in message(base, other)
 
 
 def test_a_longer_run_continues(base: list[str]) -> None:
@@ -466,7 +484,7 @@ def test_a_run_of_an_older_version_cannot_tell_whether_its_model_moved(
     base: list[str], tmp_path: Path, model: Path
 ) -> None:
     run = begin_with_base(base)
-    run.write_json("policies/00000/policy.json", {"version": 0, "digest": source.reference_digest(model)})
+    run.write_json("policies/00000/policy.json", {"version": 0, "digest": source.reference_digest(model, Model())})
     moved = shutil.copytree(model, tmp_path / "moved")
     assert "model.name: the run has" in message(base, f"model={moved}")
     begin(load("shapes_demo", base))
@@ -483,7 +501,7 @@ def test_a_run_of_an_older_version_cannot_tell_whether_its_model_moved(
         (["generate.height=60", "generate.width=64"], "generate.height: 60 is no multiple of 8"),
         (["generate.height=64", "generate.width=3"], "generate.width: 3 is no multiple of 8"),
         (["generate.steps=1001"], "generate.steps: 1001 is more than the 1000 that the model was trained with"),
-        (["generate.scheduler=PNDMScheduler", "generate.steps=1"], "generate.steps: PNDMScheduler cannot draw in 1"),
+        (["generate.scheduler=DPMSolverSDEScheduler"], "generate.scheduler: 'DPMSolverSDEScheduler' is without zero"),
     ],
 )
 def test_what_cannot_be_drawn(base: list[str], overrides: list[str], said: str) -> None:
@@ -495,7 +513,7 @@ def test_the_size_that_a_model_was_trained_on(
     base: list[str], tmp_path: Path, model: Path, size: Any, pixels: Any
 ) -> None:
     folder = sized(shutil.copytree(model, tmp_path / "sized"), size)
-    assert image_size(load("shapes_demo").generate, layout_of(folder).geometry(folder)) == pixels
+    assert image_size(load("shapes_demo").generate, family_of(folder, Model()).geometry_of(folder)) == pixels
     begin(load("shapes_demo", [*base, f"model={folder}"]))
 
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from kto_ray.config import Adapter, RunConfig
+from kto_ray.config import Adapter, Model, RunConfig
 from kto_ray.diffusion import source
-from kto_ray.diffusion.families import load_family
+from kto_ray.diffusion.loading import load_family
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.diffusion.sampling import draw as sampled
 from kto_ray.errors import UserError
@@ -57,8 +57,8 @@ def make_config(folder: Path, kind: Kind = "lora", **generate: Any) -> RunConfig
 def publish(run: Storage, folder: Path, kind: Kind, versions: int) -> list[PolicyRef]:
     """Version 0, the base, and policies that differ from it and from each other."""
     store = PolicyStore(run)
-    policies = [store.publish_base(source.reference_digest(folder), source.component_digests(folder))]
-    policy = make_policy(load_family(folder, None, torch.device("cpu"), torch.float32), Adapter(kind=kind, rank=2))
+    policies = [store.publish_base(source.reference_digest(folder, Model()), source.component_digests(folder, Model()))]
+    policy = make_policy(load_family(folder, Model(), torch.device("cpu"), torch.float32), Adapter(kind=kind, rank=2))
     for version in range(1, versions + 1):
         generator = torch.Generator().manual_seed(version)
         with torch.no_grad():

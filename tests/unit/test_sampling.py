@@ -8,8 +8,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from kto_ray.config import Generate
-from kto_ray.diffusion.families import Family, load_family
+from kto_ray.config import Generate, Model
+from kto_ray.diffusion.family import Family
+from kto_ray.diffusion.loading import load_family
 from kto_ray.diffusion.sampling import draw, use_scheduler
 from kto_ray.errors import UserError
 from tests.pipelines import PIXELS
@@ -20,7 +21,7 @@ SEEDS = (11, 2**62 + 5, 13)
 
 @pytest.fixture
 def family(tiny_folder: Path) -> Family:
-    return load_family(tiny_folder, None, torch.device("cpu"), torch.float32)
+    return load_family(tiny_folder, Model(), torch.device("cpu"), torch.float32)
 
 
 def sample(
@@ -118,7 +119,7 @@ def test_pixels_are_the_decoded_latents(family: Family) -> None:
 
 
 def test_half_precision_models_give_float32_latents(tiny_folder: Path) -> None:
-    half = load_family(tiny_folder, None, torch.device("cpu"), torch.bfloat16)
+    half = load_family(tiny_folder, Model(), torch.device("cpu"), torch.bfloat16)
     latents_BCHW, pixels_BHWC = sample(half)
     assert (latents_BCHW.dtype.name, pixels_BHWC.dtype.name) == ("float32", "uint8")
     assert np.isfinite(latents_BCHW).all()

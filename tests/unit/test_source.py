@@ -4,14 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import GatedRepoError
 from safetensors.numpy import save_file
 
 from kto_ray.config import Model
 from kto_ray.diffusion import source
-from kto_ray.diffusion.layouts import LAYOUTS
+from kto_ray.diffusion.families.stable_diffusion import StableDiffusion
+from kto_ray.diffusion.weights import weight_files
 from kto_ray.errors import UserError
 from kto_ray.shapes import MODEL_FOLDER
 from tests.factories import write_pipeline
@@ -19,7 +23,7 @@ from tests.factories import write_pipeline
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-LAYOUT = LAYOUTS["StableDiffusionPipeline"]
+MODELS = ("text_encoder", "unet", "vae")
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 def message(folder: Path, variant: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        source.check(folder, variant)
+        source.check(folder, Model(variant=variant))
     text = str(caught.value)
     assert text.startswith("model.name: ")
     assert str(folder) in text
@@ -38,12 +42,12 @@ def message(folder: Path, variant: str | None = None) -> str:
 
 def test_the_embedded_world_is_whole() -> None:
     assert source.resolve(Model()) == MODEL_FOLDER
-    assert source.check(MODEL_FOLDER) == "StableDiffusionPipeline"
+    assert source.check(MODEL_FOLDER, Model()) is StableDiffusion
 
 
 def test_a_local_folder_is_taken_as_it_is(folder: Path) -> None:
     assert source.resolve(Model(name=str(folder))) == folder
-    assert source.check(folder) == "StableDiffusionPipeline"
+    assert source.check(folder, Model()) is StableDiffusion
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no-such-folder", "no-such-model", "a/b/c"])
@@ -61,7 +65,7 @@ def test_a_hub_name_needs_a_download_to_be_local(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("content", [b"", b"1234", None])
-@pytest.mark.parametrize("component", LAYOUT.weights)
+@pytest.mark.parametrize("component", MODELS)
 def test_truncated_weights_are_named(folder: Path, component: str, content: bytes | None) -> None:
     (file,) = (folder / component).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] if content is None else content)
@@ -112,7 +116,7 @@ def test_a_broken_config_is_named(folder: Path, file: str, content: str) -> None
     assert "JSON" in text
 
 
-@pytest.mark.parametrize("family", ["StableDiffusionXLPipeline", "FluxPipeline"])
+@pytest.mark.parametrize("family", ["StableDiffusionInpaintPipeline", "WanPipeline"])
 def test_an_unsupported_family_lists_the_supported(folder: Path, family: str) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": family}))
     text = message(folder)
@@ -120,48 +124,70 @@ def test_an_unsupported_family_lists_the_supported(folder: Path, family: str) ->
     assert "supported: StableDiffusionPipeline" in text
 
 
+def test_a_folder_that_lists_no_denoiser(folder: Path) -> None:
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    assert "lists no transformer, as a Flux has" in message(folder)
+
+
 def give_variant(folder: Path) -> None:
-    for component in LAYOUT.weights:
+    for component in MODELS:
         (file,) = (folder / component).glob("*.safetensors")
         save_file({"weight": np.ones(8, np.float16)}, file.with_suffix(".fp16.safetensors"))
 
 
 def test_a_variant_is_told_from_the_plain_weights(folder: Path) -> None:
     give_variant(folder)
-    assert [f.name for f in source.weight_files(folder / "unet", None)] == ["diffusion_pytorch_model.safetensors"]
-    assert [f.name for f in source.weight_files(folder / "unet", "fp16")] == [
-        "diffusion_pytorch_model.fp16.safetensors"
-    ]
-    assert source.check(folder, "fp16")
+    assert [f.name for f in weight_files(folder / "unet", None)] == ["diffusion_pytorch_model.safetensors"]
+    assert [f.name for f in weight_files(folder / "unet", "fp16")] == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert source.check(folder, Model(variant="fp16"))
 
 
 def test_a_missing_variant_says_what_is_there(folder: Path) -> None:
-    text = message(folder, "fp16")
-    assert "*.fp16.safetensors" in text
-    assert "it has" in text
-
-
-def test_shards_of_a_variant_as_diffusers_writes_them(folder: Path) -> None:
-    (folder / UNET).unlink()
-    for name in ("diffusion_pytorch_model.fp16-00001-of-00002", "diffusion_pytorch_model-00002-of-00002.fp16"):
-        save_file({"weight": np.zeros(8, np.float16)}, folder / "unet" / f"{name}.safetensors")
-    assert len(source.weight_files(folder / "unet", "fp16")) == 2
-    assert "has no weights *.fp1.safetensors" in message_of(folder, "fp1")
-
-
-def message_of(folder: Path, variant: str) -> str:
     with pytest.raises(UserError) as caught:
-        source.weight_files(folder / "unet", variant)
-    return str(caught.value)
+        source.check(folder, Model(variant="fp16"))
+    text = str(caught.value)
+    assert text.startswith(f"model.variant: 'fp16', but {folder} has no weights *.fp16.safetensors")
+    assert "it has diffusion_pytorch_model.safetensors" in text
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_single_file_is_to_be_converted(tmp_path: Path, there: bool) -> None:
-    file = tmp_path / "dream.safetensors"
-    if there:
-        file.write_bytes(b"weights")
-    with pytest.raises(UserError, match=r"is a single file.*from_single_file\(.*\)\.save_pretrained"):
-        source.resolve(Model(name=str(file)))
+TERMS = "Access to model org/name is restricted. You must have access to it and be authenticated to access it."
+
+
+def gated(*_arguments: object, **_settings: object) -> None:
+    raise GatedRepoError(TERMS, response=Mock(headers={}))
+
+
+def gated_within(*arguments: object, **settings: object) -> None:
+    """As diffusers tells of it where it goes on to look into the cache."""
+    try:
+        gated(*arguments, **settings)
+    except GatedRepoError as error:
+        raise OSError("Cannot load model org/name: model is not cached locally") from error
+
+
+@pytest.mark.parametrize("download", [gated, gated_within])
+def test_a_gated_model_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, download: Callable[..., None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(UserError) as caught:
+        source.resolve(Model(name="org/name"))
+    text = str(caught.value)
+    assert text.startswith("model.name: 'org/name' is gated: accept its terms on its page of the model hub, and give ")
+    assert "as HF_TOKEN" in text
+    assert "hf_secret" not in text
+
+
+@pytest.mark.parametrize("error", [OSError("no network"), ValueError("no variant")])
+def test_a_failed_download_says_what_to_look_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DiffusionPipeline, "download", Mock(side_effect=error))
+    with pytest.raises(UserError, match=r"^model.name: 'org/name' could not be had .*check the name.*: no \w+$"):
+        source.resolve(Model(name="org/name"))
 
 
 def change_unet(folder: Path) -> None:
@@ -182,7 +208,7 @@ def nothing(folder: Path) -> None:
 def test_the_digest_is_the_denoisers(tmp_path: Path, folder: Path, change: Callable[[Path], None], same: bool) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     change(copy)
-    assert (source.reference_digest(copy) == source.reference_digest(folder)) is same
+    assert (source.reference_digest(copy, Model()) == source.reference_digest(folder, Model())) is same
 
 
 def change_tokenizer(folder: Path) -> None:
@@ -216,9 +242,9 @@ def test_each_component_has_a_digest(
 ) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "README.md").write_text("not a part of the model")
-    before = source.component_digests(folder)
+    before = source.component_digests(folder, Model())
     assert before.keys() == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
-    assert source.component_digests(copy) == before
+    assert source.component_digests(copy, Model()) == before
     change(copy)
-    after = source.component_digests(copy)
+    after = source.component_digests(copy, Model())
     assert [name for name in before if before[name] != after[name]] == ([component] if component else [])

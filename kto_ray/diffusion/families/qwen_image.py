@@ -1,0 +1,62 @@
+"""Qwen-Image: a transformer over packed latents under a vision-language model. See `family.py`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kto_ray.diffusion.conditioning import Conditioning
+from kto_ray.diffusion.family import Family, config_of
+from kto_ray.diffusion.geometry import Geometry
+from kto_ray.diffusion.packing import pack, unpack
+
+TOKENS = 512
+"""As the pipeline's call has it; its `encode_prompt` alone would take 1024."""
+
+
+class QwenImage(Family):
+    """`text` (P, T, D), as long as the longest prompt; `mask` (P, T) int64: 1 where it is of the prompt."""
+
+    reads = {"tokenizer": TOKENS}
+    embeddings = {"text": "prompt_embeds", "mask": "prompt_embeds_mask"}
+
+    @classmethod
+    def geometry_of(cls, folder: Path) -> Geometry:
+        shrink = 2 ** len(config_of(folder, "vae")["temperal_downsample"])  # so in diffusers
+        return Geometry(config_of(folder, cls.part)["in_channels"] // 4, shrink, (128 * shrink, 128 * shrink), patch=2)
+
+    @torch.no_grad()
+    def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
+        text_PTD, mask_PT = self.pipeline.encode_prompt(list(texts), max_sequence_length=TOKENS)
+        if mask_PT is None:  # all of it is
+            mask_PT = torch.ones(text_PTD.shape[:2], dtype=torch.int64, device=text_PTD.device)
+        return Conditioning({"text": text_PTD, "mask": mask_PT.long()})
+
+    def guided(self, scale: float) -> dict[str, Any]:
+        return {"true_cfg_scale": scale}
+
+    def predict(self, denoiser: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_B: Conditioning) -> Tensor:
+        height, width = noisy_BCHW.shape[-2:]
+        prediction_BTD: Tensor = denoiser(
+            hidden_states=pack(noisy_BCHW),
+            encoder_hidden_states=text_B.tensors["text"],
+            encoder_hidden_states_mask=text_B.tensors["mask"],
+            timestep=timesteps_B,
+            img_shapes=[[(1, height // 2, width // 2)]] * len(noisy_BCHW),
+            return_dict=False,
+        )[0]
+        return unpack(prediction_BTD, height, width)
+
+    def latents_of(self, made: Tensor, height: int, width: int) -> Tensor:
+        return unpack(made, height, width)
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        vae, config = self.pipeline.vae, self.pipeline.vae.config
+        mean_1C11, std_1C11 = (
+            latents_BCHW.new_tensor(values)[None, :, None, None] for values in (config.latents_mean, config.latents_std)
+        )
+        frame_BC1HW = (latents_BCHW * std_1C11 + mean_1C11)[:, :, None].to(vae.dtype)  # a film of one frame
+        decoded_BCHW: Tensor = vae.decode(frame_BC1HW, return_dict=False)[0][:, :, 0]
+        return decoded_BCHW

@@ -1,0 +1,39 @@
+"""The model hub's errors in words: what is to be done when a name cannot be had. For all that is downloaded."""
+
+import contextlib
+from collections.abc import Iterator
+
+from kto_ray.errors import UserError
+from kto_ray.secrets import hide
+
+
+@contextlib.contextmanager
+def download_of(field: str, name: str, advice: str) -> Iterator[None]:
+    """Around a download.
+
+    Args:
+        field: of the configuration, that asks for it.
+        name: on the hub.
+        advice: what to do where the hub does not have it or cannot be reached.
+
+    Raises:
+        UserError: in the place of the hub's own errors.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        said = hide(str(error))
+        if _is_gated(error):
+            raise UserError(
+                f"{field}: {name!r} is gated: accept its terms on its page of the model hub, and give a token of the "
+                f"account that did as HF_TOKEN, on every node: {said}"
+            ) from error
+        raise UserError(f"{field}: {name!r} could not be had from the model hub ({advice}): {said}") from error
+
+
+def _is_gated(error: BaseException) -> bool:
+    """diffusers says of some that it could not reach the hub; what really happened is the cause."""
+    from huggingface_hub.errors import GatedRepoError
+
+    cause = error.__cause__ or error.__context__
+    return isinstance(error, GatedRepoError) or (cause is not None and _is_gated(cause))
