@@ -221,7 +221,9 @@ class TestGradients:
         np.testing.assert_allclose(model.weight.grad.T.numpy(), expected_DD, rtol=1e-3, atol=1e-5)
 
 
-samples_of_a_step = st.lists(st.tuples(rewards, st.floats(0, 1, exclude_max=True)), min_size=1, max_size=12)
+# On no border between parts, be there 1 to 5 of them, on whose side rounding decides.
+places = st.integers(0, 59).map(lambda sixtieth: (sixtieth + 0.5) / 60)
+samples_of_a_step = st.lists(st.tuples(rewards, places), min_size=1, max_size=12)
 
 
 class TestNoiseMeans:
