@@ -1,0 +1,72 @@
+"""Whole runs of two rounds on a local Ray, for each model family: Serve draws, Ray Train trains, policies go back."""
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from kto_ray import loop
+from kto_ray.cluster import connected
+from kto_ray.config import Cluster, Model, load
+from kto_ray.diffusion.loading import load_family
+from kto_ray.diffusion.policy import make_policy
+from kto_ray.policies import PolicyStore
+from kto_ray.storage import Storage
+from tests.end_to_end.jobs import SMALL
+from tests.tiny_models import NAMES, side_of, write_model
+
+# Ray's own: it ends with its processes unawaited.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+FULL = ("pixart_sigma", "sdxl", "z_image")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    """One for all runs, which would start one each."""
+    with pytest.MonkeyPatch.context() as patch, connected(Cluster(address="local")):
+        patch.setattr(loop, "connected", lambda config: nullcontext())
+        yield
+
+
+CASES = [*((name, "lora") for name in NAMES if name != "pixart_sigma"), *((name, "full") for name in FULL)]
+
+
+@pytest.mark.filterwarnings("ignore:`use_")  # Ray Data, of itself, in this process
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_two_rounds_of_every_family(tmp_path: Path, name: str, kind: str) -> None:
+    folder, side = write_model(tmp_path / "model", name), side_of(name)
+    overrides = [
+        *SMALL,
+        f"runs_folder={tmp_path / 'runs'}",
+        "run=tiny",
+        f"model={folder}",
+        "generate.images_per_round=8",
+        f"generate.height={side}",
+        f"generate.width={side}",
+        f"generate.guidance_scale={1 if name == 'flux_schnell' else 3}",
+        "train.objective.beta=100",
+        f"train.adapter.kind={kind}",
+        "train.adapter.rank=2",
+        "evaluate.max_prompts=2",
+    ]
+    summary = loop.run_online_kto(load("shapes_demo", overrides), Console(quiet=True))
+    assert summary["ledger"]["generated"] == 16
+    run = tmp_path / "runs" / "tiny"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "round"] == [0, 1]
+
+    family = load_family(folder, Model(), torch.device("cpu"), torch.float32)
+    policies = PolicyStore(Storage(str(run)))
+    tensors = policies.load(policies.resolve(2))
+    policy = make_policy(family, load(str(run / "config.yaml")).train.adapter)
+    policy.load(tensors)
+    assert policy.proves(tensors)
+    if kind == "lora":
+        again: Any = load_family(folder, Model(), torch.device("cpu"), torch.float32).pipeline
+        again.load_lora_weights(run / "policies" / "00002", weight_name="policy.safetensors")
