@@ -178,6 +178,7 @@ class PlainLoop:
             drawn = [
                 draw(
                     self.learner.family,
+                    self.learner.texts,
                     as_asked(self.config, [request.prompt.text for request in batch], self.version),
                     [request.seed for request in batch],
                     self.config.generate,

@@ -145,6 +145,9 @@ class RunConfig(Section):
     """Of how many rounds, and of which evaluations, the images themselves are kept: "all", or the last so many rounds
     (0: none once the round is sealed) and the evaluations of the base and of the newest policy, which the report shows.
     Latents, scores and verdicts stay, and with them all that training, `relabel` and `replay` need."""
+    keep_texts: Free[Annotated[float, Field(ge=0)]] = 20
+    """About how many GB of encoded prompts are kept, so that each prompt is encoded once in a run, for drawing and for
+    training; what is beyond is encoded again by whoever needs it."""
     replay: Fixed[Replay | None] = None
     """Train on another run's rounds first."""
     model: Annotated[Model, BeforeValidator(as_model)] = Model()

@@ -1,6 +1,7 @@
 """Loading a base model, frozen, as its family: for `generate/replica.py` and `train/worker.py`."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -8,16 +9,30 @@ from diffusers.utils import logging as diffusers_logging
 
 from kto_ray.config import Model
 from kto_ray.diffusion import base_adapters, source
+from kto_ray.diffusion.components import components
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.family import Family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+Parts = Literal["all", "denoiser", "encoders"]
+"""Of a pipeline: all of it; without what draws; or the text encoders alone."""
+
+
 def load_family(
-    folder: Path, model: Model, device: torch.device, dtype: torch.dtype, guidance_scale: float = 1.0
+    folder: Path,
+    model: Model,
+    device: torch.device,
+    dtype: torch.dtype,
+    guidance_scale: float = 1.0,
+    parts: Parts = "all",
 ) -> Family:
     """Load a pipeline folder, frozen, as the family that its model_index.json names.
+
+    Args:
+        guidance_scale: see `Family`.
+        parts: only these get to the device; of a model without adapters to start from, only these are read.
 
     Raises:
         UserError: see `source.check` and `base_adapters.fuse`.
@@ -25,21 +40,34 @@ def load_family(
     source.check(folder, model)
     family = family_of(folder, model)
     diffusers_logging.disable_progress_bar()  # several components, loaded by every actor: no news
+    unused = _unused(folder, family, parts)
     pipeline = DiffusionPipeline.from_pretrained(
         folder,
         variant=model.variant,
         dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
-        **family.left_out,
+        **{**family.left_out, **({} if model.adapters else dict.fromkeys(unused))},
     )
     pipeline.set_progress_bar_config(disable=True)
     base_adapters.fuse(pipeline, model)
+    pipeline.register_modules(**dict.fromkeys(unused))
     pipeline.to(device)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
     return family(pipeline, family.process.from_folder(folder), family.geometry_of(folder), guidance_scale)
+
+
+def _unused(folder: Path, family: type[Family], parts: Parts) -> list[str]:
+    """Components with weights that are left out."""
+    models = [name for name, kind in components(folder, family).items() if kind == "model"]
+    used = {
+        "all": models,
+        "denoiser": [family.part],
+        "encoders": [name for name in models if name.startswith("text_encoder")],
+    }[parts]
+    return [name for name in models if name not in used]
 
 
 def pick_device(device: str, num_gpus: float) -> torch.device:

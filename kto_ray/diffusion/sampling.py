@@ -17,6 +17,7 @@ from torch import Tensor
 from kto_ray.config import Generate, RunConfig
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.schedulers import scheduler_for
+from kto_ray.diffusion.texts import Texts
 
 
 def use_scheduler(pipeline: Any, name: str | None) -> None:
@@ -60,9 +61,9 @@ def initial_noise(seed: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor
 
 @torch.inference_mode()
 def draw(
-    family: Family, texts: Sequence[str], seeds: Sequence[int], settings: Generate
+    family: Family, texts: Texts, prompts: Sequence[str], seeds: Sequence[int], settings: Generate
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """Draw one image a (text, seed).
+    """Draw one image a (prompt, seed).
 
     Every image has a noise generator of its own, on the CPU whatever the model's device, so that its noise follows from
     its seed alone: not from the batch, the replica or the GPU that it was drawn on.
@@ -73,7 +74,9 @@ def draw(
         float16, pixels are 0.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    latents_BCHW = family.sample(family.encode_prompts(texts), family.nothing(), generators, settings)
+    device, dtype = family.pipeline.device, family.pipeline.dtype
+    text_B, nothing_1 = (encoded.to(device, dtype) for encoded in (texts.encode(prompts), texts.nothing()))
+    latents_BCHW = family.sample(text_B, nothing_1, generators, settings)
     decoded_BCHW = family.decode(latents_BCHW)
     # Looked at before pixels are clamped, which would hide an infinity.
     finite_B = (latents_BCHW.isfinite().flatten(1).all(1) & decoded_BCHW.isfinite().flatten(1).all(1)).cpu().numpy()

@@ -21,6 +21,7 @@ from kto_ray.diffusion import source
 from kto_ray.diffusion.loading import DTYPES, load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.diffusion.sampling import as_asked, draw, drawing_digest, use_scheduler
+from kto_ray.diffusion.texts import texts_of
 from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.storing import Storing
 from kto_ray.policies import DigestError, PolicyStore
@@ -50,6 +51,7 @@ class Generator:
         device = pick_device(config.generate.device, resources.num_gpus)
         settings = config.generate
         self.family = load_family(folder, config.model, device, DTYPES[settings.dtype], settings.guidance_scale)
+        self.texts = texts_of(config, run, self.components, lambda: self.family)
         use_scheduler(self.family.pipeline, config.generate.scheduler)
         self.policy = make_policy(self.family, config.train.adapter)
         self.policy.module.requires_grad_(False).eval()
@@ -84,6 +86,7 @@ class Generator:
             self._load(policy)
         latents_BCHW, pixels_BHWC, finite_B = draw(
             self.family,
+            self.texts,
             as_asked(self.config, [request.prompt.text for request in requests], policy.version),
             [request.seed for request in requests],
             self.config.generate,

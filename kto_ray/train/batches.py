@@ -22,13 +22,12 @@ from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.loading import DTYPES
 from kto_ray.diffusion.sampling import initial_noise
+from kto_ray.diffusion.texts import Texts
 from kto_ray.records import SampleRecord, derive_seed
 from kto_ray.rounds import RoundStore
 from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.levels import draw_levels
 from kto_ray.train.sampler import plan_pairs, plan_round
-
-TEXTS_AT_ONCE = 32  # through the text encoder, whose memory would grow with the round
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,7 @@ class RoundBatches:
     besides its own, prompts with a prefix.
 
     Args:
+        texts: the family's prompts, encoded.
         rank, ranks: which slice of every global batch is this process's.
     """
 
@@ -137,6 +137,7 @@ class RoundBatches:
         data: RoundData,
         config: Train,
         family: Family,
+        texts: Texts,
         seed: int,
         device: torch.device,
         rank: int = 0,
@@ -154,10 +155,9 @@ class RoundBatches:
             (desirable if yes else undesirable) + prompt
             for prompt, yes in zip(data.prompts, data.desirable_N, strict=True)
         ]
-        texts = sorted(set(prompts))
-        place_of = {text: place for place, text in enumerate(texts, start=1)}  # the first is that of dropped ones
-        chunks = (texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE))
-        self.text_P = Conditioning.cat([family.nothing(), *(family.encode_prompts(chunk) for chunk in chunks)])
+        known = sorted(set(prompts))
+        place_of = {text: place for place, text in enumerate(known, start=1)}  # the first is that of dropped ones
+        self.text_P = Conditioning.cat([texts.nothing(), *([texts.encode(known)] if known else [])])
         self.text_index_N = torch.tensor([place_of[prompt] for prompt in prompts], dtype=torch.int64)
 
     @property
@@ -233,10 +233,13 @@ class RoundBatches:
             clean_BCHW=clean_BCHW.to(self.device),
             noise_BCHW=noise_GCHW[mine].to(self.device),
             level_B=level_G[mine].to(self.device),
-            text_B=self.text_P[own_G.masked_fill(dropped_G, 0)[mine]],
-            mismatched_text_B=self.text_P[(_mismatched(own_G) if self.needs.mismatched else own_G)[mine]],
+            text_B=self._texts(own_G.masked_fill(dropped_G, 0)[mine]),
+            mismatched_text_B=self._texts((_mismatched(own_G) if self.needs.mismatched else own_G)[mine]),
             desirable_B=torch.from_numpy(desirable_G)[mine].to(self.device),
         )
+
+    def _texts(self, rows_B: Tensor) -> Conditioning:
+        return self.text_P[rows_B].to(self.device, torch.float32)
 
 
 def _mismatched(own_G: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.loading import DTYPES
 from kto_ray.diffusion.policy import Policy
+from kto_ray.diffusion.texts import Texts
 from kto_ray.objectives.health import Health
 from kto_ray.objectives.protocol import Losses, Outputs, Rewards, Scale
 from kto_ray.train.averaging import RunningReference, sampling_policy
@@ -40,6 +41,7 @@ class Learner:
         wrap: makes a module distributed (`ray.train.torch.prepare_model`); identity on a single process.
         rank, ranks: which slice of every global batch is this process's.
         total_steps: optimizer steps of the whole run, over which a decaying learning rate decays.
+        texts: the family's prompts, encoded; None: by the family itself.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class Learner:
         rank: int = 0,
         ranks: int = 1,
         total_steps: int = 1,
+        texts: Texts | None = None,
     ) -> None:
         self.family, self.policy, self.config, self.seed, self.device = family, policy, config, seed, device
         self.rank, self.ranks = rank, ranks
+        self.texts = texts or Texts(lambda: family)
         self.objective = config.objective
         self.memory = self.objective.begin(config.noise_range)
         self.sampling = sampling_policy(config.sampling_policy, policy)
@@ -127,7 +131,9 @@ class Learner:
             NotFiniteError: a step would have ruined the policy, and nobody is left out for it; it was not taken. Or
                 the weights are ruined.
         """
-        batches = RoundBatches(data, self.config, self.family, self.seed, self.device, self.rank, self.ranks)
+        batches = RoundBatches(
+            data, self.config, self.family, self.texts, self.seed, self.device, self.rank, self.ranks
+        )
         figures = self.train(batches, on_step)
         if batches.left_out:
             on_left_out(sorted(batches.left_out))

@@ -29,8 +29,9 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 
 from kto_ray.config import RunConfig
 from kto_ray.diffusion import source
-from kto_ray.diffusion.loading import load_family, pick_device
+from kto_ray.diffusion.loading import DTYPES, load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
+from kto_ray.diffusion.texts import texts_of
 from kto_ray.errors import UserError
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.rounds import RoundStore, by_sample
@@ -65,7 +66,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
         torch.set_num_threads(resources.threads or max(1, torch.multiprocessing.cpu_count() // ranks))
 
     run.require_seen()
-    learner = build_learner(config, rank, ranks, distributed=True)
+    learner = build_learner(config, run, rank, ranks, distributed=True)
     store, rounds = PolicyStore(run), RoundStore(run)
     base = source.resolve(config.model), config.model
     store.publish_base(source.reference_digest(*base), source.component_digests(*base))
@@ -190,11 +191,22 @@ def read_round(
     )
 
 
-def build_learner(config: RunConfig, rank: int = 0, ranks: int = 1, distributed: bool = False) -> Learner:
-    """Load the base model and set up policy, objective and optimizer; every rank starts from equal weights."""
-    folder = source.resolve(config.model)
+def build_learner(
+    config: RunConfig, run: Storage | None = None, rank: int = 0, ranks: int = 1, distributed: bool = False
+) -> Learner:
+    """Load the base model and set up policy, objective and optimizer; every rank starts from equal weights.
+
+    Args:
+        run: the run's folder, which has prompts encoded: nothing that only draws is loaded then, and text encoders only
+            for prompts that nobody has met. None: all of the model is loaded, for whoever draws with it, too.
+    """
+    folder, model, guidance = source.resolve(config.model), config.model, config.generate.guidance_scale
     device = pick_device(config.train.device, config.train.resources.num_gpus)
-    family = load_family(folder, config.model, device, torch.float32, config.generate.guidance_scale)
+    family = load_family(folder, model, device, torch.float32, guidance, "all" if run is None else "denoiser")
+    texts = None
+    if run is not None:
+        dtype, components = DTYPES[config.generate.dtype], source.component_digests(folder, model)
+        texts = texts_of(config, run, components, lambda: load_family(folder, model, device, dtype, parts="encoders"))
     # Adapter weights are drawn at random; every rank, and every restart, must draw the same.
     torch.manual_seed(config.seed)
     policy = make_policy(family, config.train.adapter)
@@ -202,7 +214,7 @@ def build_learner(config: RunConfig, rank: int = 0, ranks: int = 1, distributed:
         policy.module.compile()
     wrap = ray.train.torch.prepare_model if distributed else (lambda module: module)
     total_steps = config.rounds * config.optimizer_steps_per_round
-    return Learner(family, policy, config.train, config.seed, device, wrap, rank, ranks, total_steps)
+    return Learner(family, policy, config.train, config.seed, device, wrap, rank, ranks, total_steps, texts)
 
 
 def publish(store: PolicyStore, learner: Learner, version: int) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from kto_ray.config import RunConfig, Train, from_tree
 from kto_ray.diffusion.conditioning import Conditioning
+from kto_ray.diffusion.texts import Texts
 from kto_ray.records import PolicyRef, Sample, Score, Verdict
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
@@ -72,7 +73,7 @@ def stored_data(store: RoundStore, index: int = 0, lag: int = 0) -> RoundData:
 
 def batches_of(data: RoundData, rank: int = 0, ranks: int = 1, **train: Any) -> RoundBatches:
     config = Train(**({"global_batch": 8, "epochs": 1} | train))
-    return RoundBatches(data, config, FAMILY, 5, torch.device("cpu"), rank=rank, ranks=ranks)
+    return RoundBatches(data, config, FAMILY, Texts(lambda: FAMILY), 5, torch.device("cpu"), rank=rank, ranks=ranks)
 
 
 def latents_of(samples: Sequence[Sample]) -> npt.NDArray[np.float32]:

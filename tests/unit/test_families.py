@@ -26,6 +26,7 @@ from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.loading import load_family
 from kto_ray.diffusion.noise import DiscreteDiffusion
 from kto_ray.diffusion.sampling import draw, initial_noise
+from kto_ray.diffusion.texts import Texts
 from tests.tiny_models import NAMES, side_of, write_model
 
 CPU = torch.device("cpu")
@@ -212,7 +213,7 @@ def test_oracle_the_pipeline_lands_where_the_exact_target_leads(
 @torch.no_grad()
 def test_images_and_latents_are_the_pipelines_own(subject: Subject, scale: float | None) -> None:
     settings = subject.settings(scale)
-    latents_BCHW, pixels_BHWC, finite_B = draw(subject.family, TEXTS, SEEDS, settings)
+    latents_BCHW, pixels_BHWC, finite_B = draw(subject.family, Texts(lambda: subject.family), TEXTS, SEEDS, settings)
     assert latents_BCHW.shape == (2, subject.family.geometry.channels, subject.latent_side, subject.latent_side)
     assert finite_B.all()
     assert np.abs(pixels_BHWC / 255 - subject.theirs(scale)).max() <= 0.501 / 255

@@ -216,7 +216,7 @@ def test_all_of_a_round_s_prompts_never_go_through_the_text_encoder_at_once(
     monkeypatch.setattr(learner.family, "encode_prompts", spy)
     data = make_round(samples=100)
     many = replace(data, prompts=[f"a red circle {place}" for place in range(100)])
-    batches = RoundBatches(many, learner.config, learner.family, 0, torch.device("cpu"))
+    batches = RoundBatches(many, learner.config, learner.family, learner.texts, 0, torch.device("cpu"))
     assert sum(sizes) == 101
     assert max(sizes) <= 48
     for name, tensor_PX in encode(["", *sorted(many.prompts)]).tensors.items():

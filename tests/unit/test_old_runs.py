@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from kto_ray.config import Replay, load, to_yaml
 from kto_ray.diffusion.conditioning import Conditioning
+from kto_ray.diffusion.texts import Texts
 from kto_ray.label.threshold_labeler import ThresholdLabeler
 from kto_ray.making import Making
 from kto_ray.objectives import DiffusionKTO
@@ -155,7 +156,7 @@ def test_training_gets_the_latents_and_batches_that_it_was_trained_on(run: Stora
     )
 
     def batches(data: RoundData) -> RoundBatches:
-        return RoundBatches(data, config.train, family, config.seed, torch.device("cpu"))
+        return RoundBatches(data, config.train, family, Texts(lambda: family), config.seed, torch.device("cpu"))
 
     for index in range(2):
         ids, data = read_round(store, RoundTask(index), index, config)

@@ -208,11 +208,11 @@ async def test_a_cancelled_draw_that_has_not_begun_never_does(
     generator = Generator(make_config(tiny_sd1_folder), run)
     entered, leave, drawn = threading.Event(), threading.Event(), []
 
-    def watched(family: Any, prompts: list[str], *arguments: Any) -> Any:
+    def watched(family: Any, texts: Any, prompts: list[str], *arguments: Any) -> Any:
         entered.set()
         leave.wait()
         drawn.append(prompts)
-        return sampled(family, prompts, *arguments)
+        return sampled(family, texts, prompts, *arguments)
 
     monkeypatch.setattr(replica, "draw", watched)
     first = asyncio.create_task(generator.draw(REQUESTS[:1], base, folder_of(base)))

@@ -12,6 +12,7 @@ from kto_ray.config import Generate, Model
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.loading import load_family
 from kto_ray.diffusion.sampling import draw, use_scheduler
+from kto_ray.diffusion.texts import Texts
 from kto_ray.errors import UserError
 from tests.pipelines import PIXELS
 
@@ -33,7 +34,11 @@ def sample(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     use_scheduler(family.pipeline, scheduler)
     latents_BCHW, pixels_BHWC, finite_B = draw(
-        family, texts, seeds, Generate(scheduler=scheduler, guidance_scale=guidance_scale, steps=4)
+        family,
+        Texts(lambda: family),
+        texts,
+        seeds,
+        Generate(scheduler=scheduler, guidance_scale=guidance_scale, steps=4),
     )
     assert finite_B.all()
     return latents_BCHW, pixels_BHWC
@@ -146,7 +151,9 @@ def test_numbers_that_are_not_finite_are_told_of_one_image_and_spoil_no_other(
         tensor_BCHW[1, 0, 0, 0] = value
 
     with decoder.register_forward_hook(overflow):
-        latents_BCHW, pixels_BHWC, finite_B = draw(family, TEXTS, SEEDS, Generate(guidance_scale=3, steps=4))
+        latents_BCHW, pixels_BHWC, finite_B = draw(
+            family, Texts(lambda: family), TEXTS, SEEDS, Generate(guidance_scale=3, steps=4)
+        )
     assert finite_B.tolist() == [True, False, True]
     assert not pixels_BHWC[1].any()
     for whole in (0, 2):

@@ -16,6 +16,7 @@ from kto_ray.config import Generate, Model
 from kto_ray.diffusion import single_file, source
 from kto_ray.diffusion.loading import load_family
 from kto_ray.diffusion.sampling import draw
+from kto_ray.diffusion.texts import Texts
 from kto_ray.errors import UserError
 from tests.single_files import FILES, read_narrow_flux, write_single_file, write_source
 
@@ -52,9 +53,10 @@ def narrow_flux(monkeypatch: pytest.MonkeyPatch) -> None:
 def require_same_images(one: Path, other: Path) -> None:
     """Images come of all components; latents are compared to the bit, in pixels the autoencoder takes part."""
     settings = Generate(steps=2, height=16, width=16, guidance_scale=1.0)
+    families = [load_family(folder, Model(), CPU, torch.float32) for folder in (one, other)]
     drawn = [
-        draw(load_family(folder, Model(), CPU, torch.float32), ["a red circle", "blue"], [1, 2], settings)
-        for folder in (one, other)
+        draw(family, Texts(lambda family=family: family), ["a red circle", "blue"], [1, 2], settings)
+        for family in families
     ]
     for ours, theirs in zip(*drawn, strict=True):
         np.testing.assert_array_equal(ours, theirs)
