@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and what it implies, and end"
     )
+    parser.add_argument("--gpu", type=float, metavar="GB", help="memory of each GPU: short for cluster.gpu_gb=GB")
     parser.add_argument(
         "overrides", nargs="*", metavar="field=value", help="dotted overrides, for instance train.objective.beta=2000"
     )
@@ -31,7 +32,8 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     console = Console(soft_wrap=True)
     try:
-        settings = config.load(args.recipe, args.overrides)
+        card = [f"cluster.gpu_gb={args.gpu}"] if args.gpu is not None else []
+        settings = config.load(args.recipe, [*args.overrides, *card])
         if args.dry_run:
             from kto_ray.preflight import describe
 

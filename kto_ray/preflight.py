@@ -19,7 +19,7 @@ import kto_ray.score.checks
 from kto_ray import prompts, tracking
 from kto_ray.config import Model, RunConfig, implied, require_same, to_yaml
 from kto_ray.config.resuming import Change, Marks, write_down
-from kto_ray.diffusion import source
+from kto_ray.diffusion import memory, source
 from kto_ray.diffusion.checks import read_by
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.geometry import image_size
@@ -75,6 +75,8 @@ class Preflight:
             _check_replay(config, held_out)
         if config.label.labeler == "human":
             kto_ray.people.checks.check(config.label.human, run)
+        if config.cluster.gpu_gb is not None and (configs := source.configs(config.model)) is not None:
+            memory.require_fit(memory.needs_of(config, configs), config.cluster.gpu_gb)
         found = cls(run, train, held_out)
         if (folder := source.resolve(config.model) if download else source.local_folder(config.model)) is not None:
             model = config.model
@@ -239,6 +241,17 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     return drawn * latents + with_pixels * pixels + (policies + 3 * config.train.keep_checkpoints) * trained
 
 
+def _memory(config: RunConfig) -> dict[str, str]:
+    """What each role holds on its device, in words."""
+    try:
+        configs = source.configs(config.model)
+    except UserError as error:  # the hub is away: a dry run goes without
+        return {"memory": f"unknown: {error}"}
+    if configs is None:
+        return {"memory": "unknown until a folder is made of the file"}
+    return {f"a {need.role} holds": str(need) for need in memory.needs_of(config, configs)}
+
+
 def describe(config: RunConfig) -> str:
     """The resolved tree and what it implies, checked as a run's is, but for a model that is still to be downloaded."""
     found = Preflight.check(config, download=False)
@@ -247,4 +260,5 @@ def describe(config: RunConfig) -> str:
     facts["disk"] = "unknown until the model is downloaded"
     if found.folder is not None:
         facts["disk"] = f"about {disk_bytes(config, found.folder, held_out) / 1e6:,.0f} MB uncompressed"
+    facts |= _memory(config)
     return to_yaml(config) + "\n" + "\n".join(f"{name}: {value}" for name, value in facts.items())

@@ -5,7 +5,7 @@ makes the same images and trains on them in the same order. `running.py` compare
 it.
 
 Left out: everything that is stored, failures, people, policy lag, and `label.on_one_class`: a round from which the
-objective cannot learn is passed over. Images are drawn in float32, in which the one denoiser of the process is trained.
+objective cannot learn is passed over. Images are drawn in the precision in which the one denoiser is held.
 
 Shape suffixes: N images; C, H, W channels, height, width of latents (CHW) and pixels (HWC).
 """

@@ -15,7 +15,7 @@ from kto_ray.config.people import Human
 from kto_ray.config.reading import from_tree, load, override, public, recipe_names, to_yaml
 from kto_ray.config.resuming import Change, require_same
 from kto_ray.config.run import Evaluate, Model, Prompts, Replay, RunConfig, Tracking
-from kto_ray.config.train import Adapter, SamplingPolicy, Train, steps_for
+from kto_ray.config.train import Adapter, SamplingPolicy, Train, held_dtype, steps_for
 
 __all__ = [
     "Adapter",
@@ -37,6 +37,7 @@ __all__ = [
     "Tracking",
     "Train",
     "from_tree",
+    "held_dtype",
     "implied",
     "load",
     "override",

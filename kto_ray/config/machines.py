@@ -26,6 +26,8 @@ class Cluster(Section):
 
     address: Free[str] = "auto"
     """"auto": the cluster this job runs on, or else one of its own on this machine; "local": always its own."""
+    gpu_gb: Free[Positive | None] = None
+    """Memory of each GPU in GB. Where it is given, a model that does not fit is refused before it is downloaded."""
     wait_s: Free[Positive] = 30
     """After so long without the resources asked for, say what is missing; then every minute."""
     health_check_s: Free[Positive] = 0.2

@@ -84,6 +84,8 @@ class Train(Section):
     dtype: Fixed[Literal["float32", "bfloat16"]] = "float32"
     """Precision of the forward passes (autocast); weights, errors and optimizer stay float32. Not float16: its small
     gradients underflow without loss scaling."""
+    base_dtype: Fixed[Literal["float32", "bfloat16"] | None] = None
+    """Precision in which a frozen base is held, under adapters that stay float32; None: that of the forward passes."""
     compile: Noted[bool] = False
     gradient_checkpointing: Noted[bool] = False
     workers: Noted[Count] = 1
@@ -107,9 +109,21 @@ class Train(Section):
                 f"x micro_batch ({self.micro_batch})"
             )
         self.objective.check_batch(self.global_batch, min(self.micro_batch, per_worker))
+        if self.base_dtype == "bfloat16" and self.adapter.kind == "full":
+            raise ValueError("base_dtype bfloat16 is for adapters; weights that are all trained are held in float32")
+        if self.base_dtype == "bfloat16" and self.dtype == "float32":
+            raise ValueError(
+                "base_dtype bfloat16 with dtype float32: forward passes through bfloat16 weights are not float32; give "
+                "dtype bfloat16, too"
+            )
         if self.noise_range[0] >= self.noise_range[1]:
             raise ValueError(f"noise_range {list(self.noise_range)} must rise, for instance [0, 1]")
         return self
+
+
+def held_dtype(train: Train) -> Literal["float32", "bfloat16"]:
+    """Precision in which a train worker holds the denoiser."""
+    return "float32" if train.adapter.kind == "full" else train.base_dtype or train.dtype
 
 
 def steps_for(verdicts: int, train: Train) -> int:

@@ -10,14 +10,13 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import safe_open
 
 from kto_ray.config import Adapter, Generate, Model, Train
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.family import config_of, index_of
 from kto_ray.diffusion.geometry import image_size
 from kto_ray.diffusion.schedulers import scheduler_for
-from kto_ray.diffusion.weights import weight_files
+from kto_ray.diffusion.sizes import layers_of
 from kto_ray.errors import UserError
 
 
@@ -38,7 +37,8 @@ def check(generate: Generate, train: Train, model: Model, folder: Path) -> None:
             "weight"
         )
     if train.adapter.kind == "lora" and not adapted(folder, model, train.adapter):
-        named = sorted({name.rpartition(".")[2] for name in _layers(folder, model)} - {str(i) for i in range(100)})
+        layers = layers_of(folder, family.part)
+        named = sorted({name.rpartition(".")[2] for name in layers} - {str(number) for number in range(100)})
         raise UserError(
             f"train.adapter.target_modules: {list(train.adapter.target_modules or ())} names no layer of the "
             f"{family.part}; its layers' names end in, for instance: {', '.join(named[:12])}; null takes the family's"
@@ -50,17 +50,8 @@ def adapted(folder: Path, model: Model, adapter: Adapter) -> dict[str, tuple[int
     """The layers of the denoiser that adapters are put on, and the shapes of their weights."""
     targets = adapter.target_modules or defaults(folder, model)["train.adapter.target_modules"]
     ends = tuple(f".{target}" for target in targets)
-    return {name: shape for name, shape in _layers(folder, model).items() if f".{name}".endswith(ends)}
-
-
-def _layers(folder: Path, model: Model) -> dict[str, tuple[int, ...]]:
-    """Linear layers and convolutions of the denoiser, and the shapes of their weights."""
-    found = dict[str, tuple[int, ...]]()
-    for file in weight_files(folder / family_of(folder, model).part, model.variant):
-        with safe_open(file, framework="np") as weights:
-            shapes = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
-        found |= {key.removesuffix(".weight"): shape for key, shape in shapes.items() if len(shape) in (2, 4)}
-    return found
+    layers = layers_of(folder, family_of(folder, model).part)
+    return {name: shape for name, shape in layers.items() if f".{name}".endswith(ends)}
 
 
 def defaults(folder: Path, model: Model) -> dict[str, Any]:

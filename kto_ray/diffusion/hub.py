@@ -2,9 +2,39 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from kto_ray.errors import UserError
 from kto_ray.secrets import hide
+
+CONFIG_FILES = ["*.json", "*.txt", "*.model"]
+"""What is fetched of a hub's folder where its weights are not needed."""
+
+
+def configs_of(
+    repository: str, revision: str | None = None, download: bool = True, field: str = "model.name", advice: str = ""
+) -> Path | None:
+    """A hub's diffusers folder without its weights, from its cache where it is there; None: it needs a download.
+
+    Args:
+        field, advice: see `download_of`.
+
+    Raises:
+        UserError: the hub does not have it, or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with contextlib.suppress(LocalEntryNotFoundError):
+        cached = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=CONFIG_FILES, local_files_only=True)
+        )
+        if (cached / "model_index.json").is_file():
+            return cached
+    if not download:
+        return None
+    with download_of(field, repository, advice or "check the name, the network, HF_TOKEN"):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=CONFIG_FILES))
 
 
 @contextlib.contextmanager

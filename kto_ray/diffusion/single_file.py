@@ -6,7 +6,6 @@ weights, which diffusers' `from_single_file` reads in the file's own precision, 
 tokenizers and perhaps text encoders, which are copied from `model.config`, or from the hub's folder of that kind.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -22,14 +21,12 @@ from kto_ray.diffusion.checkpoint_kinds import ADVICE, Checkpoint, read_checkpoi
 from kto_ray.diffusion.components import CONFIGS, components
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.family import Family, index_of
-from kto_ray.diffusion.hub import download_of
+from kto_ray.diffusion.hub import configs_of
 from kto_ray.diffusion.weights import NOT_WHOLE, weight_files
 from kto_ray.errors import UserError
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", ".gguf", *PICKLED)
-CONFIG_FILES = ["*.json", "*.txt", "*.model"]
-"""What is fetched of a hub's folder: everything but weights."""
 
 
 def is_single_file(name: str) -> bool:
@@ -110,9 +107,11 @@ def _config(checkpoint: Checkpoint, model: Model, download: bool) -> Path | None
             f"model.config: {checkpoint.file} does not tell all of its configuration; give {needed} that has the same, "
             "to take it from"
         )
-    elif (found := _snapshot(checkpoint.repository, download)) is None:
-        return None
     else:
+        advice = "it has the configs of such files; give model.config, a diffusers folder of the same kind"
+        found = configs_of(checkpoint.repository, None, download, "model.config", advice)
+        if found is None:
+            return None
         config = found
     name = index_of(config)["_class_name"]
     if name != kind.pipeline:
@@ -143,21 +142,6 @@ def _require_rest(checkpoint: Checkpoint, config: Path, family: type[Family]) ->
                     f"model.config: {checkpoint.file} has no {name}, and neither has {config}; give a diffusers folder "
                     f"of a {checkpoint.kind.pipeline} with weights ({error})"
                 ) from error
-
-
-def _snapshot(repository: str, download: bool) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    with contextlib.suppress(LocalEntryNotFoundError):
-        cached = Path(snapshot_download(repository, allow_patterns=CONFIG_FILES, local_files_only=True))
-        if (cached / "model_index.json").is_file():
-            return cached
-    if not download:
-        return None
-    advice = "it has the configs of such files; give model.config, a diffusers folder of the same kind"
-    with download_of("model.config", repository, advice):
-        return Path(snapshot_download(repository, allow_patterns=CONFIG_FILES))
 
 
 def _target(config: Path, model: Model) -> Path:

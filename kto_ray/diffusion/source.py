@@ -1,10 +1,9 @@
 """Where a base model lies, whether it is whole, and its digest. Cheap: reads headers and bytes, loads no weights.
 
 `resolve` turns `model.name` of the configuration ("shapes", a folder, a hub name, or through `single_file.py` a single
-checkpoint) into a local diffusers folder;
-`check` names what is missing or broken before machine time is spent; `reference_digest` and `component_digests` are the
-proof of identity that every replica and train worker compares with the run's. `weights.py` knows how a component's
-weights lie in its folder.
+checkpoint) into a local diffusers folder; `check` names what is missing or broken before machine time is spent;
+`reference_digest` and `component_digests` are the proof of identity that every replica and train worker compares with
+the run's. `weights.py` knows how a component's weights lie in its folder.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from kto_ray.diffusion.components import CONFIGS
 from kto_ray.diffusion.components import components as components  # export/ asks for it here
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.family import Family
-from kto_ray.diffusion.hub import download_of
+from kto_ray.diffusion.hub import configs_of, download_of
 from kto_ray.diffusion.weights import NOT_WHOLE, check_weights, require_variant, weight_files
 from kto_ray.errors import UserError
 from kto_ray.shapes import MODEL_FOLDER
@@ -49,6 +48,19 @@ def local_folder(model: Model) -> Path | None:
     at_hand = base_adapters.all_at_hand(model)
     folder = single_file.known(model) if single_file.is_single_file(model.name) else _local_folder(model)
     return folder if at_hand else None
+
+
+def configs(model: Model) -> Path | None:
+    """A folder that has at least the model's configurations, for which of a hub name no weights are downloaded.
+
+    None: it is a single file that no folder was made of yet.
+
+    Raises:
+        UserError: see `resolve`.
+    """
+    if (folder := local_folder(model)) is not None or single_file.is_single_file(model.name):
+        return folder
+    return configs_of(model.name, model.revision)
 
 
 def _local_folder(model: Model) -> Path | None:

@@ -27,7 +27,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode
 
-from kto_ray.config import RunConfig
+from kto_ray.config import RunConfig, held_dtype
 from kto_ray.diffusion import source
 from kto_ray.diffusion.loading import DTYPES, load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
@@ -202,7 +202,8 @@ def build_learner(
     """
     folder, model, guidance = source.resolve(config.model), config.model, config.generate.guidance_scale
     device = pick_device(config.train.device, config.train.resources.num_gpus)
-    family = load_family(folder, model, device, torch.float32, guidance, "all" if run is None else "denoiser")
+    held = DTYPES[held_dtype(config.train)]
+    family = load_family(folder, model, device, held, guidance, "all" if run is None else "denoiser")
     texts = None
     if run is not None:
         dtype, components = DTYPES[config.generate.dtype], source.component_digests(folder, model)

@@ -110,6 +110,10 @@ def test_memory_is_saved_by_checkpointing_and_half_precision_without_losing_grad
     tree["generate"]["guidance_scale"] = 1
     more = train(adapter={"rank": 2}, gradient_checkpointing=True, dtype="bfloat16")
     loop, _ = run(from_tree(tree | {"train": more}))
+    policy, denoiser = loop.learner.policy, loop.learner.family.denoiser
+    assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+    frozen = [parameter for key, parameter in denoiser.named_parameters() if ".policy." not in key]
+    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
     assert all(value.abs().max() > 0 for key, value in loop.learner.policy.tensors().items() if "lora_B" in key)
 
 

@@ -1,0 +1,137 @@
+"""What each role holds on its device: counted from configurations, against what is really there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kto_ray.config import Model, RunConfig, load
+from kto_ray.diffusion.checks import adapted
+from kto_ray.diffusion.components import components
+from kto_ray.diffusion.families import family_of
+from kto_ray.diffusion.loading import load_family
+from kto_ray.diffusion.memory import needs_of, require_fit
+from kto_ray.diffusion.policy import make_policy
+from kto_ray.diffusion.sizes import parameters_of
+from kto_ray.errors import UserError
+from kto_ray.preflight import Preflight, describe
+from kto_ray.train.worker import build_learner
+from tests.tiny_models import NAMES, write_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def config_of(folder: Path, **more: Any) -> RunConfig:
+    kind = "full" if "pixart" in str(folder) else "lora"
+    tree = {"train": {"adapter": {"kind": kind, "rank": 2}}} | more
+    return RunConfig.model_validate({"model": str(folder), "label": {"scorers": "shapes"}, **tree})
+
+
+def held(module: Any) -> int:
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def test_a_replica_holds_what_is_counted(folder: Path) -> None:
+    config = config_of(folder, generate={"dtype": "bfloat16"})
+    family = load_family(folder, Model(), CPU, torch.bfloat16)
+    models = components(folder, type(family))
+    before = {name: held(getattr(family.pipeline, name)) for name, kind in models.items() if kind == "model"}
+    replica, _ = needs_of(config, folder)
+    # Counters of batch norms stay integers.
+    assert all(replica.parts[name] == pytest.approx(size, abs=16) for name, size in before.items())
+    if config.train.adapter.kind == "lora":
+        policy = make_policy(family, config.train.adapter)
+        assert replica.parts["adapters"] == sum(parameter.nbytes for parameter in policy.parameters())
+    else:
+        assert replica.parts["base, beside the policy"] == before[family.part]
+
+
+def test_a_train_worker_holds_what_is_counted(folder: Path) -> None:
+    _, worker = needs_of(config_of(folder), folder)
+    learner = build_learner(config_of(folder))
+    parameters = learner.policy.parameters()
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    learner.optimizer.step()
+    states = [value for state in learner.optimizer.state.values() for value in state.values() if value.dim()]
+    trained = sum(tensor.nbytes for tensor in (*parameters, *(p.grad for p in parameters), *states))
+    part = learner.family.part
+    if learner.config.adapter.kind == "full":
+        assert worker.parts[f"{part} and its optimizer"] == pytest.approx(trained, rel=0.02)
+    else:
+        assert worker.parts["adapters and their optimizer"] == trained
+        frozen = held(learner.policy.module) - sum(parameter.nbytes for parameter in parameters)
+        assert worker.parts[part] == frozen
+
+
+def test_a_base_of_half_precision_is_half_of_it(tiny_sd1_folder: Path) -> None:
+    full, half = (needs_of(config_of(tiny_sd1_folder, train={"dtype": d}), tiny_sd1_folder)[1] for d in DTYPES)
+    assert half.parts["unet"] == full.parts["unet"] / 2
+    assert half.parts["adapters and their optimizer"] == full.parts["adapters and their optimizer"]
+    assert (full.less, half.less) == ("train.dtype=bfloat16 halves it", "")
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def test_the_layers_of_adapters_are_those_that_peft_finds(folder: Path) -> None:
+    config = config_of(folder)
+    if config.train.adapter.kind == "full":
+        return
+    family = load_family(folder, Model(), CPU, torch.float32)
+    names = {name.partition(".lora_")[0] for name in make_policy(family, config.train.adapter).tensors()}
+    assert {f"{family.part}.{name}" for name in adapted(folder, Model(), config.train.adapter)} == names
+
+
+# -- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def small(tmp_path: Path, folder: Path, *more: str) -> RunConfig:
+    gpus = ["train.resources.num_gpus=1", "generate.resources.num_gpus=0.5"]
+    return load("shapes_demo", [f"runs_folder={tmp_path}", f"model={folder}", *gpus, *more])
+
+
+def test_a_card_too_small_is_said_with_what_would_help(tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    replica, worker = needs_of(small(tmp_path, tiny_sd1_folder), tiny_sd1_folder)
+    fits = 1.0001 * max(worker.total, 2 * replica.total) / 0.8 / 10**9
+    require_fit((replica, worker), fits)
+    with pytest.raises(UserError) as caught:
+        Preflight.check(small(tmp_path, tiny_sd1_folder, f"cluster.gpu_gb={worker.total / 10**9 * 0.9}"))
+    text = str(caught.value)
+    assert text.startswith(("generate.resources: a replica holds ", "train.resources: a train worker holds "))
+    assert "(cluster.gpu_gb) leaves" in text
+    assert text.endswith("dtype=bfloat16 halves it")
+
+
+def test_on_the_cpu_no_card_is_too_small(tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    config = load("shapes_demo", [f"runs_folder={tmp_path}", f"model={tiny_sd1_folder}", "cluster.gpu_gb=1e-9"])
+    Preflight.check(config)
+
+
+def test_it_is_said_before_anything_is_downloaded(
+    tiny_sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kto_ray.diffusion.source.configs_of", lambda *_: tiny_sd1_folder)
+    monkeypatch.setattr("kto_ray.diffusion.source.resolve", lambda model: pytest.fail("downloaded"))
+    with pytest.raises(UserError, match=r"leaves 0\.0 MiB beside activations"):
+        Preflight.check(small(tmp_path, Path("some/model"), "cluster.gpu_gb=1e-9"))
+    assert "a train worker holds: " in describe(small(tmp_path, Path("some/model")))
+
+
+def test_the_dry_run_says_what_each_role_holds(tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    text = describe(small(tmp_path, tiny_sd1_folder))
+    assert "a replica holds: 0.3 MiB, and activations (text_encoder " in text
+    assert "a train worker holds: " in text
+    assert describe(small(tmp_path, Path("nobody/nothing"))).splitlines()[-1].startswith("memory: unknown: model.name")
+
+
+def test_nothing_is_read_of_weights(tiny_sd1_folder: Path) -> None:
+    family = family_of(tiny_sd1_folder, Model())
+    unet = load_family(tiny_sd1_folder, Model(), CPU, torch.float32).denoiser
+    assert parameters_of(tiny_sd1_folder, family.part) == sum(p.numel() for p in unet.parameters())
