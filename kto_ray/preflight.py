@@ -23,7 +23,7 @@ from kto_ray.diffusion import memory, source
 from kto_ray.diffusion.checks import read_by
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.geometry import image_size
-from kto_ray.diffusion.weights import weight_files
+from kto_ray.diffusion.sizes import parameters_of
 from kto_ray.errors import UserError
 from kto_ray.identity import marks_of
 from kto_ray.labelers import labeler_class
@@ -233,7 +233,7 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     with_pixels = min(drawn, (kept + 2) * a_round + 3 * an_evaluation) if kept != "all" else drawn
     adapter = config.train.adapter
     if adapter.kind == "full":
-        trained = 2 * sum(file.stat().st_size for file in weight_files(folder / family.part, config.model.variant))
+        trained = 4 * parameters_of(folder, family.part)
     else:
         shapes = kto_ray.diffusion.checks.adapted(folder, config.model, adapter).values()
         trained = sum(4 * adapter.rank * (shape[0] + math.prod(shape[1:])) for shape in shapes)
