@@ -14,11 +14,12 @@ from kto_ray.config.machines import Cluster, Device, Dtype, Resources
 from kto_ray.config.people import Human
 from kto_ray.config.reading import from_tree, load, override, public, recipe_names, to_yaml
 from kto_ray.config.resuming import Change, require_same
-from kto_ray.config.run import Evaluate, Model, Prompts, Replay, RunConfig, Tracking
+from kto_ray.config.run import BaseAdapter, Evaluate, Model, Prompts, Replay, RunConfig, Tracking
 from kto_ray.config.train import Adapter, SamplingPolicy, Train, held_dtype, steps_for
 
 __all__ = [
     "Adapter",
+    "BaseAdapter",
     "Change",
     "Cluster",
     "Device",

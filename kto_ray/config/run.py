@@ -27,6 +27,10 @@ class BaseAdapter(Section):
 
     name: ByContent[str]
     """A safetensors file, a folder that has one, or a name on the model hub."""
+    file: ByContent[str | None] = None
+    """Of a folder or hub name that has several."""
+    revision: ByContent[str | None] = None
+    """Hub revision; a commit hash makes a run reproducible."""
     scale: Fixed[float] = 1.0
     """How much of it is added to the weights."""
 

@@ -4,11 +4,11 @@
 added to the weights, so that nobody after it knows of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kto_ray.config import Model
+from kto_ray.config import BaseAdapter, Model
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.hub import download_of
 from kto_ray.diffusion.weights import Header, read_header, weight_files
@@ -26,63 +26,77 @@ AGAIN = "copy or download it again"
 def download(model: Model) -> None:
     """Raises UserError: an adapter is neither here nor on the hub."""
     for adapter in model.adapters:
-        if _folder_or_file(adapter.name) is None:
-            _snapshot(adapter.name)
+        if _at_hand(adapter) is None:
+            _download(adapter)
 
 
 def all_at_hand(model: Model) -> bool:
     """Whether no adapter needs a download. Raises UserError: one is neither here nor a name that the hub could have."""
-    places = [_folder_or_file(adapter.name) for adapter in model.adapters]  # all are looked at, also after a None
-    return None not in places
+    files = [_at_hand(adapter) for adapter in model.adapters]  # all are looked at, also after a None
+    return None not in files
 
 
 def files(model: Model) -> list[Path]:
     """Raises UserError: see `all_at_hand`; a folder has no adapter, or several; one is still to be downloaded."""
-    return [_file(adapter.name) for adapter in model.adapters]
+    found = [(adapter.name, _at_hand(adapter)) for adapter in model.adapters]
+    for name, file in found:
+        if file is None:
+            raise UserError(f"{FIELD}: {name!r} is not downloaded")
+    return [file for _, file in found if file is not None]
 
 
-def _file(name: str) -> Path:
-    found = _folder_or_file(name)
-    if found is None:
-        raise UserError(f"{FIELD}: {name!r} is not downloaded")
-    if found.is_file():
-        return found
-    there = sorted(path.name for path in found.glob(f"*{SUFFIX}"))
-    chosen = next((preferred for preferred in PREFERRED if preferred in there), None)
-    if chosen is None and len(there) != 1:
-        has = f"several, {', '.join(there[:3])}" if there else f"no *{SUFFIX}"
-        raise UserError(f"{FIELD}: {found} has {has}; give the file of one LoRA")
-    return found / (chosen or there[0])
-
-
-def _folder_or_file(name: str) -> Path | None:
-    path = Path(name)
-    if path.is_dir() or (path.is_file() and path.suffix == SUFFIX):
-        return path
+def _at_hand(adapter: BaseAdapter) -> Path | None:
+    """Its file, where it needs no download. Raises UserError: there is none, and it is no hub name."""
+    name, path = adapter.name, Path(adapter.name)
+    if path.is_dir():
+        return path / _chosen(adapter, [file.name for file in path.glob(f"*{SUFFIX}")])
     if path.is_file():
-        raise UserError(f"{FIELD}: {name!r} is no {SUFFIX} file; only these are read")
+        if path.suffix != SUFFIX:
+            raise UserError(f"{FIELD}: {name!r} is no {SUFFIX} file; only these are read")
+        return path
     if path.is_absolute() or path.suffix == SUFFIX or name.startswith(".") or name.count("/") != 1:
         raise UserError(
             f"{FIELD}: no file or folder {name!r}; give a {SUFFIX} file of a LoRA, a folder that has one, or a hub name"
         )
-    return _downloaded(name)
+    return _downloaded(adapter)
 
 
-def _downloaded(name: str) -> Path | None:
+def _chosen(adapter: BaseAdapter, there: Iterable[str]) -> str:
+    """Which of the files of a folder. Raises UserError: it has none, or several and none is named."""
+    names = sorted(there)
+    if adapter.file is not None:
+        if adapter.file not in names:
+            raise UserError(f"{FIELD}: {adapter.name} has no {adapter.file} (it has {', '.join(names[:3]) or 'none'})")
+        return adapter.file
+    chosen = next((preferred for preferred in PREFERRED if preferred in names), None)
+    if chosen is None and len(names) != 1:
+        has = f"several, {', '.join(names[:3])}" if names else f"no *{SUFFIX}"
+        raise UserError(f"{FIELD}: {adapter.name} has {has}; give one of a LoRA, as {{name: ..., file: ...}}")
+    return chosen or names[0]
+
+
+def _downloaded(adapter: BaseAdapter) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[f"*{SUFFIX}"], local_files_only=True))
+        folder = Path(snapshot_download(adapter.name, revision=adapter.revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+    there = [file.name for file in folder.glob(f"*{SUFFIX}")]
+    wanted = [adapter.file] if adapter.file is not None else there
+    # What is there may be left of a download of something else.
+    return folder / _chosen(adapter, there) if wanted and set(wanted) <= set(there) else None
 
 
-def _snapshot(name: str) -> None:
-    from huggingface_hub import snapshot_download
+def _download(adapter: BaseAdapter) -> None:
+    from huggingface_hub import HfApi, hf_hub_download
 
-    with download_of(FIELD, name, "it is no local file or folder; check the name, the network, HF_TOKEN"):
-        snapshot_download(name, allow_patterns=[f"*{SUFFIX}"])
+    with download_of(FIELD, adapter.name, "it is no local file or folder; check the name, the network, HF_TOKEN"):
+        there = HfApi().list_repo_files(adapter.name, revision=adapter.revision)
+    file = _chosen(adapter, [name for name in there if name.endswith(SUFFIX) and "/" not in name])
+    with download_of(FIELD, adapter.name, "check the name, the network, HF_TOKEN"):
+        hf_hub_download(adapter.name, file, revision=adapter.revision)
 
 
 def check(model: Model, folder: Path, family: type[Family]) -> None:

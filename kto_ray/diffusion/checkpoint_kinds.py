@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kto_ray.diffusion.weights import Header, read_header
 from kto_ray.errors import UserError
@@ -111,10 +112,16 @@ KINDS = (
 )
 OTHERS = {
     "edm_mean": "a Playground model, whose noise is scheduled otherwise",
+    "edm_vpred.sigma_max": "a CosXL model, whose noise is scheduled otherwise",
     "conditioner.embedders.0.model.text_projection": "a refiner of Stable Diffusion XL, which goes on from images",
     "control_model.time_embed.0.weight": "a ControlNet, not a model of its own",
 }
 """Of what looks like one of the kinds and is not."""
+SCHEDULED: dict[str, tuple[str, Any]] = {
+    "v_pred": ("prediction_type", "v_prediction"),
+    "ztsnr": ("rescale_betas_zero_snr", True),
+}
+"""Tensors by which a file of Stable Diffusion XL says how it was trained, and what a scheduler calls that."""
 ADVICE = "give the file of a whole model, or a diffusers folder"
 
 
@@ -128,7 +135,8 @@ class Checkpoint:
     """Of the components that it has."""
     repository: str | None
     """On the hub, with the configs of its kind."""
-    v_prediction: bool
+    scheduled: Mapping[str, Any]
+    """What its scheduler's configuration must have."""
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
@@ -142,7 +150,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
         kind,
         {name: dtype for name, dtype in dtypes.items() if dtype is not None},
         _repository(kind, header),
-        "v_pred" in header,
+        {field: value for mark, (field, value) in SCHEDULED.items() if mark in header},
     )
 
 

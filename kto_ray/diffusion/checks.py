@@ -104,12 +104,14 @@ def read_by(folder: Path, model: Model, texts: Sequence[str]) -> tuple[list[Read
     reads: Mapping[str, int | None] = family_of(folder, model).reads
     index = index_of(folder)
     name = next(name for name in reads if index.get(name, [None, None])[1] is not None)
-    tokenizer = _component(folder, name, transformers)
+    reader = _component(folder, name, transformers)
+    tokenizer = getattr(reader, "tokenizer", reader)  # of a processor, which reads images, too
     limit = int(reads[name] or tokenizer.model_max_length)
 
     def read(tokens: Sequence[int]) -> Read:
-        kept = (*tokens[: limit - 1], tokens[-1]) if len(tokens) > limit else tuple(tokens)
-        return Read(kept, len(tokens) > limit)
+        ends = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
+        kept = (*tokens[: limit - 1], tokens[-1]) if ends else tokens[:limit]
+        return Read(tuple(kept) if len(tokens) > limit else tuple(tokens), len(tokens) > limit)
 
     return [read(tokens) for tokens in tokenizer(text=list(texts), verbose=False).input_ids], limit
 

@@ -8,11 +8,17 @@ from pathlib import Path
 from kto_ray.diffusion.family import Family, index_of
 
 CONFIGS = {
-    "scheduler": "scheduler_config.json",
-    "tokenizer": "tokenizer_config.json",
-    "processor": "preprocessor_config.json",
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("tokenizer_config.json",),
+    "processor": ("preprocessor_config.json", "processor_config.json"),
 }
-"""The file without which a component of this kind cannot be loaded; all others have a config.json, and weights."""
+"""One of these files is needed to load a component of this kind; all others have a config.json, and weights."""
+
+
+def config_file(component: Path, kind: str) -> Path:
+    """The file without which a component cannot be loaded, be it there or not."""
+    files = [component / name for name in CONFIGS.get(kind, ("config.json",))]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def components(folder: Path, family: type[Family]) -> dict[str, str]:

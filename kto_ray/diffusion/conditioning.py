@@ -1,4 +1,4 @@
-"""What prompts are to a denoiser: families make it (`families.py`), the learner picks rows of it.
+"""What prompts are to a denoiser: families make it (`family.py`), the learner picks rows of it.
 
 Families differ in what they condition on (one text embedding, two, a pooled vector, masks), and nobody else looks
 inside.

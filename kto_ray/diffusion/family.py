@@ -43,6 +43,8 @@ class Family(ABC):
     """Tokenizers, that which reads furthest first, and after how many tokens the pipeline cuts; None: as the tokenizer
     says. The first that the folder has is asked what the model reads of a prompt."""
     takes_adapters: ClassVar[bool] = True
+    leaves_unused: ClassVar[bool] = False
+    """Whether some of the denoiser's weights have no part in what it predicts."""
     noise_dtype: ClassVar[torch.dtype | None] = None
     """Of the noise that the pipeline begins with; None: what it was loaded in."""
     arguments: ClassVar[Mapping[str, Any]] = {}
@@ -63,8 +65,7 @@ class Family(ABC):
     @classmethod
     def geometry_of(cls, folder: Path) -> Geometry:
         """From the folder's configurations alone."""
-        vae, denoiser = config_of(folder, "vae"), config_of(folder, cls.part)
-        shrink = 2 ** (len(vae["block_out_channels"]) - 1)
+        denoiser, shrink = config_of(folder, cls.part), shrink_of(folder)
         size: int | list[int] | None = denoiser.get("sample_size")
         sides = [size, size] if isinstance(size, int) else size
         return Geometry(
@@ -162,6 +163,35 @@ class Family(ABC):
         raw_BCHW = latents_BCHW / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
         decoded_BCHW: Tensor = vae.decode(raw_BCHW.to(vae.dtype), return_dict=False)[0]
         return decoded_BCHW
+
+
+def shrink_of(folder: Path, levels: str = "block_out_channels") -> int:
+    """Pixels of an image to one of a latent, in height and in width.
+
+    Args:
+        levels: what the autoencoder's configuration calls the channels of its levels.
+    """
+    return int(2 ** (len(config_of(folder, "vae")[levels]) - 1))
+
+
+def decode_upcast(vae: Any, raw_BCHW: Tensor) -> Tensor:
+    """Images of what an autoencoder takes, in float32 where it would overflow in float16."""
+    upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.to(dtype=torch.float32)
+    decoded_BCHW: Tensor = vae.decode(raw_BCHW.to(vae.dtype), return_dict=False)[0]
+    if upcast:
+        vae.to(dtype=torch.float16)
+    return decoded_BCHW
+
+
+def mean_and_spread(vae: Any, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the latents of each channel, as an autoencoder's configuration has them: (1, C, 1, 1) each."""
+    mean_1C11, std_1C11 = (
+        like_BCHW.new_tensor(values)[None, :, None, None]
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean_1C11, std_1C11
 
 
 def index_of(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from kto_ray.config import Model
 from kto_ray.diffusion import base_adapters, source
 from kto_ray.diffusion.components import components
 from kto_ray.diffusion.families import family_of
-from kto_ray.diffusion.family import Family
+from kto_ray.diffusion.family import Family, index_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,7 +47,7 @@ def load_family(
         dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
-        **{**family.left_out, **({} if model.adapters else dict.fromkeys(unused))},
+        **{**_empty(folder), **family.left_out, **({} if model.adapters else dict.fromkeys(unused))},
     )
     pipeline.set_progress_bar_config(disable=True)
     base_adapters.fuse(pipeline, model)
@@ -59,14 +59,18 @@ def load_family(
     return family(pipeline, family.process.from_folder(folder), family.geometry_of(folder), guidance_scale)
 
 
+def _empty(folder: Path) -> dict[str, None]:
+    """Components that the folder says it does without; diffusers wants to hear it again."""
+    return {name: None for name, value in index_of(folder).items() if value == [None, None]}
+
+
 def _unused(folder: Path, family: type[Family], parts: Parts) -> list[str]:
     """Components with weights that are left out."""
     models = [name for name, kind in components(folder, family).items() if kind == "model"]
-    used = {
-        "all": models,
-        "denoiser": [family.part],
-        "encoders": [name for name in models if name.startswith("text_encoder")],
-    }[parts]
+    encoders = [name for name in models if name.startswith("text_encoder")]
+    if any(name.startswith("text_encoder") for name in _empty(folder)):
+        encoders.append(family.part)  # which tells how wide the missing text would have been
+    used = {"all": models, "denoiser": [family.part], "encoders": encoders}[parts]
     return [name for name in models if name not in used]
 
 

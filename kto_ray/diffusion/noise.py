@@ -57,6 +57,11 @@ class DiscreteDiffusion:
     @classmethod
     def from_folder(cls, pipeline_folder: Path) -> Self:
         config = scheduler_config(pipeline_folder)
+        if config["_class_name"].startswith("EDM"):
+            raise UserError(
+                f"model.name: {pipeline_folder} was trained with EDM's own noise levels ({config['_class_name']}), "
+                "which no noise process here has"
+            )
         if is_flow(config):
             raise UserError(
                 f"model.name: the scheduler of {pipeline_folder} ({config['_class_name']}) is that of a flow model, "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kto_ray.config import Generate, RunConfig
 from kto_ray.diffusion.family import Family
+from kto_ray.diffusion.geometry import image_size
 from kto_ray.diffusion.schedulers import scheduler_for
 from kto_ray.diffusion.texts import Texts
 
@@ -59,6 +60,10 @@ def initial_noise(seed: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     return noise_1CHW[0].float()
 
 
+DECODED_PIXELS = 1024 * 1024
+"""At once: to decode an image of this size takes gigabytes."""
+
+
 @torch.inference_mode()
 def draw(
     family: Family, texts: Texts, prompts: Sequence[str], seeds: Sequence[int], settings: Generate
@@ -77,7 +82,9 @@ def draw(
     device, dtype = family.pipeline.device, family.pipeline.dtype
     text_B, nothing_1 = (encoded.to(device, dtype) for encoded in (texts.encode(prompts), texts.nothing()))
     latents_BCHW = family.sample(text_B, nothing_1, generators, settings)
-    decoded_BCHW = family.decode(latents_BCHW)
+    height, width = image_size(settings, family.geometry)
+    at_once = max(1, DECODED_PIXELS // (height * width))
+    decoded_BCHW = torch.cat([family.decode(part_BCHW) for part_BCHW in torch.split(latents_BCHW, at_once)])
     # Looked at before pixels are clamped, which would hide an infinity.
     finite_B = (latents_BCHW.isfinite().flatten(1).all(1) & decoded_BCHW.isfinite().flatten(1).all(1)).cpu().numpy()
     images_BHWC = family.pipeline.image_processor.postprocess(decoded_BCHW, output_type="np")

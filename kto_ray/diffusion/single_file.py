@@ -18,10 +18,11 @@ from typing import Any
 
 from kto_ray.config import Model
 from kto_ray.diffusion.checkpoint_kinds import ADVICE, Checkpoint, read_checkpoint
-from kto_ray.diffusion.components import CONFIGS, components
+from kto_ray.diffusion.components import components, config_file
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.family import Family, index_of
 from kto_ray.diffusion.hub import configs_of
+from kto_ray.diffusion.noise import scheduler_config
 from kto_ray.diffusion.weights import NOT_WHOLE, weight_files
 from kto_ray.errors import UserError
 
@@ -119,19 +120,20 @@ def _config(checkpoint: Checkpoint, model: Model, download: bool) -> Path | None
             f"model.config: {config} holds a {name}, but {checkpoint.file} is a {kind.pipeline}; give {needed}"
         )
     _require_rest(checkpoint, config, family_of(config, model))
-    scheduler = config / "scheduler" / "scheduler_config.json"
-    if checkpoint.v_prediction and '"v_prediction"' not in scheduler.read_text(encoding="utf-8"):
-        raise UserError(
-            f"model.config: {checkpoint.file} predicts v, but {scheduler} does not say so; give {needed} whose "
-            "scheduler has prediction_type v_prediction"
-        )
+    scheduler = scheduler_config(config)
+    for field, value in checkpoint.scheduled.items():
+        if scheduler.get(field) != value:
+            raise UserError(
+                f"model.config: {checkpoint.file} was trained with {field} {value}, but the scheduler of {config} has "
+                f"{scheduler.get(field)}; give {needed} whose scheduler has it"
+            )
     return config
 
 
 def _require_rest(checkpoint: Checkpoint, config: Path, family: type[Family]) -> None:
     """Raises UserError: the folder has not all that the file lacks."""
     for name, kind in components(config, family).items():
-        told = config / name / CONFIGS.get(kind, "config.json")
+        told = config_file(config / name, kind)
         if not told.is_file():
             raise UserError(f"model.config: {told} is missing; {NOT_WHOLE}")
         if kind == "model" and name not in checkpoint.dtypes:

@@ -15,8 +15,8 @@ from typing import Any
 
 from kto_ray.config import Model
 from kto_ray.diffusion import base_adapters, single_file
-from kto_ray.diffusion.components import CONFIGS
 from kto_ray.diffusion.components import components as components  # export/ asks for it here
+from kto_ray.diffusion.components import config_file
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.hub import configs_of, download_of
@@ -104,11 +104,11 @@ def check(folder: Path, model: Model) -> type[Family]:
     _read_json(index)
     family = family_of(folder, model)
     listed = components(folder, family)
-    for needed in (family.part, "vae", "scheduler"):
-        if needed not in listed:
-            raise UserError(f"model.name: {index} lists no {needed}, as a {family.__name__} has; {NOT_WHOLE}")
+    for needed in ((family.part,), ("vae",), ("scheduler",), tuple(family.reads)):
+        if not any(name in listed for name in needed):
+            raise UserError(f"model.name: {index} lists no {needed[-1]}, as a {family.__name__} has; {NOT_WHOLE}")
     for component, kind in listed.items():
-        _read_json(folder / component / CONFIGS.get(kind, "config.json"))
+        _read_json(config_file(folder / component, kind))
     models = [folder / component for component, kind in listed.items() if kind == "model"]
     require_variant(models, model.variant)
     for component_folder in models:

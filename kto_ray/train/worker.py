@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,9 @@ def build_learner(
     policy = make_policy(family, config.train.adapter)
     if config.train.compile:
         policy.module.compile()
-    wrap = ray.train.torch.prepare_model if distributed else (lambda module: module)
+    more = {"find_unused_parameters": True} if family.leaves_unused and config.train.adapter.kind == "full" else {}
+    prepare = partial(ray.train.torch.prepare_model, parallel_strategy_kwargs=more)
+    wrap = prepare if distributed else (lambda module: module)
     total_steps = config.rounds * config.optimizer_steps_per_round
     return Learner(family, policy, config.train, config.seed, device, wrap, rank, ranks, total_steps, texts)
 

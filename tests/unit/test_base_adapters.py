@@ -211,7 +211,11 @@ def test_of_several_files_in_a_folder_one_is_to_be_given(sd1: Path, tmp_path: Pa
     shutil.copy(lora / WEIGHTS, lora / "other.safetensors")
     assert source.check(sd1, Model.model_validate({"adapters": [str(lora)]}))
     (lora / WEIGHTS).rename(lora / "another.safetensors")
-    assert "has several, another.safetensors, other.safetensors; give the file of one" in message(sd1, lora)
+    assert "has several, another.safetensors, other.safetensors; give one of a LoRA" in message(sd1, lora)
+    named = {"name": str(lora), "file": "other.safetensors"}
+    assert source.check(sd1, Model.model_validate({"adapters": [named]}))
+    with pytest.raises(UserError, match=r"has no lora.safetensors \(it has another.safetensors, other.safetensors\)"):
+        source.check(sd1, Model.model_validate({"adapters": [named | {"file": "lora.safetensors"}]}))
 
 
 def test_an_adapter_of_another_model_is_told_by_its_shapes(sd1: Path, tmp_path: Path) -> None:

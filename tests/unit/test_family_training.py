@@ -4,18 +4,25 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers as d
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from kto_ray.bake_off.plain_loop import PlainLoop
 from kto_ray.config import Model, RunConfig, from_tree, load
+from kto_ray.diffusion.checks import read_by
+from kto_ray.diffusion.families import FAMILIES
 from kto_ray.diffusion.loading import load_family
 from kto_ray.errors import UserError
+from kto_ray.export.formats import FORMATS
 from kto_ray.preflight import Preflight
+from kto_ray.storage import Storage
+from kto_ray.train.worker import build_learner
 from tests.factories import write_prompts
 from tests.tiny_models import FLUX_VAE, NAMES, side_of, t5, t5_tokenizer, vae, write_model
 
@@ -90,10 +97,10 @@ def test_adapters_of_every_family_are_trained(tiny_models: dict[str, Path], tmp_
     assert untrained == last
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image", "pixart_sigma"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_weight_can_be_trained(tiny_models: dict[str, Path], tmp_path: Path, name: str) -> None:
     tree = small(tmp_path, tiny_models[name], name) | {"train": train(adapter={"kind": "full"})}
-    tree["generate"]["guidance_scale"] = 3
+    tree["generate"]["guidance_scale"] = 1 if name in WITHOUT_GUIDANCE else 3
     base = load_family(tiny_models[name], Model(), torch.device("cpu"), torch.float32).denoiser.state_dict()
     loop, figures = run(from_tree(tree))
     assert all(figure["gradient_norm"] > 0 for figure in figures)
@@ -190,6 +197,57 @@ def test_a_distilled_model_that_is_told_the_guidance_step_by_step_is_refused(
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"time_cond_proj_dim": 8}))
     with pytest.raises(UserError, match="was distilled to draw in a few steps"):
         Preflight.check(from_tree(small(tmp_path, folder, "sd1")))
+
+
+def test_a_model_of_edms_noise_levels_is_refused(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = d.StableDiffusionXLPipeline.from_pretrained(tiny_models["sdxl"])
+    pipeline.scheduler = d.EDMDPMSolverMultistepScheduler()
+    pipeline.save_pretrained(tmp_path / "playground")
+    with pytest.raises(UserError, match="was trained with EDM's own noise levels"):
+        Preflight.check(from_tree(small(tmp_path, tmp_path / "playground", "sdxl")))
+
+
+def test_stable_diffusion_3_without_t5(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = d.StableDiffusion3Pipeline.from_pretrained(tiny_models["sd3"], text_encoder_3=None, tokenizer_3=None)
+    pipeline.save_pretrained(tmp_path / "without")
+    tree = small(tmp_path, tmp_path / "without", "sd3") | {"train": train(adapter={"rank": 2})}
+    tree["generate"]["guidance_scale"] = 3
+    run(from_tree(tree))
+    texts = build_learner(from_tree(tree), Storage(str(tmp_path / "runs"))).texts
+    whole = load_family(tmp_path / "without", Model(), torch.device("cpu"), torch.float32)
+    assert torch.equal(
+        texts.encode(["a red circle"]).tensors["text"], whole.encode_prompts(["a red circle"]).tensors["text"]
+    )
+
+
+def test_a_folder_without_its_tokenizer_is_refused(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_models["flux"], tmp_path / "flux")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"tokenizer_2": [None, None]}))
+    with pytest.raises(UserError, match="lists no tokenizer_2, as a Flux has"):
+        Preflight.check(from_tree(small(tmp_path, folder, "flux")))
+
+
+def test_a_processor_reads_texts_by_its_tokenizer(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of FLUX.2 gives tensors, which texts of several lengths do not fit."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_models["flux2"] / "tokenizer")
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    monkeypatch.setattr("kto_ray.diffusion.checks._component", lambda *_: processor)
+    read, limit = read_by(tiny_models["flux2"], Model(), ["a", "a red circle"])
+    assert [len(text.tokens) for text in read] == [1, 12]
+    assert limit == 472
+
+
+def test_the_guide_names_the_exports_that_there_are() -> None:
+    rows = re.findall(r"^\| .*? \| `(\w+)` \| (\w+) \| .* \| (.*?) \|$", GUIDE.read_text(), re.MULTILINE)
+    assert {pipeline for pipeline, *_ in rows} == set(FAMILIES)
+    for pipeline, lora, exports in rows:
+        part = "unet" if pipeline.startswith(("StableDiffusionPipeline", "StableDiffusionXL")) else "transformer"
+        published: Any = SimpleNamespace(pipeline=pipeline, is_lora=lora == "yes", part=part)
+        possible = {name for name, how in FORMATS.items() if how.refuses(published) is None}
+        assert {name.lower() for name in exports.split(", ")} == possible
 
 
 def test_a_flow_scheduler_in_a_folder_of_the_other_kind_is_refused(

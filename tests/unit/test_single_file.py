@@ -213,6 +213,7 @@ NET = "model.diffusion_model."
         ({f"{NET}input_blocks.0.0.weight": (8, 8, 3, 3)}, "inpainting or editing"),
         ({"vector_in.in_layer.weight": (4, 4), "img_in.weight": (4, 384)}, "inpainting or editing"),
         ({"conditioner.embedders.0.model.text_projection": (4, 4)}, "a refiner of Stable Diffusion XL"),
+        ({"edm_vpred.sigma_max": (1,), f"{NET}input_blocks.0.0.weight": (8, 4, 3, 3)}, "a CosXL model"),
         ({"edm_mean": (4,), f"{NET}input_blocks.0.0.weight": (8, 4, 3, 3)}, "a Playground model"),
         (
             {f"{NET}input_blocks.0.0.weight": (8, 4, 3, 3), "cond_stage_model.transformer.x": (1,)},
@@ -273,12 +274,12 @@ def test_a_file_without_encoders_needs_a_folder_that_has_them(tmp_path: Path) ->
     assert text.startswith(f"model.config: {file} has no text_encoder_2, and neither has {flux}")
 
 
-def test_a_file_that_predicts_v_needs_a_scheduler_that_says_so(tmp_path: Path) -> None:
+def test_a_file_that_was_trained_otherwise_needs_a_scheduler_that_says_so(tmp_path: Path) -> None:
     sdxl = write_source(tmp_path / "sdxl", "sdxl")
     file = write_single_file(tmp_path / "model.safetensors", sdxl, "sdxl")
-    save_file(load_file(file) | {"v_pred": torch.zeros(1)}, file)
-    model = Model(name=str(file), config=str(sdxl))
-    assert "predicts v" in message(model)
-    scheduler = sdxl / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    save_file(load_file(file) | {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, file)
+    model, scheduler = Model(name=str(file), config=str(sdxl)), sdxl / "scheduler" / "scheduler_config.json"
+    for field, value in (("prediction_type", "v_prediction"), ("rescale_betas_zero_snr", True)):
+        assert f"was trained with {field} {value}, but the scheduler of {sdxl} has " in message(model)
+        scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {field: value}))
     assert source.local_folder(model) is None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.family import Family, config_of
+from kto_ray.diffusion.family import Family, config_of, shrink_of
 from kto_ray.diffusion.geometry import Geometry
 from kto_ray.diffusion.packing import pack, unpack
 
@@ -27,7 +27,7 @@ class Flux(Family):
 
     @classmethod
     def geometry_of(cls, folder: Path) -> Geometry:
-        shrink = 2 ** (len(config_of(folder, "vae")["block_out_channels"]) - 1)
+        shrink = shrink_of(folder)
         return Geometry(config_of(folder, cls.part)["in_channels"] // 4, shrink, (128 * shrink, 128 * shrink), patch=2)
 
     @classmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.family import Family, config_of, index_of
+from kto_ray.diffusion.family import Family, config_of, index_of, shrink_of
 from kto_ray.diffusion.geometry import Geometry
 from kto_ray.errors import UserError
 
@@ -22,7 +22,7 @@ class Flux2(Family):
     `text` (P, T, D): three layers' hidden states of the language model.
     """
 
-    reads = {"tokenizer": 512}
+    reads = {"tokenizer": 512 - 40}  # less what the pipeline says besides
     contrasts = False
 
     @classmethod
@@ -36,7 +36,7 @@ class Flux2(Family):
     @classmethod
     def geometry_of(cls, folder: Path) -> Geometry:
         # 128 cells of the autoencoder are what the pipelines draw unless told otherwise.
-        shrink = 2 ** (len(config_of(folder, "vae")["block_out_channels"]) - 1)
+        shrink = shrink_of(folder)
         return Geometry(config_of(folder, cls.part)["in_channels"], 2 * shrink, (128 * shrink, 128 * shrink))
 
     @classmethod

@@ -17,7 +17,7 @@ SHRINK = 8
 class Lumina2(Family):
     """`text` (P, T, D) under the pipeline's system prompt; `mask` (P, T): 1 where it is of the prompt."""
 
-    reads = {"tokenizer": 256}
+    reads = {"tokenizer": 256 - 32}  # less the system prompt
     embeddings = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
 
     @classmethod

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.family import Family, config_of
+from kto_ray.diffusion.family import Family, config_of, mean_and_spread
 from kto_ray.diffusion.geometry import Geometry
 from kto_ray.diffusion.packing import pack, unpack
 
@@ -20,6 +20,7 @@ class QwenImage(Family):
     """`text` (P, T, D), as long as the longest prompt; `mask` (P, T) int64: 1 where it is of the prompt."""
 
     reads = {"tokenizer": TOKENS}
+    leaves_unused = True  # what the last block makes of the text
     embeddings = {"text": "prompt_embeds", "mask": "prompt_embeds_mask"}
 
     @classmethod
@@ -39,10 +40,13 @@ class QwenImage(Family):
 
     def predict(self, denoiser: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_B: Conditioning) -> Tensor:
         height, width = noisy_BCHW.shape[-2:]
+        text_BTD, mask_BT = text_B.tensors["text"], text_B.tensors["mask"]
+        longest = int(mask_BT.sum(1).max())  # of these prompts; those of the round may be longer
+        text_BTD, mask_BT = text_BTD[:, :longest], mask_BT[:, :longest]
         prediction_BTD: Tensor = denoiser(
             hidden_states=pack(noisy_BCHW),
-            encoder_hidden_states=text_B.tensors["text"],
-            encoder_hidden_states_mask=text_B.tensors["mask"],
+            encoder_hidden_states=text_BTD,
+            encoder_hidden_states_mask=None if mask_BT.all() else mask_BT,
             timestep=timesteps_B,
             img_shapes=[[(1, height // 2, width // 2)]] * len(noisy_BCHW),
             return_dict=False,
@@ -53,10 +57,8 @@ class QwenImage(Family):
         return unpack(made, height, width)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        vae, config = self.pipeline.vae, self.pipeline.vae.config
-        mean_1C11, std_1C11 = (
-            latents_BCHW.new_tensor(values)[None, :, None, None] for values in (config.latents_mean, config.latents_std)
-        )
+        vae = self.pipeline.vae
+        mean_1C11, std_1C11 = mean_and_spread(vae, latents_BCHW)
         frame_BC1HW = (latents_BCHW * std_1C11 + mean_1C11)[:, :, None].to(vae.dtype)  # a film of one frame
         decoded_BCHW: Tensor = vae.decode(frame_BC1HW, return_dict=False)[0][:, :, 0]
         return decoded_BCHW

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.family import Family, config_of
+from kto_ray.diffusion.family import Family, config_of, shrink_of
 from kto_ray.diffusion.geometry import Geometry
 
 
@@ -17,6 +17,7 @@ class Sana(Family):
     """`text` (P, T, D) of Gemma under the pipeline's instruction; `mask` (P, T): 1 where it is of the prompt."""
 
     reads = {"tokenizer": 300}
+    noise_dtype = torch.float32
     embeddings = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
     # Otherwise images of other sizes than trained on are drawn in the nearest such size, and scaled.
     # And what guidance contrasts with is given encoded, in the place of the empty prompt.
@@ -24,7 +25,7 @@ class Sana(Family):
 
     @classmethod
     def geometry_of(cls, folder: Path) -> Geometry:
-        shrink = 2 ** (len(config_of(folder, "vae")["encoder_block_out_channels"]) - 1)
+        shrink = shrink_of(folder, "encoder_block_out_channels")
         denoiser = config_of(folder, cls.part)
         side = denoiser["sample_size"] * shrink
         # The pipeline takes multiples of 32 only, whatever the autoencoder.

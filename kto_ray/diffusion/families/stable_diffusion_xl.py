@@ -1,6 +1,4 @@
-"""Stable Diffusion XL, and models of its shape (Playground 2.5): a U-Net under two CLIP text encoders, told the size of
-the image. See `family.py`.
-"""
+"""Stable Diffusion XL: a U-Net under two CLIP text encoders, told the size of the image. See `family.py`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families.stable_diffusion import require_undistilled
-from kto_ray.diffusion.family import Family
+from kto_ray.diffusion.family import Family, decode_upcast, mean_and_spread
 from kto_ray.diffusion.noise import DiscreteDiffusion
 
 
@@ -55,14 +53,6 @@ class StableDiffusionXL(Family):
         vae, config = self.pipeline.vae, self.pipeline.vae.config
         raw_BCHW = latents_BCHW / config.scaling_factor
         if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            mean_1C11, std_1C11 = (
-                raw_BCHW.new_tensor(values)[None, :, None, None] for values in (config.latents_mean, config.latents_std)
-            )
+            mean_1C11, std_1C11 = mean_and_spread(vae, raw_BCHW)
             raw_BCHW = raw_BCHW * std_1C11 + mean_1C11
-        upcast = vae.dtype == torch.float16 and config.force_upcast
-        if upcast:
-            vae.to(dtype=torch.float32)
-        decoded_BCHW: Tensor = vae.decode(raw_BCHW.to(vae.dtype), return_dict=False)[0]
-        if upcast:
-            vae.to(dtype=torch.float16)
-        return decoded_BCHW
+        return decode_upcast(vae, raw_BCHW)

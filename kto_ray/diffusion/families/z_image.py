@@ -9,20 +9,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.family import Family, config_of
+from kto_ray.diffusion.family import Family, config_of, shrink_of
 from kto_ray.diffusion.geometry import Geometry
 
 
 class ZImage(Family):
     """`text` (P, T, D), as long as the longest caption; `length` (P,) int64: tokens of each."""
 
-    reads = {"tokenizer": 512}
+    reads = {"tokenizer": 512 - 12}  # less the chat's own
     noise_dtype = torch.float32
 
     @classmethod
     def geometry_of(cls, folder: Path) -> Geometry:
-        shrink = 2 ** (len(config_of(folder, "vae")["block_out_channels"]) - 1)
-        return Geometry(config_of(folder, cls.part)["in_channels"], shrink, (1024, 1024), patch=2)
+        return Geometry(config_of(folder, cls.part)["in_channels"], shrink_of(folder), (1024, 1024), patch=2)
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
