@@ -1,5 +1,6 @@
 """What each role holds on its device: counted from configurations, against what is really there."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,25 @@ from kto_ray.train.worker import build_learner
 from tests.tiny_models import NAMES, write_model
 
 CPU = torch.device("cpu")
+SD15 = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -135,3 +155,24 @@ def test_nothing_is_read_of_weights(tiny_sd1_folder: Path) -> None:
     family = family_of(tiny_sd1_folder, Model())
     unet = load_family(tiny_sd1_folder, Model(), CPU, torch.float32).denoiser
     assert parameters_of(tiny_sd1_folder, family.part) == sum(p.numel() for p in unet.parameters())
+
+
+# -- at true size -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "billions"),
+    [
+        ("UNet2DConditionModel", SD15, 0.860),
+        ("UNet2DConditionModel", SDXL, 2.567),
+        ("FluxTransformer2DModel", {"guidance_embeds": True}, 11.90),
+    ],
+)
+def test_true_sizes_are_those_that_are_known(
+    tmp_path: Path, kind: str, config: dict[str, Any], billions: float
+) -> None:
+    """From the configurations of the published models, by what is published of their sizes."""
+    (tmp_path / "denoiser").mkdir()
+    (tmp_path / "denoiser" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text(json.dumps({"denoiser": ["diffusers", kind]}))
+    assert parameters_of(tmp_path, "denoiser") / 1e9 == pytest.approx(billions, abs=0.005)
