@@ -34,6 +34,7 @@ from kto_ray.relabel import Replayed, saved_config
 from kto_ray.score.scorers import scorer_marks
 from kto_ray.secrets import hide
 from kto_ray.storage import Storage
+from kto_ray.train import optimizers
 from kto_ray.train.checkpoints import REWINDING
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Preflight:
         tracking.check(config.tracking)
         kto_ray.score.checks.check(config.label.scorers)
         labeler_class(config.label.labeler)
+        optimizers.check(config.train)
         if config.replay:
             _check_replay(config, held_out)
         if config.label.labeler == "human":

@@ -70,6 +70,8 @@ class Train(Section):
     max_draws: Fixed[Count] = 32
     """How often a sample may be drawn in a round of both classes. Where one class has so few samples that `gamma` would
     draw them more often, the other class is drawn instead, and the run says so."""
+    optimizer: Fixed[Literal["adamw", "adamw_8bit", "adafactor"]] = "adamw"
+    """The second takes a quarter of the first's state and needs bitsandbytes, the third next to none."""
     learning_rate: Fixed[Positive] = 1e-5
     warmup_steps: Fixed[Annotated[int, Field(ge=0)]] = 0
     decay: Fixed[Literal["constant", "cosine"]] = "constant"

@@ -21,8 +21,8 @@ from kto_ray.errors import UserError
 
 FOR_ACTIVATIONS = 0.2
 """Of a card."""
-ADAM = 4 + 4 + 4 + 4
-"""Bytes of a trained number: itself, its gradient, and AdamW's two means, in float32."""
+TRAINED = {"adamw": 4 + 4 + 4 + 4, "adamw_8bit": 4 + 4 + 1 + 1, "adafactor": 4 + 4}
+"""Bytes of a trained number by `train.optimizer`: itself and its gradient in float32, and what the optimizer holds."""
 GIB = 2**30
 
 
@@ -93,18 +93,19 @@ def _replica(config: RunConfig, folder: Path) -> Need:
 def _train_worker(config: RunConfig, folder: Path) -> Need:
     numbers, adapters = _numbers(config, folder)
     part, train = family_of(folder, config.model).part, config.train
+    trained = TRAINED[train.optimizer]
     follows = train.objective.needs.reference in ("round", "ema")
     if train.adapter.kind == "full":
         parts = {
-            f"{part} and its optimizer": ADAM * numbers[part],
+            f"{part} and its optimizer": trained * numbers[part],
             "base": 4 * numbers[part],
             "reference": 4 * numbers[part] * follows,
         }
-        less = "train.adapter.kind=lora needs a fraction"
+        less = "train.adapter.kind=lora needs a fraction, train.optimizer=adafactor less"
     else:
         parts = {
             part: DTYPES[held_dtype(train)].itemsize * numbers[part],
-            "adapters and their optimizer": ADAM * adapters,
+            "adapters and their optimizer": trained * adapters,
             "reference": 4 * adapters * follows,
         }
         less = "" if held_dtype(train) == "bfloat16" else "train.dtype=bfloat16 halves it"

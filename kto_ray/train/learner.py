@@ -31,6 +31,7 @@ from kto_ray.objectives.protocol import Losses, Outputs, Rewards, Scale
 from kto_ray.train.averaging import RunningReference, sampling_policy
 from kto_ray.train.batches import Batch, Batches, RoundBatches, RoundData
 from kto_ray.train.finite import NotFiniteError, require_finite_step, require_finite_weights
+from kto_ray.train.optimizers import make_optimizer
 from kto_ray.train.safeguard import Safeguard
 
 
@@ -68,9 +69,7 @@ class Learner:
             policy.module.enable_gradient_checkpointing()  # type: ignore[operator]
             policy.module.train()
         self.model = wrap(policy.module)
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = make_optimizer(config, policy.parameters())
         self.scheduler = get_scheduler(
             {"constant": "constant_with_warmup", "cosine": "cosine"}[config.decay],
             self.optimizer,

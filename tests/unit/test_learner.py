@@ -319,6 +319,8 @@ def test_noise_levels_stay_in_their_range(tiny_sd1_folder: Path) -> None:
         {"objective": "csft"},
         {"objective": {"kind": "dpo", "beta": 20}},
         {"objective": "nft"},
+        {"optimizer": "adafactor"},
+        {"optimizer": "adafactor", "kind": "full"},
     ],
     ids=str,
 )

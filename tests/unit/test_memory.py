@@ -100,6 +100,22 @@ def test_a_base_of_half_precision_is_half_of_it(tiny_sd1_folder: Path) -> None:
 DTYPES = ("float32", "bfloat16")
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_what_an_optimizer_holds_is_counted(tiny_sd1_folder: Path, optimizer: str) -> None:
+    config = config_of(tiny_sd1_folder, train={"adapter": {"kind": "full"}, "optimizer": optimizer})
+    _, worker = needs_of(config, tiny_sd1_folder)
+    learner = build_learner(config)
+    for parameter in learner.policy.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    learner.optimizer.step()
+    states = [value for state in learner.optimizer.state.values() for value in state.values() if value.dim()]
+    weights = sum(parameter.nbytes for parameter in learner.policy.parameters())
+    counted = worker.parts["unet and its optimizer"] - 2 * weights
+    # Adafactor's rows and columns of layers as small as these are no longer next to nothing.
+    assert sum(state.nbytes for state in states) == pytest.approx(counted, abs=0.6 * weights)
+    assert (counted == 0) is (optimizer == "adafactor")
+
+
 def test_the_layers_of_adapters_are_those_that_peft_finds(folder: Path) -> None:
     config = config_of(folder)
     if config.train.adapter.kind == "full":

@@ -371,6 +371,21 @@ def test_what_is_said_and_what_it_stands_for_are_the_same(
     assert f"{before.partition('=')[0]}: the run has" in message(base, other)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [
+        (0, "train.optimizer: adamw_8bit runs on a GPU, and train.resources.num_gpus is 0"),
+        (1, "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_had(
+    base: list[str], monkeypatch: pytest.MonkeyPatch, gpus: int, said: str
+) -> None:
+    monkeypatch.setattr("kto_ray.train.optimizers.find_spec", lambda name: None)
+    overrides = ["train.optimizer=adamw_8bit", f"train.resources.num_gpus={gpus}"]
+    assert message(base, *overrides).startswith(said)
+
+
 def test_a_longer_run_continues(base: list[str]) -> None:
     begin(load("shapes_demo", base))
     begin(load("shapes_demo", [*base, "rounds=30"]))
