@@ -47,7 +47,7 @@ class Office:
         monkeypatch.setattr(ray.train, "get_checkpoint", self._latest)
         monkeypatch.setattr(ray.train, "report", self._report)
         monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda **_: [])
-        monkeypatch.setattr(ray.train.torch, "prepare_model", lambda module: module)
+        monkeypatch.setattr(ray.train.torch, "prepare_model", lambda module, **_: module)
 
     def _latest(self) -> Checkpoint | None:
         return self.checkpoints[max(self.checkpoints)] if self.checkpoints else None
