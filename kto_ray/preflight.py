@@ -77,12 +77,13 @@ class Preflight:
             _check_replay(config, held_out)
         if config.label.labeler == "human":
             kto_ray.people.checks.check(config.label.human, run)
-        if config.cluster.gpu_gb is not None and (configs := source.configs(config.model)) is not None:
-            memory.require_fit(memory.needs_of(config, configs), config.cluster.gpu_gb)
+        if config.cluster.gpu_gb is not None and source.local_folder(config.model) is None:
+            _require_fit(config, source.configs(config.model))  # before anything is downloaded
         found = cls(run, train, held_out)
         if (folder := source.resolve(config.model) if download else source.local_folder(config.model)) is not None:
             model = config.model
             source.check(folder, model)
+            _require_fit(config, folder)
             kto_ray.diffusion.checks.check(config.generate, config.train, model, folder)
             prefixes = config.train.objective.needs.prefixes or ("",)
             _check_texts(folder, model, train, held_out, max(prefixes, key=len))
@@ -99,6 +100,12 @@ class Preflight:
         prompts.keep(self.run, "prompts.train", self.train_prompts)
         prompts.keep(self.run, "prompts.held_out", self.held_out_prompts)
         self.run.write("config.yaml", to_yaml(config).encode())
+
+
+def _require_fit(config: RunConfig, configs: Path | None) -> None:
+    """Raises UserError: the model does not fit the cards, where it is known what they have."""
+    if config.cluster.gpu_gb is not None and configs is not None:
+        memory.require_fit(memory.needs_of(config, configs), config.cluster.gpu_gb)
 
 
 def _check_credentials(config: RunConfig) -> None:

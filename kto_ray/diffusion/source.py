@@ -15,8 +15,7 @@ from typing import Any
 
 from kto_ray.config import Model
 from kto_ray.diffusion import base_adapters, single_file
-from kto_ray.diffusion.components import components as components  # export/ asks for it here
-from kto_ray.diffusion.components import config_file
+from kto_ray.diffusion.components import components, config_file
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.hub import configs_of, download_of

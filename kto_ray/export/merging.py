@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kto_ray.diffusion import source
+from kto_ray.diffusion.components import components
 from kto_ray.diffusion.family import index_of
 from kto_ray.diffusion.loading import load_family
 from kto_ray.diffusion.weights import weight_files
@@ -92,7 +92,7 @@ def _changed(name: str, base: Tensor, change: Change | None, scale: float, dtype
 def _copy_pipeline(published: Published, out: Path) -> None:
     """All but the denoiser's weights. Components that the index names and the folder lacks are no longer named."""
     index = index_of(published.folder)
-    loaded = source.components(published.folder, published.family)
+    loaded = components(published.folder, published.family)
     named = [name for name, value in index.items() if isinstance(value, list) and len(value) == 2]
     for name in named:
         component = published.folder / name

@@ -1,6 +1,7 @@
 """What each role holds on its device: counted from configurations, against what is really there."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,13 @@ def test_a_card_too_small_is_said_with_what_would_help(tiny_sd1_folder: Path, tm
     assert text.startswith(("generate.resources: a replica holds ", "train.resources: a train worker holds "))
     assert "(cluster.gpu_gb) leaves" in text
     assert text.endswith("dtype=bfloat16 halves it")
+
+
+def test_a_folder_that_is_not_whole_is_said_before_what_it_needs(tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_sd1_folder, tmp_path / "model")
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config.json is missing; the folder is not whole"):
+        Preflight.check(small(tmp_path, folder, "cluster.gpu_gb=24"))
 
 
 def test_on_the_cpu_no_card_is_too_small(tiny_sd1_folder: Path, tmp_path: Path) -> None:
