@@ -67,11 +67,16 @@ Taste = Callable[[Pixels, str], bool]
 """Whether somebody likes a picture, (H, W, 3), for a prompt."""
 
 
+USUAL_REDNESS = 0.04
+"""Mean redness of what the embedded world's base model draws."""
+
+
 class LikesRed:
     """Likes what is redder than half of what came lately: the paper's appendix C, for one who has no scale at hand."""
 
-    def __init__(self, memory: int = 24) -> None:
-        self.lately = deque([0.0], memory)  # who has seen nothing yet compares with gray
+    def __init__(self, memory: int = 24, acquaintance: int = 8) -> None:
+        # Who has seen no image of the run yet knows what the model usually draws.
+        self.lately = deque([USUAL_REDNESS] * acquaintance, memory)
 
     def __call__(self, image_HWC: Pixels, prompt: str) -> bool:
         (redness,) = Redness().score(image_HWC[None], [Prompt("", prompt)])

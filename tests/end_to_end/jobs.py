@@ -45,7 +45,7 @@ class Job:
     log: Path
     nodes: tuple[int, ...] = ()
 
-    def wait(self, timeout: float = 400) -> int:
+    def wait(self, timeout: float = 1000) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -55,7 +55,7 @@ class Job:
     def output(self) -> str:
         return self.log.read_text()
 
-    def wait_until(self, there: Callable[[], Any], timeout: float = 300) -> Any:
+    def wait_until(self, there: Callable[[], Any], timeout: float = 1000) -> Any:
         """Poll until `there()` is true (its value is returned), while the job lives."""
         deadline = time.monotonic() + timeout
         while not (value := there()):
