@@ -91,6 +91,9 @@ class Train(Section):
     compile: Noted[bool] = False
     gradient_checkpointing: Noted[bool] = False
     workers: Noted[Count] = 1
+    strategy: Fixed[Literal["ddp", "fsdp"]] = "ddp"
+    """What each worker holds: all of what is trained, or, of full fine-tuning, its share of weights, gradients,
+    optimizer and reference (FSDP2), which is gathered block by block."""
     resources: Resources = Resources()
     on_nonfinite: Free[Literal["stop", "leave_out"]] = "stop"
     """What to do when an optimizer step's error, loss or gradient is not finite; the step is taken in no case. Stop the
@@ -118,9 +121,26 @@ class Train(Section):
                 "base_dtype bfloat16 with dtype float32: forward passes through bfloat16 weights are not float32; give "
                 "dtype bfloat16, too"
             )
+        if self.strategy == "fsdp":
+            self._fits_shards()
         if self.noise_range[0] >= self.noise_range[1]:
             raise ValueError(f"noise_range {list(self.noise_range)} must rise, for instance [0, 1]")
         return self
+
+    def _fits_shards(self) -> None:
+        if self.adapter.kind != "full":
+            raise ValueError(
+                "strategy fsdp with adapter.kind lora: adapters, their gradients and their optimizer are small, and a "
+                "frozen base is not sharded; give strategy ddp, with dtype bfloat16 and gradient_checkpointing where "
+                "memory is short, or adapter.kind full"
+            )
+        if self.optimizer != "adamw":
+            raise ValueError(f"strategy fsdp with optimizer {self.optimizer}: it takes no shards; give adamw")
+        if getattr(self.objective, "safeguard", False):
+            raise ValueError(
+                "strategy fsdp with objective.safeguard: of shards, the gradients of desirable and undesirable samples "
+                "are not had apart; give strategy ddp"
+            )
 
 
 def held_dtype(train: Train) -> Literal["float32", "bfloat16"]:

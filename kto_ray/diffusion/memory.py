@@ -5,6 +5,7 @@ run shows it. Counted are weights, gradients and the optimizer's state; activati
 something is drawn or trained: a fifth of a card is left to them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from kto_ray.diffusion.checks import adapted
 from kto_ray.diffusion.components import components
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.loading import DTYPES
-from kto_ray.diffusion.sizes import parameters_of
+from kto_ray.diffusion.sizes import largest_block_of, parameters_of
 from kto_ray.errors import UserError
 
 FOR_ACTIVATIONS = 0.2
@@ -96,12 +97,17 @@ def _train_worker(config: RunConfig, folder: Path) -> Need:
     trained = TRAINED[train.optimizer]
     follows = train.objective.needs.reference in ("round", "ema")
     if train.adapter.kind == "full":
+        share = math.ceil(numbers[part] / (train.workers if train.strategy == "fsdp" else 1))
         parts = {
-            f"{part} and its optimizer": trained * numbers[part],
-            "base": 4 * numbers[part],
-            "reference": 4 * numbers[part] * follows,
+            f"{part} and its optimizer": trained * share,
+            "base": 4 * share,
+            "reference": 4 * share * follows,
         }
-        less = "train.adapter.kind=lora needs a fraction, train.optimizer=adafactor less"
+        less = "train.strategy=fsdp shares it among train.workers, train.adapter.kind=lora needs a fraction"
+        if train.strategy == "fsdp":
+            # The block in work, and the one that is fetched meanwhile.
+            parts["gathered blocks"] = 2 * DTYPES[train.dtype].itemsize * largest_block_of(folder, part)
+            less = "more train.workers share it"
     else:
         parts = {
             part: DTYPES[held_dtype(train)].itemsize * numbers[part],

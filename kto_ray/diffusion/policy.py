@@ -3,7 +3,8 @@
 Two kinds: LoRA adapters (peft), whose reference is the same module with the adapter switched off; and full fine-tuning,
 whose reference is a frozen copy. The reference is the base model unless it is told to be another policy (`refer_to`,
 for a `train.objective.reference` that follows). Both give their weights as named tensors (`policies.py` stores them as
-safetensors) and take them back; `proves` compares what really sits in the module with what was published.
+safetensors) and take them back; `proves` compares what really sits in the module with what was published. The weights
+of full fine-tuning may be spread over the ranks of a training job (`sharding.py`).
 
 A LoRA policy's names follow diffusers, so that `pipe.load_lora_weights(policy_folder)` works on a published one.
 """
@@ -11,16 +12,18 @@ A LoRA policy's names follow diffusers, so that `pipe.load_lora_weights(policy_f
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from kto_ray.config import Adapter
 from kto_ray.diffusion.family import Family
+from kto_ray.diffusion.sharding import whole
 from kto_ray.errors import UserError
 
 ADAPTER = "policy"
@@ -30,12 +33,20 @@ class Policy(Protocol):
     """The trainable part of a denoiser."""
 
     module: nn.Module
+    sharded: bool
+    """Whether its weights are spread over the ranks."""
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer steps."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is published: float32 on the CPU, keyed by name."""
+        """What is published: float32 on the CPU, keyed by name. All ranks ask together where weights are sharded."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: this rank's shards where weights are sharded, else `tensors`."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state_dict` gave."""
 
     def metadata(self) -> dict[str, str]:
         """What stands in the header of the published safetensors file."""
@@ -66,6 +77,7 @@ class LoraPolicy:
 
     def __init__(self, denoiser: Any, adapter: Adapter, component: str, targets: Sequence[str]) -> None:
         self.module: nn.Module = denoiser
+        self.sharded = False
         targets = list(adapter.target_modules or targets)
         self._prefix = f"{component}."
         self.config = LoraConfig(
@@ -97,6 +109,12 @@ class LoraPolicy:
             self._prefix + key: value for key, value in config.items() if isinstance(value, str | int | float | list)
         }
         return {"format": "pt", "lora_adapter_metadata": json.dumps(described, sort_keys=True)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.tensors()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.load(state)
 
     def load(self, tensors: Mapping[str, Tensor] | None) -> None:
         if tensors is None:
@@ -137,13 +155,20 @@ class LoraPolicy:
 
 
 class FullPolicy:
-    """Every weight of the denoiser is trained; the reference is a frozen copy, and the base another one."""
+    """Every weight of the denoiser is trained; the reference is a frozen copy.
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        self.module = denoiser
-        self._base = copy.deepcopy(denoiser).requires_grad_(False).eval()
-        self._reference: nn.Module | None = None  # None: the base
+    Args:
+        shard: spreads a module's weights over the ranks, in place; None: every rank holds all of them.
+    """
+
+    def __init__(self, denoiser: nn.Module, shard: Callable[[nn.Module], None] | None = None) -> None:
+        self.module, self.sharded = denoiser, shard is not None
+        self._frozen = copy.deepcopy(denoiser).requires_grad_(False).eval()
+        self._base: dict[str, Tensor] | None = None  # set aside while the frozen copy is another reference
         denoiser.requires_grad_(True)
+        if shard is not None:
+            shard(self._frozen)
+            shard(self.module)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
@@ -151,25 +176,45 @@ class FullPolicy:
     def tensors(self) -> dict[str, Tensor]:
         return {name: _published(tensor) for name, tensor in sorted(self.module.state_dict().items())}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.module.state_dict() if self.sharded else self.tensors()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.module.load_state_dict(dict(state))
+
     def metadata(self) -> dict[str, str]:
         return {"format": "pt"}
 
     def load(self, tensors: Mapping[str, Tensor] | None) -> None:
-        self.module.load_state_dict(self._base.state_dict() if tensors is None else dict(tensors))
+        if tensors is None:
+            self.module.load_state_dict(self._of_base())
+        else:
+            self._fill(self.module, tensors)
 
     def proves(self, tensors: Mapping[str, Tensor] | None) -> bool:
-        return _equal(self.module.state_dict(), self._base.state_dict() if tensors is None else tensors)
+        return _equal(self.module.state_dict(), self._of_base() if tensors is None else tensors)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        yield self._base if self._reference is None else self._reference
+        yield self._frozen
 
     def refer_to(self, tensors: Mapping[str, Tensor] | None) -> None:
         if tensors is None:
-            self._reference = None
+            self._frozen.load_state_dict(self._of_base())
+            self._base = None
             return
-        self._reference = copy.deepcopy(self._base) if self._reference is None else self._reference
-        self._reference.load_state_dict(dict(tensors))
+        if self._base is None:
+            self._base = {name: tensor.clone() for name, tensor in self._frozen.state_dict().items()}
+        self._fill(self._frozen, tensors)
+
+    def _of_base(self) -> dict[str, Tensor]:
+        return self._frozen.state_dict() if self._base is None else self._base
+
+    def _fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        if self.sharded:  # each rank takes its own part
+            set_model_state_dict(module, dict(tensors), options=StateDictOptions(full_state_dict=True))
+        else:
+            module.load_state_dict(dict(tensors))
 
 
 @contextlib.contextmanager
@@ -190,16 +235,20 @@ def _copy(weights: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None
         parameter.copy_(weight)
 
 
-def make_policy(family: Family, adapter: Adapter) -> Policy:
-    """The policy that `train.adapter` asks for, set up on the denoiser of a freshly loaded family."""
+def make_policy(family: Family, adapter: Adapter, shard: Callable[[nn.Module], None] | None = None) -> Policy:
+    """The policy that `train.adapter` asks for, set up on the denoiser of a freshly loaded family.
+
+    Args:
+        shard: see `FullPolicy`; adapters are not sharded.
+    """
     if adapter.kind == "lora":
         return LoraPolicy(family.denoiser, adapter, family.part, family.target_modules(family.denoiser.config))  # type: ignore[arg-type]
-    return FullPolicy(family.denoiser)
+    return FullPolicy(family.denoiser, shard)
 
 
 def _published(tensor: Tensor) -> Tensor:
     # A copy even where nothing is to be cast: what was published must not follow the training.
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return whole(tensor.detach()).to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _equal(live: Mapping[str, Tensor], published: Mapping[str, Tensor]) -> bool:

@@ -13,12 +13,25 @@ import torch
 from torch import nn
 
 from kto_ray.diffusion.family import index_of
+from kto_ray.diffusion.sharding import blocks_of
 
 
 def parameters_of(folder: Path, component: str) -> int:
     """Weights and stored buffers of a component."""
     module = _built(folder, component)
     return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def largest_block_of(folder: Path, component: str) -> int:
+    """Weights of the largest of the parts that are gathered one by one where a component is sharded."""
+    module = _built(folder, component)
+    counted: set[int] = set()
+    largest = 0
+    for block in [*blocks_of(module), module]:  # inner ones first, whose weights are not their surroundings'
+        own = [weight for weight in block.parameters() if id(weight) not in counted]
+        counted |= {id(weight) for weight in own}
+        largest = max(largest, sum(weight.numel() for weight in own))
+    return largest
 
 
 def layers_of(folder: Path, component: str) -> dict[str, tuple[int, ...]]:

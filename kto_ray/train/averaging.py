@@ -103,7 +103,7 @@ class Average:
         torch._foreach_lerp_(self.weights, [p.detach() for p in self.policy.parameters()], 1 - self.decay)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": [weight.cpu() for weight in self.weights]}
+        return {"weights": list(self.weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.begin()

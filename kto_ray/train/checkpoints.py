@@ -1,6 +1,6 @@
 """The checkpoints of a run, as Ray Train keeps them, looked at from outside: which can be used, and which shall be.
 
-    checkpoints/checkpoint_2026-11-25_09-12-33.123456/state.pt      one of each kept policy version
+    checkpoints/checkpoint_2026-11-25_09-12-33.123456/state.pt ...  one of each kept policy version (`checkpointing.py`)
                 checkpoint_manager_snapshot.json                    Ray Train's list of them; it starts from the latest
 
 Ray Train starts from the latest of its list, whatever is left of it, and does not start at all when one of the list is
@@ -8,6 +8,7 @@ gone. So `job.py` takes what cannot be used off the list before it begins, and `
 workers train the rounds after the checkpoint that is left again, to the same bytes (`worker.py`).
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -22,6 +23,7 @@ from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
+STATE, SHARDS = "state.pt", "shards.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 READ_AT_ONCE = 2**24  # bytes: of an object store every read is a request
 BEGINNING = "rewound.json"
@@ -59,18 +61,26 @@ def kept_checkpoints(run: Storage) -> list[KeptCheckpoint]:
 
 def flaw_of(run: Storage, checkpoint: KeptCheckpoint) -> str | None:
     """Why a checkpoint cannot be used; None: it is as it was written, by the checksums in it."""
+    folder = run / "checkpoints" / checkpoint.name
     try:
         with (
-            (run / "checkpoints" / checkpoint.name).open("state.pt") as file,
+            folder.open(STATE) as file,
             io.BufferedReader(file, READ_AT_ONCE) as buffered,
             zipfile.ZipFile(buffered) as archive,
         ):
             damaged = archive.testzip()
+        shards = folder.read_json(SHARDS) if folder.exists(SHARDS) else {}
+        damaged = damaged or next((name for name, digest in shards.items() if _sha256(folder, name) != digest), None)
     except FileNotFoundError:
         return "it is gone"
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         return f"it is damaged: {error}"
     return f"it is damaged: {damaged} is not as it was written" if damaged else None
+
+
+def _sha256(folder: Storage, name: str) -> str:
+    with folder.open(name) as file, io.BufferedReader(file, READ_AT_ONCE) as buffered:
+        return hashlib.file_digest(buffered, "sha256").hexdigest()
 
 
 def keep_only(run: Storage, kept: Sequence[KeptCheckpoint]) -> None:
@@ -98,7 +108,7 @@ def use_good_ones(run: Storage) -> None:
             break
         flaws[checkpoint] = flaw
     # Older ones are not looked into, but must be there.
-    good = [c for c in listed if c not in flaws and run.exists(f"checkpoints/{c.name}/state.pt")]
+    good = [c for c in listed if c not in flaws and run.exists(f"checkpoints/{c.name}/{STATE}")]
     trained = PolicyStore(run).newest()
     found = "; ".join(f"{run}/checkpoints/{checkpoint.name}: {flaw}" for checkpoint, flaw in flaws.items())
     if not good and trained not in (0, beginning(run)):

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from kto_ray.diffusion.sharding import local
 from kto_ray.objectives.ranks import sum_over_ranks
 
 
@@ -50,6 +51,6 @@ def require_finite_step(error_B: Tensor, loss_B: Tensor, gradient_norm: Tensor, 
 
 def require_finite_weights(parameters: Iterable[Tensor]) -> None:
     """Raises NotFiniteError, on all ranks if on one."""
-    wrong = torch.tensor([float(sum(not bool(weights.isfinite().all()) for weights in parameters))])
+    wrong = torch.tensor([float(sum(not bool(local(weights).isfinite().all()) for weights in parameters))])
     if sum_over_ranks(wrong).item():
         raise NotFiniteError("weights")

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from kto_ray.config import Train
@@ -25,6 +26,7 @@ from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.loading import DTYPES
 from kto_ray.diffusion.policy import Policy
+from kto_ray.diffusion.sharding import whole
 from kto_ray.diffusion.texts import Texts
 from kto_ray.objectives.health import Health
 from kto_ray.objectives.protocol import Losses, Outputs, Rewards, Scale
@@ -80,8 +82,8 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a restarted worker needs to go on as if nothing had happened."""
         return {
-            "policy": self.policy.tensors(),
-            "optimizer": self.optimizer.state_dict(),
+            "policy": self.policy.state_dict(),
+            "optimizer": self._optimizer_state(),
             "scheduler": self.scheduler.state_dict(),
             "objective": dict(self.memory),
             "sampling": self.sampling.state_dict(),
@@ -89,8 +91,11 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy.load(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.policy.load_state_dict(state["policy"])
+        if self.policy.sharded:
+            set_optimizer_state_dict(self.policy.module, self.optimizer, state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         # The state has settings in it, too, which may have changed with a rewinding: the configuration's hold. What was
         # kept for another objective is of no use to this one; checkpoints of version 0.1.0 kept nothing.
@@ -104,6 +109,13 @@ class Learner:
         self.scheduler._last_lr = [rate * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)]
         for group in self.optimizer.param_groups:
             group |= {"initial_lr": rate, "weight_decay": self.config.weight_decay, "lr": self.scheduler._last_lr[0]}
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return (
+            get_optimizer_state_dict(self.policy.module, self.optimizer)
+            if self.policy.sharded
+            else self.optimizer.state_dict()
+        )
 
     def begin_from(self, tensors: Mapping[str, Tensor] | None) -> None:
         """Become a published policy, without its optimizer's state; None: the base."""
@@ -232,7 +244,7 @@ class Learner:
             made.append((outputs, losses))
             start = end
         kept = safeguard.finish(self.ranks) if safeguard else None
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        gradient_norm = whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
         losses = _joined([losses for _, losses in made])
         error_B = torch.cat([outputs.error_B.detach() for outputs, _ in made])
         reward_B = torch.cat([outputs.reward_B.detach() for outputs, _ in made]) if needs.reference else None

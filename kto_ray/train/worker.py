@@ -16,7 +16,6 @@ UserError, which the coordinator is told instead.
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,14 @@ from kto_ray.config import RunConfig, held_dtype
 from kto_ray.diffusion import source
 from kto_ray.diffusion.loading import DTYPES, load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
+from kto_ray.diffusion.sharding import Sharding
 from kto_ray.diffusion.texts import texts_of
 from kto_ray.errors import UserError
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.rounds import RoundStore, by_sample
 from kto_ray.ruling import values_of
 from kto_ray.storage import Storage
+from kto_ray.train import checkpointing
 from kto_ray.train.batches import RoundData, StoredLatents
 from kto_ray.train.checkpoints import beginning
 from kto_ray.train.coordinator import RoundTask, TrainingReport
@@ -78,7 +79,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
         learner.begin_from(store.load(store.resolve(version)))
 
     while True:
-        if rank == 0 and report:
+        if report:
             publish(store, learner, version)
         again = trained_before(rounds, version)
         task: RoundTask | None = again or ray.get(coordinator.next_round.remote(version, report if rank == 0 else None))
@@ -112,9 +113,9 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
             left_out=left_out,
             reference=(reference.version, reference.digest) if reference else None,
         )
-        if again and rank == 0:
+        if again:
             require_same_policy(store, learner, version, run)
-        commit_checkpoint(learner, version, report, rank, run)
+        commit_checkpoint(learner, version, report, run)
 
 
 def trained_before(rounds: RoundStore, version: int) -> RoundTask | None:
@@ -200,41 +201,47 @@ def build_learner(
     Args:
         run: the run's folder, which has prompts encoded: nothing that only draws is loaded then, and text encoders only
             for prompts that nobody has met. None: all of the model is loaded, for whoever draws with it, too.
+        distributed: whether there is a process group, over which `train.strategy` spreads the work.
     """
     folder, model, guidance = source.resolve(config.model), config.model, config.generate.guidance_scale
     device = pick_device(config.train.device, config.train.resources.num_gpus)
     held = DTYPES[held_dtype(config.train)]
-    family = load_family(folder, model, device, held, guidance, "all" if run is None else "denoiser")
+    sharded = distributed and config.train.strategy == "fsdp"
+    # What is sharded goes to its device block by block, and need not fit there as a whole.
+    at_first = torch.device("cpu") if sharded else device
+    family = load_family(folder, model, at_first, held, guidance, "all" if run is None else "denoiser")
     texts = None
     if run is not None:
         dtype, components = DTYPES[config.generate.dtype], source.component_digests(folder, model)
         texts = texts_of(config, run, components, lambda: load_family(folder, model, device, dtype, parts="encoders"))
     # Adapter weights are drawn at random; every rank, and every restart, must draw the same.
     torch.manual_seed(config.seed)
-    policy = make_policy(family, config.train.adapter)
+    shard = Sharding(device, DTYPES[config.train.dtype]) if sharded else None
+    policy = make_policy(family, config.train.adapter, shard)
     if config.train.compile:
         policy.module.compile()
     more = {"find_unused_parameters": True} if family.leaves_unused and config.train.adapter.kind == "full" else {}
     prepare = partial(ray.train.torch.prepare_model, parallel_strategy_kwargs=more)
-    wrap = prepare if distributed else (lambda module: module)
+    wrap = prepare if distributed and not sharded else (lambda module: module)
     total_steps = config.rounds * config.optimizer_steps_per_round
     return Learner(family, policy, config.train, config.seed, device, wrap, rank, ranks, total_steps, texts)
 
 
 def publish(store: PolicyStore, learner: Learner, version: int) -> None:
-    """Publish the weights that are to draw; does nothing when that was done before."""
-    store.publish(version, learner.sampling.tensors(), learner.policy.metadata())
+    """Publish the weights that are to draw; does nothing when that was done before. Called by every rank."""
+    if learner.rank == 0:
+        store.publish(version, learner.sampling.tensors(), learner.policy.metadata())
+    elif learner.policy.sharded:
+        learner.sampling.tensors()  # brings this rank's part
 
 
 def load_checkpoint(checkpoint: Checkpoint, learner: Learner) -> tuple[int, TrainingReport]:
     """Put the learner where the checkpoint left it; returns its policy version and that round's report."""
     with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
-    learner.load_state_dict(state["learner"])
-    return state["version"], TrainingReport(**state["report"])
+        return checkpointing.load(learner, Path(folder))
 
 
-def commit_checkpoint(learner: Learner, version: int, report: TrainingReport, rank: int, run: Storage) -> None:
+def commit_checkpoint(learner: Learner, version: int, report: TrainingReport, run: Storage) -> None:
     """Report a checkpoint and wait until Ray Train's controller has committed it. Called by every rank.
 
     Raises:
@@ -242,16 +249,15 @@ def commit_checkpoint(learner: Learner, version: int, report: TrainingReport, ra
     """
     run.require_mine()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if rank == 0:
-            state = {"learner": learner.state_dict(), "version": version, "report": asdict(report)}
-            try:
-                torch.save(state, Path(folder) / "state.pt")
-            except (OSError, RuntimeError) as error:  # torch says RuntimeError where the disk is full
-                raise UserError(f"the checkpoint of policy {version} cannot be written to {folder}: {error}") from error
-            checkpoint = Checkpoint.from_directory(folder)
         try:
-            ray.train.report({"version": version, **report.figures}, checkpoint=checkpoint)
+            checkpointing.save(learner, version, report, Path(folder))
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError where the disk is full
+            raise UserError(f"the checkpoint of policy {version} cannot be written to {folder}: {error}") from error
+        mine = learner.rank == 0 or learner.policy.sharded
+        try:
+            ray.train.report(
+                {"version": version, **report.figures}, checkpoint=Checkpoint.from_directory(folder) if mine else None
+            )
         except OSError as error:
             raise UserError(
                 f"runs_folder: cannot write the checkpoint of policy {version} to {run}/checkpoints: {error}; "

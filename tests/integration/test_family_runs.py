@@ -1,16 +1,20 @@
 """Whole runs of two rounds on a local Ray, of model families: Serve draws, Ray Train trains, policies go back.
 
-Of four, which stand for the others; with KTO_RAY_ALL_FAMILIES=1 in the environment of every one, which takes minutes.
-Without Ray every family goes through two rounds in `tests/unit/test_family_training.py`.
+Of one, which stands for the others, and one in shards; with KTO_RAY_ALL_FAMILIES=1 in the environment of every one,
+which takes minutes. Without Ray every family goes through two rounds in `tests/unit/test_family_training.py`.
 """
 
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -40,8 +44,8 @@ def local_ray() -> Iterator[None]:
 
 
 ALL = [*((name, "lora") for name in NAMES if name != "pixart_sigma"), *((name, "full") for name in FULL)]
-# Each stands for how others are wired: pooled texts; tokens and told guidance; texts of any length; every weight.
-SOME = [("sdxl", "lora"), ("flux", "lora"), ("z_image", "lora"), ("pixart_sigma", "full")]
+# The farthest from the Stable Diffusion of all other tests: a flow, tokens of latents, guidance that is told.
+SOME = [("flux", "lora")]
 CASES = ALL if os.environ.get("KTO_RAY_ALL_FAMILIES") else SOME
 
 
@@ -78,3 +82,46 @@ def test_two_rounds_of_every_family(tmp_path: Path, name: str, kind: str) -> Non
     if kind == "lora":
         again: Any = load_family(folder, Model(), torch.device("cpu"), torch.float32).pipeline
         again.load_lora_weights(run / "policies" / "00002", weight_name="policy.safetensors")
+
+
+def kill_a_train_worker(once: Path, killed: list[int]) -> None:
+    """SIGKILL to one of them as soon as a file is there."""
+    while not once.exists():
+        time.sleep(0.1)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.kill()
+                killed.append(process.pid)
+                return
+
+
+@pytest.mark.filterwarnings("ignore:`use_")
+def test_a_run_in_shards_outlives_a_worker_and_goes_on_with_more(tmp_path: Path) -> None:
+    folder, side = write_model(tmp_path / "model", "pixart_sigma"), side_of("pixart_sigma")
+    run, killed = tmp_path / "runs" / "tiny", list[int]()
+
+    def go_on(rounds: int, workers: int) -> dict[str, Any]:
+        overrides = [
+            *(*SMALL, f"runs_folder={tmp_path / 'runs'}", "run=tiny", f"model={folder}", f"rounds={rounds}"),
+            *("generate.images_per_round=8", f"generate.height={side}", f"generate.width={side}", "train.epochs=1"),
+            *("train.objective.beta=100", "train.adapter.kind=full", "train.strategy=fsdp", f"train.workers={workers}"),
+            *(
+                "train.objective.noise_parts=2",
+                "train.global_batch=6",
+                "train.micro_batch=1",
+                "train.resources.num_cpus=0.2",
+                "evaluate.max_prompts=2",
+            ),
+        ]
+        return loop.run_online_kto(load("shapes_demo", overrides), Console(quiet=True))
+
+    threading.Thread(target=kill_a_train_worker, args=(run / "policies/00001/policy.json", killed), daemon=True).start()
+    go_on(rounds=2, workers=2)
+    assert killed
+    ledger = go_on(rounds=3, workers=3)["ledger"]
+    assert (ledger["generated"], ledger["balances"], ledger["trained_twice"]) == (24, True, 0)
+    policies = PolicyStore(Storage(str(run)))
+    weights = [policies.load(policies.resolve(version)) for version in range(1, 4)]
+    moved = [not torch.equal(a["proj_out.weight"], b["proj_out.weight"]) for a, b in pairwise(filter(None, weights))]
+    assert moved == [True] * 2

@@ -1,5 +1,7 @@
 """Checkpoints that are damaged or gone: the newest good one is used, aloud, or the run ends with a sentence."""
 
+import hashlib
+import json
 import logging
 import uuid
 from pathlib import Path
@@ -108,6 +110,21 @@ def test_what_torch_writes_is_checked_by_its_checksums(tmp_path: Path) -> None:
     assert "is not as it was written" in str(flaw_of(run, kept)) or "CRC" in str(flaw_of(run, kept))
 
 
+def test_shards_are_checked_by_their_digests(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path))
+    write_checkpoints(run, [1])
+    (kept,) = kept_checkpoints(run)
+    folder = tmp_path / "checkpoints" / kept.name
+    torch.save({"weights": torch.randn(10)}, folder / "state.pt")
+    (folder / "__1_0.distcp").write_bytes(b"weights")
+    (folder / "shards.json").write_text(json.dumps({"__1_0.distcp": hashlib.sha256(b"weights").hexdigest()}))
+    assert flaw_of(run, kept) is None
+    (folder / "__1_0.distcp").write_bytes(b"weighty")
+    assert flaw_of(run, kept) == "it is damaged: __1_0.distcp is not as it was written"
+    (folder / "__1_0.distcp").unlink()
+    assert flaw_of(run, kept) == "it is gone"
+
+
 def test_rounds_after_an_older_checkpoint_are_trained_again_as_they_were(tmp_path: Path) -> None:
     rounds = RoundStore(Storage(str(tmp_path)))
     for index, draws in enumerate(({"a": 2}, {})):  # the second was skipped
@@ -121,7 +138,7 @@ class Weights:
     """What is published of a learner's policy."""
 
     def __init__(self, value: float) -> None:
-        self.value = value
+        self.value, self.rank = value, 0
         self.sampling = self.policy = self
 
     def tensors(self) -> dict[str, Any]:

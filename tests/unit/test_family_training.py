@@ -30,6 +30,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "families.md"
 WITHOUT_GUIDANCE = ("flux_schnell",)
 RECIPES = {
     "sd15_lora": "sd1",
+    "sd15_full_fsdp": "sd1",
     "paper": "sd1",
     "sdxl_lora": "sdxl",
     "sd35_medium_lora": "sd3",

@@ -192,7 +192,7 @@ def test_a_disk_that_is_full_is_a_sentence(
     monkeypatch.setattr(where, full)
     report = TrainingReport(1, {}, {})
     with pytest.raises(UserError, match=r"checkpoint of policy 1 .*No space left on device"):
-        commit_checkpoint(make_learner(tiny_sd1_folder), 1, report, 0, Storage(str(tmp_path)))
+        commit_checkpoint(make_learner(tiny_sd1_folder), 1, report, Storage(str(tmp_path)))
 
 
 async def test_the_first_reason_to_give_up_ends_every_wait() -> None:

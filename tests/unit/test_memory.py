@@ -117,6 +117,18 @@ def test_what_an_optimizer_holds_is_counted(tiny_sd1_folder: Path, optimizer: st
     assert (counted == 0) is (optimizer == "adafactor")
 
 
+def test_what_is_sharded_is_shared_among_the_workers(tiny_sd1_folder: Path) -> None:
+    train = {"adapter": {"kind": "full"}, "workers": 4, "global_batch": 4, "micro_batch": 1}
+    alone, shared = (
+        needs_of(config_of(tiny_sd1_folder, train=train | {"strategy": strategy}), tiny_sd1_folder)[1].parts
+        for strategy in ("ddp", "fsdp")
+    )
+    for part in ("unet and its optimizer", "base"):
+        assert shared[part] == pytest.approx(alone[part] / 4, rel=1e-4)
+    # The largest blocks of the tiny model, by hand: two layers of 3 x 3 and 32 channels, their norms and times.
+    assert 0 < shared["gathered blocks"] < alone["base"]
+
+
 def test_the_layers_of_adapters_are_those_that_peft_finds(folder: Path) -> None:
     config = config_of(folder)
     if config.train.adapter.kind == "full":
