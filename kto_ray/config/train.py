@@ -70,8 +70,9 @@ class Train(Section):
     max_draws: Fixed[Count] = 32
     """How often a sample may be drawn in a round of both classes. Where one class has so few samples that `gamma` would
     draw them more often, the other class is drawn instead, and the run says so."""
-    optimizer: Fixed[Literal["adamw", "adamw_8bit", "adafactor"]] = "adamw"
-    """The second takes a quarter of the first's state and needs bitsandbytes, the third next to none."""
+    optimizer: Fixed[Literal["adamw", "adamw_8bit", "adamw_paged", "adafactor"]] = "adamw"
+    """AdamW; with a quarter of the state; with the state in the host's memory where the card has no room for it (both
+    of bitsandbytes); or Adafactor, with next to no state."""
     learning_rate: Fixed[Positive] = 1e-5
     warmup_steps: Fixed[Annotated[int, Field(ge=0)]] = 0
     decay: Fixed[Literal["constant", "cosine"]] = "constant"

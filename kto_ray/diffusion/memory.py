@@ -22,8 +22,9 @@ from kto_ray.errors import UserError
 
 FOR_ACTIVATIONS = 0.2
 """Of a card."""
-TRAINED = {"adamw": 4 + 4 + 4 + 4, "adamw_8bit": 4 + 4 + 1 + 1, "adafactor": 4 + 4}
-"""Bytes of a trained number by `train.optimizer`: itself and its gradient in float32, and what the optimizer holds."""
+TRAINED = {"adamw": 4 + 4 + 4 + 4, "adamw_8bit": 4 + 4 + 1 + 1, "adamw_paged": 4 + 4, "adafactor": 4 + 4}
+"""Bytes of a trained number by `train.optimizer`: itself and its gradient in float32, and what the optimizer holds that
+cannot go to the host's memory."""
 GIB = 2**30
 
 

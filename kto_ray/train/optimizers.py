@@ -1,7 +1,8 @@
 """Optimizers by name (`train.optimizer`). `learner.py` steps one; `preflight.py` asks whether it can be had.
 
 Which takes how much memory: AdamW holds two means of each trained number in float32, of 8 bits in "adamw_8bit"
-(bitsandbytes, Dettmers et al., arXiv 2110.02861); Adafactor (Shazeer & Stern, arXiv 1804.04235) holds one for each row
+(bitsandbytes, Dettmers et al., arXiv 2110.02861); "adamw_paged" lets CUDA move them between card and host, page by page
+(bitsandbytes, Dettmers et al., arXiv 2305.14314); Adafactor (Shazeer & Stern, arXiv 1804.04235) holds one for each row
 and column.
 """
 
@@ -15,18 +16,21 @@ from torch import nn
 from kto_ray.config import Train
 from kto_ray.errors import UserError
 
+OF_BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "adamw_paged": "PagedAdamW32bit"}
+
 
 def check(config: Train) -> None:
     """Raises UserError: the optimizer cannot be had here."""
-    if config.optimizer != "adamw_8bit":
+    if config.optimizer not in OF_BITSANDBYTES:
         return
-    if not config.resources.num_gpus and config.device in ("auto", "cpu"):
+    if config.optimizer == "adamw_paged" and not config.resources.num_gpus and config.device in ("auto", "cpu"):
         raise UserError(
-            "train.optimizer: adamw_8bit runs on a GPU, and train.resources.num_gpus is 0; give it one, or adamw"
+            "train.optimizer: adamw_paged moves its state between a GPU and the host, and train.resources.num_gpus is 0; "
+            "give it one, or adamw"
         )
     if find_spec("bitsandbytes") is None:
         raise UserError(
-            "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; pip install 'kto-ray[lean]', or "
+            f"train.optimizer: {config.optimizer} needs bitsandbytes, which is not installed; pip install 'kto-ray[lean]', or "
             "take adafactor"
         )
 
@@ -36,9 +40,11 @@ def make_optimizer(config: Train, parameters: Sequence[nn.Parameter]) -> torch.o
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, **settings)
-    if config.optimizer == "adamw_8bit":
+    if config.optimizer in OF_BITSANDBYTES:
         import bitsandbytes
 
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **settings)
+        optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, OF_BITSANDBYTES[config.optimizer])(
+            parameters, **settings
+        )
         return optimizer
     return torch.optim.AdamW(parameters, **settings)

@@ -374,7 +374,8 @@ def test_what_is_said_and_what_it_stands_for_are_the_same(
 @pytest.mark.parametrize(
     ("gpus", "said"),
     [
-        (0, "train.optimizer: adamw_8bit runs on a GPU, and train.resources.num_gpus is 0"),
+        (0, "train.optimizer: adamw_paged moves its state between a GPU and the host, and train.resources.num_gpus is 0"),
+        (0, "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed"),
         (1, "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed"),
     ],
 )
@@ -382,7 +383,7 @@ def test_an_optimizer_that_cannot_be_had(
     base: list[str], monkeypatch: pytest.MonkeyPatch, gpus: int, said: str
 ) -> None:
     monkeypatch.setattr("kto_ray.train.optimizers.find_spec", lambda name: None)
-    overrides = ["train.optimizer=adamw_8bit", f"train.resources.num_gpus={gpus}"]
+    overrides = [f"train.optimizer={said.split()[1]}", f"train.resources.num_gpus={gpus}"]
     assert message(base, *overrides).startswith(said)
 
 
