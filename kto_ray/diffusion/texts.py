@@ -8,17 +8,21 @@ A prompt is encoded alone: its rows are the same whatever it is met with, and wh
 
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from kto_ray.config import RunConfig
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.family import Family
 from kto_ray.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 NOTHING = "nothing"
 """File of what guidance contrasts with; those of prompts are named after their digests."""
@@ -81,6 +85,9 @@ class Texts:
             try:
                 return Conditioning(load(store.read(f"{name}.safetensors")))
             except FileNotFoundError:
+                return None
+            except SafetensorError as error:
+                logger.warning("%s/%s.safetensors is damaged (%s); its prompt is encoded again", store, name, error)
                 return None
 
         with ThreadPoolExecutor(min(READERS, len(names))) as pool:

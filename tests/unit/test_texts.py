@@ -49,6 +49,18 @@ def test_rows_are_the_familys_whatever_they_are_encoded_with(family: Family) -> 
     assert same(texts.nothing(), family.nothing())
 
 
+def test_a_damaged_file_is_encoded_and_kept_again(
+    family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Storage(str(tmp_path))
+    sound = Texts(lambda: family, store).encode([PROMPTS[1]])
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert same(Texts(lambda: family, store).encode([PROMPTS[1]]), sound)
+    assert f"{file} is damaged" in caplog.text
+    assert same(Texts(refuse, store).encode([PROMPTS[1]]), sound)
+
+
 def test_a_text_is_encoded_once(family: Family) -> None:
     texts = Texts(lambda: family)
     first = texts.encode([*PROMPTS, PROMPTS[0]])
