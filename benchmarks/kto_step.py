@@ -6,12 +6,11 @@ Contenders, all on the embedded world with batches of 72 and the same pictures, 
 
 - ours, LoRA and full: `Learner.train_round` over one round of `shapes_demo`, divided by its steps. All that a step
   costs is in it: prompts encoded once a round, batches drawn, reference point, loss, clipping, AdamW, health figures.
-- bound, LoRA and full: forward and backward pass of the policy and forward pass of the bare U-Net on one batch that
+- bound, LoRA and full: forward and backward pass of the policy and forward pass of its reference on one batch that
   lies ready. Nothing else; no optimizer either.
 - released-like: see `ReleasedLike`.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,16 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from measuring import Table, interleaved, median_and_range, ratios, run_alone
-from torch import Tensor, nn
+from torch import Tensor
 
-from kto_ray.config import RunConfig, Train, load, steps_for
-from kto_ray.diffusion import source
-from kto_ray.diffusion.conditioning import Conditioning
+from kto_ray.config import load, steps_for
 from kto_ray.diffusion.family import Family
-from kto_ray.diffusion.loading import load_family
 from kto_ray.objectives.protocol import denoising_error
 from kto_ray.shapes.world import all_scenes, draw_somewhere
 from kto_ray.train.batches import LatentsInMemory, RoundData
+from kto_ray.train.learner import Learner
 from kto_ray.train.sampler import plan_round
 from kto_ray.train.worker import build_learner
 
@@ -46,17 +43,15 @@ def measure(quick: bool) -> Table:
     steps = steps_for(lora_config.generate.images_per_round, lora_config.train)
     repeats = 3 if quick else 7
 
-    family = load_base(lora_config)
-    pixels_NHWC, data = make_round(family, lora_config.generate.images_per_round)
-    bare = copy.deepcopy(family.denoiser)
-    lora, full = build_learner(lora_config), build_learner(full_config)
-    released = ReleasedLike(family, full_config, pixels_NHWC, data.prompts, data.desirable_N)
+    lora, full, other = (build_learner(config) for config in (lora_config, full_config, full_config))
+    pixels_NHWC, data = make_round(lora.family, lora_config.generate.images_per_round)
+    released = ReleasedLike(other, pixels_NHWC, data)
     seconds = interleaved(
         {
             "ours, LoRA": lambda: lora.train_round(data),
-            "bound, LoRA": bound(lora.family, lora.policy.module, bare, data, steps),
+            "bound, LoRA": bound(lora, data, steps),
             "ours, full": lambda: full.train_round(data),
-            "bound, full": bound(full.family, full.policy.module, bare, data, steps),
+            "bound, full": bound(full, data, steps),
             "released-like, full": lambda: released.train_round(steps),
         },
         repeats,
@@ -79,16 +74,18 @@ def measure(quick: bool) -> Table:
     )
 
 
-def load_base(config: RunConfig) -> Family:
-    """The frozen base model, on the CPU."""
-    return load_family(source.resolve(config.model), config.model, torch.device("cpu"), torch.float32)
+def make_round(family: Family, images: int, side: int | None = None) -> tuple[npt.NDArray[np.uint8], RoundData]:
+    """Pictures of random scenes (N, H, W, 3), and the same as a round to train on; verdicts are thrown.
 
-
-def make_round(family: Family, images: int) -> tuple[npt.NDArray[np.uint8], RoundData]:
-    """Pictures of random scenes (N, 64, 64, 3), and the same as a round to train on; verdicts are thrown."""
+    Args:
+        side: of the pictures, a multiple of 64, their own size.
+    """
     rng = np.random.default_rng(0)
     scenes = rng.choice(np.array(all_scenes(), object), images).tolist()
     pixels_NHWC = np.stack([draw_somewhere(scene, rng) for scene in scenes])
+    if side is not None:
+        times = side // pixels_NHWC.shape[1]
+        pixels_NHWC = pixels_NHWC.repeat(times, 1).repeat(times, 2)
     latents_NCHW = encode_pictures(family.pipeline, torch.from_numpy(pixels_NHWC)).numpy()
     return pixels_NHWC, RoundData(
         0, LatentsInMemory(latents_NCHW), [scene.caption for scene in scenes], rng.random(images) < 0.5
@@ -103,20 +100,21 @@ def encode_pictures(pipeline: Any, pixels_BHWC: Tensor) -> Tensor:
     return latents_BCHW
 
 
-def bound(family: Family, policy: nn.Module, reference: nn.Module, data: RoundData, steps: int) -> Callable[[], None]:
+def bound(learner: Learner, data: RoundData, steps: int) -> Callable[[], None]:
     """What no step can do without, `steps` times: the passes through policy and reference."""
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    clean_BCHW = torch.from_numpy(data.latents.take(np.arange(BATCH)))
-    timesteps_B = family.noise.timesteps(torch.rand(BATCH))
+    family, policy, batch = learner.family, learner.policy, learner.config.global_batch
+    parameters = policy.parameters()
+    clean_BCHW = torch.from_numpy(data.latents.take(np.arange(batch)))
+    timesteps_B = family.noise.timesteps(torch.rand(batch))
     noisy_BCHW = family.noise.noisy(clean_BCHW, torch.randn_like(clean_BCHW), timesteps_B)
-    text_B = family.encode_prompts(data.prompts[:BATCH])
+    text_B = learner.texts.encode(data.prompts[:batch])
     gradient_BCHW = torch.full_like(clean_BCHW, 1e-3)
 
     def run() -> None:
         for _ in range(steps):
-            with torch.no_grad():
+            with torch.no_grad(), policy.reference() as reference:
                 family.predict(reference, noisy_BCHW, timesteps_B, text_B)
-            torch.autograd.backward(family.predict(policy, noisy_BCHW, timesteps_B, text_B), gradient_BCHW)
+            torch.autograd.backward(family.predict(policy.module, noisy_BCHW, timesteps_B, text_B), gradient_BCHW)
             for parameter in parameters:
                 parameter.grad = None
 
@@ -124,54 +122,43 @@ def bound(family: Family, policy: nn.Module, reference: nn.Module, data: RoundDa
 
 
 class ReleasedLike:
-    """Full fine-tuning as the authors' released script does it; written anew from a description of that script.
+    """Training as the authors' released script does it; written anew from a description of that script.
 
-    Inside every step: pictures are encoded by the autoencoder and prompts by the text encoder; the reference is the
+    Inside every step: pictures are encoded by the autoencoder and prompts by the text encoders; the reference is the
     reference weights, copied into the one U-Net for its forward pass, the policy's being set aside and copied back.
-    Decoding image files and tokenizing are left out, in its favour. Objective, batches and optimizer are ours.
+    Decoding image files is left out, in its favour. Objective, batches and optimizer are ours. The script trains every
+    weight; of adapters, theirs are copied to and fro.
+
+    Args:
+        learner: of which model, policy and settings are taken; it takes no step itself.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        config: RunConfig,
-        pixels_NHWC: npt.NDArray[np.uint8],
-        prompts: Sequence[str],
-        desirable_N: npt.NDArray[np.bool_],
-    ) -> None:
-        self.family, self.pipeline, self.seed = family, family.pipeline, config.seed
-        self.config: Train = config.train
+    def __init__(self, learner: Learner, pixels_NHWC: npt.NDArray[np.uint8], data: RoundData) -> None:
+        self.family, self.pipeline, self.seed = learner.family, learner.family.pipeline, learner.seed
+        self.config = learner.config
         assert self.config.objective.kind == "diffusion_kto"
         self.objective = self.config.objective
-        self.unet = family.denoiser.requires_grad_(True)
-        self.parameters = list(self.unet.parameters())
+        self.unet, self.parameters = learner.policy.module, learner.policy.parameters()
         self.reference = [parameter.detach().clone() for parameter in self.parameters]
         self.set_aside = [torch.empty_like(parameter) for parameter in self.reference]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
         )
         self.pixels_NHWC = torch.from_numpy(pixels_NHWC)
-        self.desirable_N = torch.from_numpy(desirable_N)
-        self.tokens_NT: Tensor = self.pipeline.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.pipeline.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        self.prompts, self.desirable_N = data.prompts, torch.from_numpy(data.desirable_N)
 
     def train_round(self, steps: int) -> None:
         """Take the batches that `Learner.train_round` takes."""
-        plan = plan_round(self.desirable_N.numpy(), self.config.gamma, steps, BATCH, self.seed, 0)
-        for picks_B in torch.from_numpy(plan):
-            self._step(self.pixels_NHWC[picks_B], self.tokens_NT[picks_B], self.desirable_N[picks_B])
+        desirable_N, batch = self.desirable_N.numpy(), self.config.global_batch
+        for picks_B in torch.from_numpy(plan_round(desirable_N, self.config.gamma, steps, batch, self.seed, 0)):
+            prompts = [self.prompts[pick] for pick in picks_B.tolist()]
+            self._step(self.pixels_NHWC[picks_B], prompts, self.desirable_N[picks_B])
 
-    def _step(self, pixels_BHWC: Tensor, tokens_BT: Tensor, desirable_B: Tensor) -> None:
+    def _step(self, pixels_BHWC: Tensor, prompts: Sequence[str], desirable_B: Tensor) -> None:
         clean_BCHW = encode_pictures(self.pipeline, pixels_BHWC)
-        with torch.no_grad():
-            text_B = Conditioning({"text": self.pipeline.text_encoder(tokens_BT)[0]})
+        text_B = self.family.encode_prompts(prompts)
         noise_BCHW = torch.randn_like(clean_BCHW)
-        timesteps_B = self.family.noise.timesteps(torch.rand(BATCH))
+        timesteps_B = self.family.noise.timesteps(torch.rand(len(clean_BCHW)))
         noisy_BCHW = self.family.noise.noisy(clean_BCHW, noise_BCHW, timesteps_B)
         target_BCHW = self.family.noise.target(clean_BCHW, noise_BCHW, timesteps_B)
 

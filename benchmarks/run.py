@@ -14,6 +14,7 @@ import rounds
 import scale
 import scorers
 import storage
+import true_size
 from measuring import Table, arguments, become_like_a_worker, machine
 from rich.console import Console
 
@@ -31,7 +32,7 @@ def main() -> None:
     console.print(machine(), highlight=False)
     quick = "A quick run, too short for conclusions: " if args.quick else ""
     sections = [f"{quick}{machine()}."]
-    for benchmark in (kto_step, rounds, storage, scale, scorers, labeling, operator_page):
+    for benchmark in (kto_step, true_size, rounds, storage, scale, scorers, labeling, operator_page):
         tables = benchmark.measure(args.quick)
         for table in [tables] if isinstance(tables, Table) else tables:
             console.print(table.rich())

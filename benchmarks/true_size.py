@@ -5,29 +5,35 @@
 Models of the published configurations with random weights, in bfloat16, which need no download: Stable Diffusion 1.5
 and SDXL, with adapters. One whole round by the job itself, of small images, so that it ends on a CPU: 4 images of 128
 pixels, 2 optimizer steps. Measured is the resident memory of the replica's and the train worker's process at its
-peak, less that of a process that has only imported what they import; on a GPU it would be the card's.
+peak, less that of the same processes in the same round of the embedded world, whose model is small; on a GPU it would
+be the card's. Then the KTO step at true width against its bound and a step as the released script takes it
+(`kto_step.py`).
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import diffusers
 import psutil
 import torch
 import transformers
-from measuring import Table, arguments, machine
+from kto_step import ReleasedLike, bound, make_round
+from measuring import Table, arguments, interleaved, machine, median_and_range, ratios
 from rich.console import Console
 from torch import nn
 
 from kto_ray.config import load
 from kto_ray.diffusion.memory import GIB, needs_of
 from kto_ray.shapes import MODEL_FOLDER
+from kto_ray.train.worker import build_learner
 
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
@@ -80,13 +86,15 @@ SCHEDULE: dict[str, Any] = {
 MODELS = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL"}
 ROLES = {"replica": "ray::ServeReplica", "train worker": "ray::RayTrainWorker"}
 """How Ray names their processes."""
+SIDE = 128
+"""Of pictures, in pixels."""
 ROUND = [
     "rounds=1",
     "generate.images_per_round=4",
     "generate.batch_size=2",
     "generate.steps=2",
-    "generate.height=128",
-    "generate.width=128",
+    f"generate.height={SIDE}",
+    f"generate.width={SIDE}",
     "generate.guidance_scale=5",
     "generate.dtype=bfloat16",
     "label.scorers=redness",
@@ -100,6 +108,19 @@ ROUND = [
     "evaluate.max_prompts=1",
     "evaluate.images_per_prompt=1",
     "tracking.tensorboard=false",
+]
+SMALL = ["generate.height=64", "generate.width=64"]
+"""Of the embedded world, whose images are as large as that."""
+STEPS, STEP_BATCH = 2, 4
+STEP = [
+    f"train.global_batch={STEP_BATCH}",
+    f"train.micro_batch={STEP_BATCH}",
+    f"generate.images_per_round={STEPS * STEP_BATCH}",
+    f"generate.height={SIDE}",
+    f"generate.width={SIDE}",
+    "train.epochs=1",
+    "train.objective.noise_parts=2",
+    "train.learning_rate=1e-6",
 ]
 
 
@@ -150,21 +171,6 @@ def resident(process: psutil.Process) -> int:
         return 0
 
 
-def imported() -> int:
-    """Of a process that has imported what a role imports, and done nothing."""
-    script = (
-        "import kto_ray.train.worker, kto_ray.generate.replica, peft, transformers, diffusers\n"
-        "from diffusers import StableDiffusionXLPipeline\n"
-        "print(flush=True); input()"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        size = resident(psutil.Process(process.pid))
-        process.communicate(b"\n")
-    return size
-
-
 def measured(arguments: list[str]) -> dict[str, int]:
     """Peak of each role's process during a run of the job."""
     job = Path(__file__).parent.parent / "jobs" / "online_kto.py"
@@ -192,11 +198,15 @@ def measured(arguments: list[str]) -> dict[str, int]:
     return peaks
 
 
-def rows_of(name: str, folder: Path) -> list[tuple[str, ...]]:
-    """Of one model."""
+def rows_of(name: str, folder: Path, without: dict[str, int]) -> list[tuple[str, ...]]:
+    """Of one model.
+
+    Args:
+        without: what the roles' processes hold at their peak with next to no model.
+    """
     model = write_model(folder / "model", name)
     overrides = [*ROUND, f"model={model}", f"runs_folder={folder / 'runs'}", "run=true_size"]
-    needs, base = needs_of(load("shapes_demo", overrides), model), imported()
+    needs = needs_of(load("shapes_demo", overrides), model)
     peaks = measured(["--recipe", "shapes_demo", *overrides])
     run = folder / "runs" / "true_size"
     texts = len(list((run / "texts").rglob("*.safetensors")))
@@ -204,7 +214,7 @@ def rows_of(name: str, folder: Path) -> list[tuple[str, ...]]:
     trained = next(row for row in rows if row["kind"] == "round")
     found = []
     for need in needs:
-        peak = peaks[need.role] - base
+        peak = peaks[need.role] - without[need.role]
         found.append(
             (
                 f"{MODELS[name]}, {need.role}",
@@ -218,20 +228,57 @@ def rows_of(name: str, folder: Path) -> list[tuple[str, ...]]:
     return found
 
 
-def measure(quick: bool) -> Table:
-    """One round of each model; the smaller one alone when it must be quick."""
-    rows = []
-    for name in ("sd15",) if quick else MODELS:
-        with tempfile.TemporaryDirectory() as folder:
-            rows += rows_of(name, Path(folder))
-    return Table(
-        "A round at true size",
-        ("model, role", "planned, GiB", "peak, GiB", "peak / planned", "round, s", "texts encoded"),
-        rows,
-        "Random weights in bfloat16 from the published configurations, adapters of rank 16 at float32; 4 images of 128 "
-        "pixels, 2 optimizer steps, gradient checkpointing. Planned is what the dry run counts: weights, gradients and "
-        "the optimizer's state; the peak has activations, too, and what loading takes for a moment.",
+def steps_of(name: str, model: Path, repeats: int) -> list[tuple[str, ...]]:
+    """A step of `Learner` beside its bound and a step as the released script takes it, all on the same weights."""
+    learner = build_learner(load("shapes_demo", [*STEP, f"model={model}"]))
+    pixels_NHWC, data = make_round(learner.family, STEPS * learner.config.global_batch, SIDE)
+    released = ReleasedLike(learner, pixels_NHWC, data)
+    seconds = interleaved(
+        {
+            "ours": lambda: learner.train_round(data),
+            "bound": bound(learner, data, STEPS),
+            "released-like": lambda: released.train_round(STEPS),
+        },
+        repeats,
     )
+    return [
+        (
+            f"{MODELS[name]}: {above} / {below}",
+            *median_and_range(ratios(seconds[above], seconds[below])),
+            " / ".join(f"{median(seconds[which]) / STEPS:.1f}" for which in (above, below)),
+        )
+        for above, below in (("ours", "bound"), ("released-like", "ours"))
+    ]
+
+
+def measure(quick: bool) -> list[Table]:
+    """A round and a step of each model; of the smaller one alone when it must be quick."""
+    held, steps, repeats = [], [], 2 if quick else 3
+    with tempfile.TemporaryDirectory() as scratch:
+        without = measured(["--recipe", "shapes_demo", *ROUND, *SMALL, f"runs_folder={scratch}/runs", "run=small"])
+        for name in ("sd15",) if quick else MODELS:
+            folder = Path(scratch) / name
+            held += rows_of(name, folder, without)
+            steps += steps_of(name, folder / "model", repeats)
+            shutil.rmtree(folder)
+    return [
+        Table(
+            "A round at true size",
+            ("model, role", "planned, GiB", "peak, GiB", "peak / planned", "round, s", "texts encoded"),
+            held,
+            "Random weights in bfloat16 from the published configurations, adapters of rank 16 in float32; 4 images of "
+            f"{SIDE} pixels, 2 optimizer steps, gradient checkpointing. Planned is what the dry run counts: weights, "
+            "gradients and the optimizer's state; the peak, less that of the same round of the embedded world, has "
+            "activations, too, and what loading takes for a moment.",
+        ),
+        Table(
+            f"KTO optimizer step at true width, batch {STEP_BATCH}",
+            ("step", "ratio", "lowest - highest", "seconds a step"),
+            steps,
+            f"The same models in float32, which this CPU is faster at, with adapters, on pictures of {SIDE} pixels. "
+            f"Median of {repeats} repeats of {STEPS} steps each.",
+        ),
+    ]
 
 
 if __name__ == "__main__":
@@ -239,4 +286,5 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "2")
     console = Console()
     console.print(machine(), highlight=False)
-    console.print(measure(settings.quick).rich())
+    for table in measure(settings.quick):
+        console.print(table.rich())
