@@ -9,6 +9,7 @@ The defaults are the paper's. Options beyond it, each off by default:
 
 - `reference_point: noise_mean`, `scale_by_noise`: z, and the unit in which margins are measured, by noise level, so
   that every part of the schedule has a say (after timestep-aware training, arXiv 2505.18736).
+- `relative`: g in units of the sample's own error (after DiffusionNFT's self-normalised regression, arXiv 2509.16117).
 - `mirror`: what undesirable samples are measured by (after the implicit negative policy of DiffusionNFT, arXiv
   2509.16117).
 - `reference: round | ema`: what g is measured against moves with the policy (arXiv 2505.18736, 2605.21123).
@@ -71,6 +72,10 @@ class DiffusionKTO(Referring, ObjectiveSection):
     beta is multiplied by (mean of all |g - z|) / (mean of |g - z| in the sample's part of the noise range)."""
     beta: Fixed[Positive] = 5000
     """Scale of the implicit reward; choose it so that the median of beta |g - z| is about 0.5 to 2."""
+    relative: Fixed[bool] = False
+    """Divide each sample's g by the mean absolute error of its reference, |q - t|_1 / d, so that samples count by how
+    much better they are explained in proportion, whatever their noise level and picture; beta is then of the size of
+    1 / (the share by which errors change)."""
     mirror: Fixed[bool] = False
     """Measure undesirable samples by the policy's mirror image in the reference. With predictions p of the policy and q
     of the reference, and target t:
@@ -124,6 +129,9 @@ class DiffusionKTO(Referring, ObjectiveSection):
             "distances": by_noise.clone(),  # of |g - z|
             "medians": torch.zeros(2, dtype=torch.float64),  # of a step's |g - z|: weighted sum, and sum of weights
         }
+
+    def reward(self, outputs: Outputs) -> "Tensor":
+        return outputs.reward_B / outputs.usual_B if self.relative else outputs.reward_B
 
     def scale(self, rewards: Rewards, memory: Memory) -> tuple[Scale, Memory]:
         """z and beta of each sample.
@@ -225,11 +233,12 @@ class DiffusionKTO(Referring, ObjectiveSection):
         def margin_of(reward_B: "Tensor") -> "Tensor":
             return self.beta * reward_B if scale is None else scale.beta_B * (reward_B - scale.z_B)
 
-        margin_B = margin_of(outputs.reward_B)
+        reward_B = self.reward(outputs)
+        margin_B = margin_of(reward_B)
         if not self.mirror:
             return Losses(self.losses_of(margin_B, desirable_B), margin_B)
-        mirrored_B = margin_of(outputs.reward_B.where(desirable_B, outputs.mirrored_reward_B))
-        return Losses(self.losses_of(mirrored_B, desirable_B), margin_B)
+        mirrored_B = outputs.mirrored_reward_B / outputs.usual_B if self.relative else outputs.mirrored_reward_B
+        return Losses(self.losses_of(margin_of(reward_B.where(desirable_B, mirrored_B)), desirable_B), margin_B)
 
     def losses_of(self, margin_B: "Tensor", desirable_B: "Tensor") -> "Tensor":
         """lambda_w * (1 - U(w * margin)) of each sample, (B,)."""

@@ -17,13 +17,11 @@ the sample's own mean absolute error (no gradient), which takes the place of a w
 from typing import TYPE_CHECKING, Literal
 
 from kto_ray.identity import Fixed
-from kto_ray.objectives.protocol import Losses, Needs, ObjectiveSection, Outputs, Scale, denoising_error
+from kto_ray.objectives.protocol import SMALLEST, Losses, Needs, ObjectiveSection, Outputs, Scale, denoising_error
 from kto_ray.section import Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SMALLEST = 1e-5  # mean absolute error by which an error is divided
 
 
 class NFT(ObjectiveSection):

@@ -25,6 +25,9 @@ from kto_ray.section import Section
 if TYPE_CHECKING:
     from torch import Tensor
 
+SMALLEST = 1e-5
+"""Mean absolute error by which something is divided."""
+
 Memory = Mapping[str, "Tensor"]
 """What an objective knows of the steps before, by name; float64, equal on every rank, kept in checkpoints."""
 
@@ -108,6 +111,12 @@ class Outputs:
         mirror_BCHW = 2 * reference_BCHW - self.prediction_BCHW.float()
         return denoising_error(mirror_BCHW, self.target_BCHW) - denoising_error(reference_BCHW, self.target_BCHW)
 
+    @cached_property
+    def usual_B(self) -> "Tensor":
+        """The reference's mean absolute error, by which a sample's g becomes one of parts: float32, above 0."""
+        distance_BCHW = (self._reference_BCHW.float() - self.target_BCHW.float()).abs()
+        return distance_BCHW.flatten(1).mean(1).clamp(min=SMALLEST)
+
     @property
     def _reference_BCHW(self) -> "Tensor":
         if self.reference_BCHW is None:
@@ -135,6 +144,10 @@ class ObjectiveSection(Section):
     def needs(self) -> Needs:
         """What the learner has to serve."""
         return Needs()
+
+    def reward(self, outputs: Outputs) -> "Tensor":
+        """g of each sample, as this objective measures it; with a reference only."""
+        return outputs.reward_B
 
     def check_batch(self, global_batch: int, micro_batch: int) -> None:
         """Raises ValueError where an optimizer step of so many samples, so many at once, is no step for it."""

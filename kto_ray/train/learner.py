@@ -11,6 +11,7 @@ channels, height, width.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -192,15 +193,12 @@ class Learner:
     @torch.no_grad()
     def _rewards(self, parts: list[Batch], references: list[Tensor | None], mismatched: bool = False) -> Tensor:
         """The implicit rewards of this rank's share of a step, (B,), without gradient."""
-        return torch.cat(
-            [
-                Outputs(
-                    *self._predict(self.policy.module, part, part.mismatched_text_B if mismatched else part.text_B),
-                    reference_BCHW=reference,
-                ).reward_B
-                for part, reference in zip(parts, references, strict=True)
-            ]
+        text_of = attrgetter("mismatched_text_B" if mismatched else "text_B")
+        outputs = (
+            Outputs(*self._predict(self.policy.module, part, text_of(part)), reference_BCHW=reference)
+            for part, reference in zip(parts, references, strict=True)
         )
+        return torch.cat([self.objective.reward(made) for made in outputs])
 
     def _optimizer_step(self, batch: Batch, health: Health) -> None:
         """One step, or NotFiniteError and none; its `samples` are places in the global batch then.
@@ -234,7 +232,7 @@ class Learner:
             with self._gradient_sync(last=end == len(batch.desirable_B)):
                 outputs = Outputs(*self._predict(model, part, part.text_B), reference_BCHW=reference)
                 if needs.whole_step and scale is None:
-                    scale, memory = share(outputs.reward_B)
+                    scale, memory = share(self.objective.reward(outputs))
                 losses = self.objective.losses(outputs, part.desirable_B, scale and scale[start:end])
                 loss_M = losses.loss_B / len(batch.desirable_B)
                 if safeguard:
@@ -247,7 +245,9 @@ class Learner:
         gradient_norm = whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
         losses = _joined([losses for _, losses in made])
         error_B = torch.cat([outputs.error_B.detach() for outputs, _ in made])
-        reward_B = torch.cat([outputs.reward_B.detach() for outputs, _ in made]) if needs.reference else None
+        reward_B = None
+        if needs.reference:
+            reward_B = torch.cat([self.objective.reward(outputs).detach() for outputs, _ in made])
         require_finite_step(
             error_B if reward_B is None else reward_B, losses.loss_B, gradient_norm, self.rank, self.ranks
         )

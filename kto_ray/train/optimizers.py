@@ -25,13 +25,13 @@ def check(config: Train) -> None:
         return
     if config.optimizer == "adamw_paged" and not config.resources.num_gpus and config.device in ("auto", "cpu"):
         raise UserError(
-            "train.optimizer: adamw_paged moves its state between a GPU and the host, and train.resources.num_gpus is 0; "
-            "give it one, or adamw"
+            "train.optimizer: adamw_paged moves its state between a GPU and the host, and train.resources.num_gpus is "
+            "0; give it one, or adamw"
         )
     if find_spec("bitsandbytes") is None:
         raise UserError(
-            f"train.optimizer: {config.optimizer} needs bitsandbytes, which is not installed; pip install 'kto-ray[lean]', or "
-            "take adafactor"
+            f"train.optimizer: {config.optimizer} needs bitsandbytes, which is not installed; pip install "
+            "'kto-ray[lean]', or take adafactor"
         )
 
 

@@ -188,6 +188,7 @@ DISTRIBUTED: dict[str, dict[str, Any]] = {
     "adapter, mismatched": {"kind": "lora", "reference_point": "mismatched_kl", "prompt_dropout": 0.5},
     "adapter, by noise": {"kind": "lora", "reference_point": "noise_mean", "noise_parts": 3, "micro_batch": 2},
     "adapter, mirrored": {"kind": "lora", "mirror": True, "reference_point": "noise_mean", "micro_batch": 2},
+    "adapter, relative": {"kind": "lora", "relative": True, "reference_point": "noise_mean", "micro_batch": 2},
     "adapter, class mean": {"kind": "lora", "reference_point": "class_mean", "micro_batch": 2},
     "adapter, beta sets itself": {"kind": "lora", "target_margin": 1, "scale_by_noise": True, "noise_parts": 2},
     "full, safeguarded": {"kind": "full", "utility": "linear", "safeguard": True, "beta": 5, "micro_batch": 2},

@@ -50,6 +50,7 @@ def closed_forms() -> dict[str, tuple[Any, Array]]:
         np.abs((1 - 0.5) * reference_ND + 0.5 * policy_ND - target_ND).mean(axis=1),
         np.abs((1 + 0.5) * reference_ND - 0.5 * policy_ND - target_ND).mean(axis=1),
     )
+    distance_N = np.abs(reference_ND - target_ND).mean(axis=1)
     mirror_N = ((2 * reference_ND - policy_ND - target_ND) ** 2).mean(axis=1) - reference_error_N
     nft_N = np.where(desirable_N, positive_N, negative_N)
     return {
@@ -61,6 +62,10 @@ def closed_forms() -> dict[str, tuple[Any, Array]]:
         "diffusion_kto": (
             DiffusionKTO(beta=2, reference_point="zero"),
             1 - 1 / (1 + np.exp(-np.where(desirable_N, 2.0, -2.0) * g_N)),
+        ),
+        "diffusion_kto, relative": (
+            DiffusionKTO(beta=2, reference_point="zero", relative=True, mirror=True),
+            1 - 1 / (1 + np.exp(-np.where(desirable_N, 2.0 * g_N, -2.0 * mirror_N) / distance_N)),
         ),
         "diffusion_kto, mirrored": (
             DiffusionKTO(beta=2, reference_point="zero", mirror=True),

@@ -11,7 +11,7 @@ import torch
 from kto_ray.config import Generate, Model
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.loading import load_family
-from kto_ray.diffusion.sampling import draw, use_scheduler
+from kto_ray.diffusion.sampling import draw
 from kto_ray.diffusion.texts import Texts
 from kto_ray.errors import UserError
 from tests.pipelines import PIXELS
@@ -32,7 +32,6 @@ def sample(
     scheduler: str = "DDIMScheduler",
     guidance_scale: float = 3.0,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-    use_scheduler(family.pipeline, scheduler)
     latents_BCHW, pixels_BHWC, finite_B = draw(
         family,
         Texts(lambda: family),
@@ -94,8 +93,9 @@ def test_any_compatible_scheduler_draws(family: Family, scheduler: str) -> None:
 
 def test_another_scheduler_keeps_the_noise_schedule_and_the_prediction_type(family: Family) -> None:
     before = family.pipeline.scheduler
-    use_scheduler(family.pipeline, "DPMSolverMultistepScheduler")
+    sample(family, scheduler="DPMSolverMultistepScheduler")
     after = family.pipeline.scheduler
+    assert type(after).__name__ == "DPMSolverMultistepScheduler"
     torch.testing.assert_close(after.alphas_cumprod, before.alphas_cumprod)
     assert after.config.prediction_type == family.noise.scheduler.config.prediction_type  # type: ignore[attr-defined]
 
@@ -109,7 +109,18 @@ def test_another_scheduler_keeps_the_noise_schedule_and_the_prediction_type(fami
 )
 def test_an_unfit_scheduler_is_refused_with_the_nearest_that_fits(family: Family, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        use_scheduler(family.pipeline, name)
+        sample(family, scheduler=name)
+
+
+def test_a_scheduler_leaves_nothing_behind_for_the_next(tiny_sd1_folder: Path) -> None:
+    """Whatever drew before, also one that does not know what the pipeline's own is told."""
+    family = load_family(tiny_sd1_folder, Model(), torch.device("cpu"), torch.float32)
+    alone_BCHW, _ = sample(family, scheduler="PNDMScheduler")
+    for before in ("DDIMScheduler", "HeunDiscreteScheduler"):
+        sample(family, scheduler=before)
+        again_BCHW, _ = sample(family, scheduler="PNDMScheduler")
+        assert family.pipeline.scheduler.config.skip_prk_steps
+        assert np.array_equal(again_BCHW, alone_BCHW)
 
 
 def test_pixels_are_the_decoded_latents(family: Family) -> None:
