@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kto_ray.config import load, steps_for
 from kto_ray.diffusion.family import Family
+from kto_ray.objectives.diffusion_kto import DiffusionKTO
 from kto_ray.objectives.protocol import denoising_error
 from kto_ray.shapes.world import all_scenes, draw_somewhere
 from kto_ray.train.batches import LatentsInMemory, RoundData
@@ -126,7 +127,7 @@ class ReleasedLike:
 
     Inside every step: pictures are encoded by the autoencoder and prompts by the text encoders; the reference is the
     reference weights, copied into the one U-Net for its forward pass, the policy's being set aside and copied back.
-    Decoding image files is left out, in its favour. Objective, batches and optimizer are ours. The script trains every
+    Decoding image files is left out, in its favour. Batches and optimizer are ours. The script trains every
     weight; of adapters, theirs are copied to and fro.
 
     Args:
@@ -136,8 +137,8 @@ class ReleasedLike:
     def __init__(self, learner: Learner, pixels_NHWC: npt.NDArray[np.uint8], data: RoundData) -> None:
         self.family, self.pipeline, self.seed = learner.family, learner.family.pipeline, learner.seed
         self.config = learner.config
-        assert self.config.objective.kind == "diffusion_kto"
-        self.objective = self.config.objective
+        assert isinstance(self.config.objective, DiffusionKTO)
+        self.objective = DiffusionKTO(beta=self.config.objective.beta)  # the paper's, without options
         self.unet, self.parameters = learner.policy.module, learner.policy.parameters()
         self.reference = [parameter.detach().clone() for parameter in self.parameters]
         self.set_aside = [torch.empty_like(parameter) for parameter in self.reference]
