@@ -62,6 +62,12 @@ METHODS: dict[str, Method] = {
             tuned={RATE: 4e-3},
         ),
         Method(
+            *("kto_relative", "Diffusion-KTO, the same in parts of each sample's error", True),
+            train=_kto(beta=20, reference="round", reference_point="noise_mean", mirror=True, relative=True),
+            grid=RATES,
+            tuned={RATE: 2e-3},
+        ),
+        Method(
             *("sft", "Fine-tuning on the desirable", False, {"objective": "sft"}),
             grid=RATES,
             tuned={RATE: 2e-3},
