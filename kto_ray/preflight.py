@@ -84,7 +84,7 @@ class Preflight:
             model = config.model
             source.check(folder, model)
             _require_fit(config, folder)
-            kto_ray.diffusion.checks.check(config.generate, config.train, model, folder)
+            kto_ray.diffusion.checks.check(config, folder)
             prefixes = config.train.objective.needs.prefixes or ("",)
             _check_texts(folder, model, train, held_out, max(prefixes, key=len))
             digests = source.reference_digest(folder, model), source.component_digests(folder, model)
@@ -105,7 +105,10 @@ class Preflight:
 def _require_fit(config: RunConfig, configs: Path | None) -> None:
     """Raises UserError: the model does not fit the cards, where it is known what they have."""
     if config.cluster.gpu_gb is not None and configs is not None:
-        memory.require_fit(memory.needs_of(config, configs), config.cluster.gpu_gb)
+        # A replica that offloads never has all of it on the card.
+        whole = config.generate.offload == "none"
+        needs = (need for need in memory.needs_of(config, configs) if whole or need.section != "generate")
+        memory.require_fit(tuple(needs), config.cluster.gpu_gb)
 
 
 def _check_credentials(config: RunConfig) -> None:
@@ -199,8 +202,13 @@ def _changes(config: RunConfig, found: Preflight) -> list[Change]:
 
 def _named(config: RunConfig, saved: RunConfig, defaults: Mapping[str, Any]) -> list[str]:
     """Of the fields with a default that depends on the model, those in which two configurations come to the same."""
-    values = ([attrgetter(name)(tree) or default for name, default in defaults.items()] for tree in (config, saved))
-    return [name for name, one, other in zip(defaults, *values, strict=True) if one == other]
+
+    def values(tree: RunConfig) -> dict[str, Any]:
+        named = {name: attrgetter(name)(tree) or default for name, default in defaults.items()}
+        return named | {"evaluate.generate.scheduler": tree.held_out.scheduler or defaults["generate.scheduler"]}
+
+    saved_values = values(saved)
+    return [name for name, value in values(config).items() if value == saved_values[name]]
 
 
 def _check_evaluated(config: RunConfig, saved: RunConfig, run: Storage) -> None:
@@ -268,6 +276,7 @@ def describe(config: RunConfig) -> str:
     facts = {"prompts": f"{train} for training, {held_out} held out", **implied(config, held_out)}
     facts["disk"] = "unknown until the model is downloaded"
     if found.folder is not None:
-        facts["disk"] = f"about {disk_bytes(config, found.folder, held_out) / 1e6:,.0f} MB uncompressed"
+        stored = disk_bytes(config, found.folder, held_out) / 1e6
+        facts["disk"] = f"about {stored:,.0f} MB uncompressed, and at most {config.keep_texts:g} GB of encoded prompts"
     facts |= _memory(config)
     return to_yaml(config) + "\n" + "\n".join(f"{name}: {value}" for name, value in facts.items())

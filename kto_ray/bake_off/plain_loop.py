@@ -4,8 +4,9 @@ Uses the prompts, seeds, sampler, scorers, verdict rule, batches and `Learner` o
 makes the same images and trains on them in the same order. `running.py` compares methods with it, `benchmarks/` times
 it.
 
-Left out: everything that is stored, failures, people, policy lag, and `label.on_one_class`: a round from which the
-objective cannot learn is passed over. Images are drawn in the precision in which the one denoiser is held.
+Left out: everything that is stored, failures, people, policy lag, what only replicas do (`generate.offload`, `compile`
+and `batch_size: auto`), and `label.on_one_class`: a round from which the objective cannot learn is passed over. Images
+are drawn in the precision in which the one denoiser is held.
 
 Shape suffixes: N images; C, H, W channels, height, width of latents (CHW) and pixels (HWC).
 """
@@ -19,7 +20,8 @@ import numpy.typing as npt
 import torch
 
 from kto_ray.config import RunConfig
-from kto_ray.diffusion.sampling import as_asked, draw, use_scheduler
+from kto_ray.diffusion.sampling import as_asked, draw
+from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import STAGE
 from kto_ray.evaluate.statistics import Interval, mean_interval, pass_rate
 from kto_ray.label.judging import judge_round, one_sided
@@ -76,9 +78,10 @@ class PlainLoop:
     def __init__(self, config: RunConfig, threads: int | None = None, flipped: float = 0.0) -> None:
         if threads:
             torch.set_num_threads(threads)
+        if config.generate.find_batch_size:
+            raise UserError("generate.batch_size: auto is found by a replica, and this loop has none; give a number")
         self.config, self.flipped, self.version = config, flipped, 0
         self.learner = build_learner(config)
-        use_scheduler(self.learner.family.pipeline, config.generate.scheduler)
         self.scorers: dict[str, Scorer] = {
             name: load_scorer(settings.scorer or name)(**settings.args)
             for name, settings in config.label.scorers.items()
@@ -181,7 +184,7 @@ class PlainLoop:
                     self.learner.texts,
                     as_asked(self.config, [request.prompt.text for request in batch], self.version),
                     [request.seed for request in batch],
-                    self.config.generate,
+                    self.config.drawn(batch[0].stage),
                 )
                 for batch in batches
             ]

@@ -8,16 +8,17 @@ keys are refused, with the nearest known key.
 """
 
 from kto_ray.config.explaining import implied
-from kto_ray.config.generate import Generate
+from kto_ray.config.generate import Generate, Otherwise, shaping
 from kto_ray.config.label import Labeling, ScorerSettings
 from kto_ray.config.machines import Cluster, Device, Dtype, Resources
 from kto_ray.config.people import Human
 from kto_ray.config.reading import from_tree, load, override, public, recipe_names, to_yaml
 from kto_ray.config.resuming import Change, require_same
-from kto_ray.config.run import BaseAdapter, Evaluate, Model, Prompts, Replay, RunConfig, Tracking
+from kto_ray.config.run import HELD_OUT_STAGES, BaseAdapter, Evaluate, Model, Prompts, Replay, RunConfig, Tracking
 from kto_ray.config.train import Adapter, SamplingPolicy, Train, held_dtype, steps_for
 
 __all__ = [
+    "HELD_OUT_STAGES",
     "Adapter",
     "BaseAdapter",
     "Change",
@@ -29,6 +30,7 @@ __all__ = [
     "Human",
     "Labeling",
     "Model",
+    "Otherwise",
     "Prompts",
     "Replay",
     "Resources",
@@ -45,6 +47,7 @@ __all__ = [
     "public",
     "recipe_names",
     "require_same",
+    "shaping",
     "steps_for",
     "to_yaml",
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kto_ray.config.generate import Generate
+from kto_ray.config.generate import ALIGNED_STEPS, DRAWING, LATER, Generate, Otherwise
 from kto_ray.config.label import Labeling, as_scorers
 from kto_ray.config.machines import Cluster
 from kto_ray.config.people import as_route
@@ -75,6 +75,10 @@ class Prompts(Section):
     """A file whose prompts are never trained on, or "shapes:held_out"."""
 
 
+HELD_OUT_STAGES = "evaluation", "fresh_evaluation"
+"""Stages of what is drawn to evaluate a policy; the second, of other seeds than those by which the run is ended."""
+
+
 class Evaluate(Section):
     """Held-out prompts, fixed seeds, policy against base."""
 
@@ -87,6 +91,8 @@ class Evaluate(Section):
     stop_at_pass_rate: Free[Share | None] = None
     """End the run when the pass rate of the held-out prompts is at least this, and so is the low end of its 95 %
     interval. Base and last policy are then reported on images with other seeds than those that decided."""
+    generate: Otherwise = Otherwise()
+    """How held-out images are drawn, where it is not as those of rounds are, for instance in more steps."""
 
     def prompts_of(self, held_out: int) -> int:
         """How many of so many held-out prompts are evaluated."""
@@ -181,6 +187,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _aligned_steps_are_as_many_as_there_are(self) -> "RunConfig":
+        for section, settings in (("generate", self.generate), ("evaluate.generate", self.held_out)):
+            if settings.timesteps and settings.steps != ALIGNED_STEPS:
+                raise ValueError(
+                    f"{section}.timesteps: {settings.timesteps} is a schedule of {ALIGNED_STEPS} steps, and "
+                    f"{section}.steps is {settings.steps}: give {ALIGNED_STEPS}, or other timesteps "
+                    f"({section}.timesteps={'null' if section == 'generate' else 'own'})"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _policies_reach_as_far_back_as_checkpoints(self) -> "RunConfig":
         kept = self.keep_policies
         if kept != "all" and kept < self.train.keep_checkpoints:
@@ -210,6 +227,21 @@ class RunConfig(Section):
                 "not held_out: name one, or use pairs: verdicts"
             )
         return self
+
+    def drawn(self, stage: str) -> Generate:
+        """How the images of a stage are drawn."""
+        return self.evaluate.generate.over(self.generate) if stage in HELD_OUT_STAGES else self.generate
+
+    @property
+    def held_out(self) -> Generate:
+        """How held-out images are drawn."""
+        return self.drawn(HELD_OUT_STAGES[0])
+
+    @property
+    def held_out_otherwise(self) -> dict[str, Any]:
+        """What shapes held-out images and not those of rounds, as JSON has it."""
+        rounds, held_out = (settings.model_dump(mode="json") for settings in (self.generate, self.held_out))
+        return {name: held_out[name] for name in (*DRAWING, *LATER) if held_out[name] != rounds[name]}
 
     @property
     def rounds_ahead(self) -> int:

@@ -11,26 +11,26 @@ from typing import Any
 import diffusers
 import torch
 
-from kto_ray.config import Adapter, Generate, Model, Train
+from kto_ray.config import Adapter, Generate, Model, RunConfig
 from kto_ray.diffusion.families import family_of
-from kto_ray.diffusion.family import config_of, index_of
+from kto_ray.diffusion.family import Family, config_of, index_of
 from kto_ray.diffusion.geometry import image_size
-from kto_ray.diffusion.schedulers import scheduler_for
+from kto_ray.diffusion.schedulers import fitting_schedulers, scheduler_for, takes_timesteps
 from kto_ray.diffusion.sizes import layers_of
 from kto_ray.errors import UserError
 
 
-def check(generate: Generate, train: Train, model: Model, folder: Path) -> None:
+def check(config: RunConfig, folder: Path) -> None:
     """Raises UserError: a size, a scheduler, a number of steps or a guidance with which nothing can be drawn, or
     adapters that the model does not take."""
+    model, train = config.model, config.train
     family = family_of(folder, model)
-    image_size(generate, family.geometry_of(folder))
+    image_size(config.generate, family.geometry_of(folder))
     family.process.from_folder(folder)
-    if generate.guidance_scale != 1 and not family.takes_guidance(folder):
-        raise UserError(
-            f"generate.guidance_scale: {generate.guidance_scale:g}, but {folder} takes no guidance (it was distilled "
-            "to draw without); give 1"
-        )
+    own = _component(folder, "scheduler", diffusers)
+    _check_drawing("generate", config.generate, family, folder, own)
+    if config.held_out != config.generate:
+        _check_drawing("evaluate.generate", config.held_out, family, folder, own)
     if train.adapter.kind == "lora" and not family.takes_adapters:
         raise UserError(
             f"train.adapter.kind: {family.__name__} takes no adapters in diffusers; give full, which trains every "
@@ -43,7 +43,6 @@ def check(generate: Generate, train: Train, model: Model, folder: Path) -> None:
             f"train.adapter.target_modules: {list(train.adapter.target_modules or ())} names no layer of the "
             f"{family.part}; its layers' names end in, for instance: {', '.join(named[:12])}; null takes the family's"
         )
-    _check_steps(generate, _component(folder, "scheduler", diffusers))
 
 
 def adapted(folder: Path, model: Model, adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -63,15 +62,44 @@ def defaults(folder: Path, model: Model) -> dict[str, Any]:
     }
 
 
-def _check_steps(settings: Generate, own: Any) -> None:
+def _check_drawing(section: str, settings: Generate, family: type[Family], folder: Path, own: Any) -> None:
+    """Raises UserError: nothing can be drawn with the settings.
+
+    Args:
+        section: of the configuration, that they come from.
+        own: the pipeline's scheduler.
+    """
+    if settings.guidance_scale != 1 and not family.takes_guidance(folder):
+        raise UserError(
+            f"{section}.guidance_scale: {settings.guidance_scale:g}, but {folder} takes no guidance (it was distilled "
+            "to draw without); give 1"
+        )
+    if settings.timesteps and family.aligned is None:
+        raise UserError(
+            f"{section}.timesteps: {settings.timesteps} was found for Stable Diffusion 1, 2 and XL, and {folder} is a "
+            f"{family.__name__}; give null"
+        )
+    _check_steps(section, settings, family, own)
+
+
+def _check_steps(section: str, settings: Generate, family: type[Family], own: Any) -> None:
     """Take a scheduler through all of its steps on one pixel."""
     trained, name = own.config.num_train_timesteps, settings.scheduler or type(own).__name__
     if settings.steps > trained:
-        raise UserError(f"generate.steps: {settings.steps} is more than the {trained} that the model was trained with")
-    scheduler = scheduler_for(own, settings.scheduler)
+        raise UserError(f"{section}.steps: {settings.steps} is more than the {trained} that the model was trained with")
+    scheduler = scheduler_for(own, settings.scheduler, settings.scheduler_args, section)
+    if settings.timesteps and not takes_timesteps(type(scheduler)):
+        taking = sorted(name for name, kind in fitting_schedulers(own).items() if takes_timesteps(kind))
+        raise UserError(
+            f"{section}.timesteps: {name} cannot be told its timesteps; give a {section}.scheduler that can: "
+            f"{', '.join(taking)}"
+        )
+    spaced: dict[str, Any] = {"num_inference_steps": settings.steps}
+    if settings.timesteps:
+        spaced = {"timesteps": family.aligned_timesteps()}
     shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     try:
-        scheduler.set_timesteps(settings.steps, **shift)
+        scheduler.set_timesteps(**spaced, **shift)
         pixel = torch.ones(1, 1, 1, 1) * getattr(scheduler, "init_noise_sigma", 1.0)
         scaled = getattr(scheduler, "scale_model_input", lambda pixel, timestep: pixel)
         with torch.random.fork_rng(devices=[]):
@@ -79,13 +107,13 @@ def _check_steps(settings: Generate, own: Any) -> None:
                 pixel = scheduler.step(0.5 * scaled(pixel, timestep), timestep, pixel).prev_sample
     except Exception as error:  # whatever a scheduler may raise for what it cannot do
         raise UserError(
-            f"generate.steps: {name} cannot draw in {settings.steps} steps ({type(error).__name__}: "
-            f"{error}); take another number of steps, or another generate.scheduler"
+            f"{section}.steps: {name} cannot draw in {settings.steps} steps ({type(error).__name__}: "
+            f"{error}); take another number of steps, another {section}.scheduler or other {section}.scheduler_args"
         ) from error
     if not pixel.isfinite().all():
         raise UserError(
-            f"generate.steps: {name} draws nothing finite in {settings.steps} steps; take another number "
-            "of steps, or another generate.scheduler"
+            f"{section}.steps: {name} draws nothing finite in {settings.steps} steps; take another number "
+            f"of steps, or another {section}.scheduler"
         )
 
 

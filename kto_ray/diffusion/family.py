@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers.schedulers import AysSchedules
 from torch import Tensor, nn
 
 from kto_ray.config import Generate
@@ -52,11 +53,15 @@ class Family(ABC):
     embeddings: ClassVar[Mapping[str, str]] = {"text": "prompt_embeds"}
     """What the pipeline's call names each tensor of an encoded prompt; with "negative_" before it, what guidance
     contrasts with."""
+    aligned: ClassVar[str | None] = None
+    """What diffusers calls the timesteps that "Align Your Steps" found for such models; None: it has none."""
     contrasts: ClassVar[bool] = True
     """Whether guidance contrasts two predictions; otherwise the denoiser is told it, or there is none."""
 
     def __init__(self, pipeline: Any, noise: NoiseProcess, geometry: Geometry, guidance_scale: float) -> None:
         self.pipeline, self.noise, self.geometry, self.guidance_scale = pipeline, noise, geometry, guidance_scale
+        self.scheduler = pipeline.scheduler
+        """The pipeline's own, by which those that draw in its place are made."""
 
     @classmethod  # noqa: B027 - most have nothing to say
     def check(cls, folder: Path) -> None:
@@ -85,6 +90,12 @@ class Family(ABC):
         """The module that is trained."""
         module: nn.Module = getattr(self.pipeline, self.part)
         return module
+
+    @property
+    def device(self) -> torch.device:
+        """On which the pipeline computes, wherever its components wait."""
+        device: torch.device = self.pipeline._execution_device
+        return device
 
     @classmethod
     def target_modules(cls, denoiser: Mapping[str, Any]) -> tuple[str, ...]:
@@ -133,8 +144,10 @@ class Family(ABC):
             rows_B = torch.zeros(len(text_B), dtype=torch.int64)
             contrast = self.prompted(nothing_1[rows_B])
             prompted |= {f"negative_{name}": value for name, value in contrast.items()}
+        spaced = {"timesteps": self.aligned_timesteps()} if settings.timesteps else {}
         made: Tensor = self.pipeline(
             **prompted,
+            **spaced,
             num_inference_steps=settings.steps,
             height=height,
             width=width,
@@ -144,6 +157,12 @@ class Family(ABC):
             **self.arguments,
         ).images
         return self.latents_of(made, height // self.geometry.shrink, width // self.geometry.shrink)
+
+    @classmethod
+    def aligned_timesteps(cls) -> list[int]:
+        """Those of "Align Your Steps", where there are any."""
+        assert cls.aligned is not None, "checks.py refuses it"
+        return [int(timestep) for timestep in AysSchedules[cls.aligned]]
 
     def prompted(self, text_B: Conditioning) -> dict[str, Any]:
         """Arguments of the pipeline's call for prompts that are encoded."""

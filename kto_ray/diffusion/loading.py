@@ -1,10 +1,13 @@
-"""Loading a base model, frozen, as its family: for `generate/replica.py` and `train/worker.py`."""
+"""Loading a base model, frozen, as its family: for `generate/replica.py` and `train/worker.py`. And where a replica's
+waits that is larger than its card.
+"""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.utils import logging as diffusers_logging
 
 from kto_ray.config import Model
@@ -72,6 +75,31 @@ def _unused(folder: Path, family: type[Family], parts: Parts) -> list[str]:
         encoders.append(family.part)  # which tells how wide the missing text would have been
     used = {"all": models, "denoiser": [family.part], "encoders": encoders}[parts]
     return [name for name in models if name not in used]
+
+
+def offload(pipeline: Any, how: Literal["none", "model", "group"], device: torch.device) -> None:
+    """Let a pipeline in main memory go to its device piece by piece, when it is needed; see `generate.offload`.
+
+    The policy has to be in it before: what is added afterwards would stay behind.
+    """
+    if how == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif how == "group":
+        pipeline.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=device.type == "cuda",
+            exclude_modules=["vae"],  # small, and `decode_upcast` changes its precision, which no copy would follow
+        )
+
+
+def renew_offloaded(denoiser: torch.nn.Module) -> None:
+    """To be called after weights were loaded: groups that come to the card in a stream come from copies of their own.
+
+    Of a layer that was on the card meanwhile, as an adapter's that was switched off, that copy is still what it was.
+    """
+    _maybe_remove_and_reapply_group_offloading(denoiser)
 
 
 def pick_device(device: str, num_gpus: float) -> torch.device:

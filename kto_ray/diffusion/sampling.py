@@ -7,27 +7,17 @@ decoding.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kto_ray.config import Generate, RunConfig
+from kto_ray.config import Generate, RunConfig, shaping
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.geometry import image_size
 from kto_ray.diffusion.schedulers import scheduler_for
 from kto_ray.diffusion.texts import Texts
-
-
-def use_scheduler(pipeline: Any, name: str | None) -> None:
-    """Draw with another scheduler over the same noise schedule. Raises UserError, see `schedulers.scheduler_for`."""
-    pipeline.scheduler = scheduler_for(pipeline.scheduler, name)
-
-
-DRAWING = ("scheduler", "steps", "guidance_scale", "height", "width", "dtype")
-"""Fields of `generate` that shape an image; the others say how many are drawn, and on what."""
 
 
 def drawing_digest(config: RunConfig, components: Mapping[str, str]) -> str:
@@ -36,11 +26,13 @@ def drawing_digest(config: RunConfig, components: Mapping[str, str]) -> str:
     Args:
         components: digest of each component of the base model.
     """
-    shaping = config.generate.model_dump(mode="json", include=set(DRAWING))
-    shaping |= {"base": dict(components), "adapter": config.train.adapter.model_dump(mode="json")}
+    shapes = shaping(config.generate)
+    shapes |= {"base": dict(components), "adapter": config.train.adapter.model_dump(mode="json")}
     if prefixes := config.train.objective.needs.prefixes:
-        shaping["prefix"] = prefixes[0]
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+        shapes["prefix"] = prefixes[0]
+    if held_out := config.held_out_otherwise:
+        shapes["held_out"] = held_out
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
 
 
 def as_asked(config: RunConfig, prompts: Sequence[str], policy_version: int) -> list[str]:
@@ -60,6 +52,14 @@ def initial_noise(seed: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     return noise_1CHW[0].float()
 
 
+def compile_denoiser(denoiser: nn.Module) -> None:
+    """By the blocks that its class says it repeats, of which one is compiled for all; otherwise as a whole."""
+    if getattr(denoiser, "_repeated_blocks", None):
+        denoiser.compile_repeated_blocks()  # type: ignore[operator]
+    else:
+        denoiser.compile()
+
+
 DECODED_PIXELS = 1024 * 1024
 """At once: to decode an image of this size takes gigabytes."""
 
@@ -68,7 +68,7 @@ DECODED_PIXELS = 1024 * 1024
 def draw(
     family: Family, texts: Texts, prompts: Sequence[str], seeds: Sequence[int], settings: Generate
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """Draw one image a (prompt, seed).
+    """Draw one image a (prompt, seed), with the scheduler of the settings.
 
     Every image has a noise generator of its own, on the CPU whatever the model's device, so that its noise follows from
     its seed alone: not from the batch, the replica or the GPU that it was drawn on.
@@ -77,9 +77,14 @@ def draw(
         Clean latents float32 (B, C, h, w), scaled as the denoiser was trained; pixels uint8 (B, H, W, 3); and whether
         all of an image's latents and decoded pixels are finite numbers, bool (B,). Where they are not, as happens in
         float16, pixels are 0.
+
+    Raises:
+        UserError: the scheduler cannot sample the model.
     """
+    # From the pipeline's own: one made of another that took its place would inherit what that one was told.
+    family.pipeline.scheduler = scheduler_for(family.scheduler, settings.scheduler, settings.scheduler_args)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    device, dtype = family.pipeline.device, family.pipeline.dtype
+    device, dtype = family.device, family.pipeline.dtype
     text_B, nothing_1 = (encoded.to(device, dtype) for encoded in (texts.encode(prompts), texts.nothing()))
     latents_BCHW = family.sample(text_B, nothing_1, generators, settings)
     height, width = image_size(settings, family.geometry)

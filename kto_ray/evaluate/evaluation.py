@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kto_ray.concurrency import Gathering, together
-from kto_ray.config import RunConfig
+from kto_ray.config import HELD_OUT_STAGES, RunConfig
 from kto_ray.errors import UserError
 from kto_ray.evaluate.report import Pair
 from kto_ray.evaluate.statistics import (
@@ -42,8 +42,7 @@ from kto_ray.verdicts.rule import Judgement, RuleFit
 
 logger = logging.getLogger(__name__)
 
-STAGE = "evaluation"
-FRESH_STAGE = "fresh_evaluation"
+STAGE, FRESH_STAGE = HELD_OUT_STAGES
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
 """Nothing was judged: no scorer votes, all failed, or the base's images all score the same and give no bar."""
 
@@ -103,8 +102,8 @@ class Evaluation:
             await store_failed([])
             there = [record for record in folder.records() if record.error is None]
             async with together() as group:
-                for start in range(0, len(there), self.config.generate.batch_size):
-                    batch = Samples(there[start : start + self.config.generate.batch_size], folder.storage)
+                for start in range(0, len(there), generators.batch_size):
+                    batch = Samples(there[start : start + generators.batch_size], folder.storage)
                     group.create_task(score(batch))
                 drawing = generators.stream(folder.missing(self.requests), policy, folder.storage)
                 async with contextlib.aclosing(drawing) as batches:
@@ -116,7 +115,8 @@ class Evaluation:
                             group.create_task(score(samples))
             require_scored(self.config.label, what, folder.failures, len(self.requests))
             facts = {"policy_version": policy.version, "policy_digest": policy.digest, "drawing": generators.drawing}
-            await asyncio.to_thread(folder.seal, **facts)
+            otherwise = self.config.held_out_otherwise
+            await asyncio.to_thread(folder.seal, **facts, **({"drawn_with": otherwise} if otherwise else {}))
         return await asyncio.to_thread(self.summary, policy.version)
 
     def summary(self, version: int) -> EvaluationSummary:

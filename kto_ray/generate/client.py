@@ -36,6 +36,8 @@ class Generators:
     def __init__(self, config: RunConfig, run: Storage, drawing: str) -> None:
         self.config, self.cluster = config.generate, config.cluster
         self.drawing = drawing
+        self.batch_size = self.config.batch_size
+        """Images of one request; once started, as many as a replica found that it can draw, if it was to."""
         self.name = ""  # of the application, once it is started
         self._run = run
         self.busy_seconds = 0.0
@@ -64,6 +66,9 @@ class Generators:
         self.name = application_name(self._run, "generators")
         async with noisily("generator replicas", self.cluster, self.config.resources, self.config.min_replicas):
             self._handle = await deploy("generate: a replica", self._application, self.name)
+            if self.config.find_batch_size:
+                self.batch_size = await self._handle.found_batch_size.remote()
+                logger.info("generate.batch_size: a replica draws %d images at once", self.batch_size)
 
     def close(self) -> None:
         """Also what is only half deployed goes."""
@@ -86,7 +91,7 @@ class Generators:
         Raises:
             DigestError: a replica answered with another policy than asked for, or could not prove its own.
         """
-        size = self.config.batch_size
+        size = self.batch_size
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
         # More in flight than the replicas hold would only come back as back-pressure.
         room = asyncio.Semaphore(self.config.max_replicas * self.config.max_ongoing_requests)

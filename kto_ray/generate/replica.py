@@ -5,28 +5,37 @@ one thread that ever touches the pipeline, and proves it: bytes against the dige
 model against the bytes. Every sample is stamped with the policy that made it. A replica that cannot prove its digest
 makes no samples. An image whose numbers are not finite is a sample with an `error`.
 
+Before its first request it draws for nobody what `generate.batch_size: auto` and `generate.compile` need.
+
 A replica stores what it draws itself, while it draws the next batch, and answers with records: pixels go from here to
 storage and into Ray's object store, where scorers take them from, and latents to storage alone.
 """
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from kto_ray.config import RunConfig
 from kto_ray.diffusion import source
-from kto_ray.diffusion.loading import DTYPES, load_family, pick_device
+from kto_ray.diffusion.loading import DTYPES, load_family, offload, pick_device, renew_offloaded
 from kto_ray.diffusion.policy import make_policy
-from kto_ray.diffusion.sampling import as_asked, draw, drawing_digest, use_scheduler
-from kto_ray.diffusion.texts import texts_of
+from kto_ray.diffusion.sampling import as_asked, compile_denoiser, draw, drawing_digest
+from kto_ray.diffusion.texts import Texts, texts_of
 from kto_ray.generate.drawn import Drawn
+from kto_ray.generate.fitting import emptied, largest_batch, share_reserved
 from kto_ray.generate.storing import Storing
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.storage import Storage
+
+FEW_STEPS = 4
+REHEARSED = "a photograph of a red fox in the snow, with a river and mountains behind it"
+"""What a replica draws before it is asked for anything."""
 
 
 class Generator:
@@ -48,20 +57,27 @@ class Generator:
         self.reference_digest = source.reference_digest(folder, config.model)
         self.components = source.component_digests(folder, config.model)
         self.drawing = drawing_digest(config, self.components)
-        device = pick_device(config.generate.device, resources.num_gpus)
+        self.device = pick_device(config.generate.device, resources.num_gpus)
         settings = config.generate
-        self.family = load_family(folder, config.model, device, DTYPES[settings.dtype], settings.guidance_scale)
+        at_first = self.device if settings.offload == "none" else torch.device("cpu")
+        self.family = load_family(folder, config.model, at_first, DTYPES[settings.dtype], settings.guidance_scale)
         self.texts = texts_of(config, run, self.components, lambda: self.family)
-        use_scheduler(self.family.pipeline, config.generate.scheduler)
         self.policy = make_policy(self.family, config.train.adapter)
         self.policy.module.requires_grad_(False).eval()
-        if config.generate.compile:
-            self.policy.module.compile()
+        offload(self.family.pipeline, settings.offload, self.device)
         self.holds: PolicyRef | None = None
         # One thread: a call that is cancelled in the middle ends there before the next one begins, and the replica's
         # event loop is free for Serve's health checks.
         self._pipeline_thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
         self._store = Storing(run)
+        self.batch_size = self._find_batch_size() if settings.find_batch_size else settings.batch_size
+        if settings.compile:
+            compile_denoiser(self.policy.module)
+            self._warm_up()
+
+    async def found_batch_size(self) -> int:
+        """How many images a request should be of."""
+        return self.batch_size
 
     async def draw(self, requests: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:
         """Draw one image a request from exactly this policy, and store those that are images.
@@ -89,7 +105,7 @@ class Generator:
             self.texts,
             as_asked(self.config, [request.prompt.text for request in requests], policy.version),
             [request.seed for request in requests],
-            self.config.generate,
+            self.config.drawn(requests[0].stage),  # all of one
         )
         samples = [
             Sample(
@@ -99,6 +115,36 @@ class Generator:
             for r, latents_CHW, pixels_HWC, finite in zip(requests, latents_BCHW, pixels_BHWC, finite_B, strict=True)
         ]
         return samples, time.monotonic() - began
+
+    def _find_batch_size(self) -> int:
+        """By drawing more and more images for nobody."""
+        settings = self.config.generate
+
+        def drawn(count: int) -> float:
+            with emptied(self.device):
+                self._rehearse(count, max(settings.guidance_scale, self.config.held_out.guidance_scale))
+                return share_reserved(self.device, settings.resources.num_gpus)
+
+        return largest_batch(drawn, min(settings.batch_size, settings.images_per_round))
+
+    def _warm_up(self) -> None:
+        """Have everything compiled that rounds draw with: the base, too, if it is the denoiser without its adapter."""
+        adapted = self.config.train.adapter.kind == "lora"
+        for weights in (self.policy.tensors(), None) if adapted else (None,):
+            self._fill(weights)
+            self._rehearse(min(self.batch_size, self.config.generate.images_per_round))
+
+    def _rehearse(self, count: int, guidance_scale: float | None = None) -> None:
+        """Draw so many images for nobody, from whatever the model holds, in a few steps: all steps are alike.
+
+        Args:
+            guidance_scale: None: that of rounds.
+        """
+        settings = self.config.generate
+        few: dict[str, Any] = {"steps": min(settings.steps, FEW_STEPS), "timesteps": None}
+        few["guidance_scale"] = guidance_scale or settings.guidance_scale
+        texts = Texts(lambda: self.family)  # kept nowhere, unlike those of the run's prompts
+        draw(self.family, texts, [REHEARSED] * count, range(count), settings.model_copy(update=few))
 
     def _load(self, policy: PolicyRef) -> None:
         self.holds = None
@@ -112,7 +158,12 @@ class Generator:
         if policy.version == 0 and policy != base:
             raise DigestError(f"asked for policy 0 of digest {policy.digest}, the run's has {base.digest}")
         tensors = self.store.load(policy)
-        self.policy.load(tensors)
+        self._fill(tensors)
         if not self.policy.proves(tensors):
             raise DigestError(f"policy {policy.version} was loaded, but the model does not hold its weights")
         self.holds = policy
+
+    def _fill(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """See `Policy.load`."""
+        self.policy.load(tensors)
+        renew_offloaded(self.policy.module)

@@ -517,7 +517,7 @@ def test_a_run_of_an_older_version_cannot_tell_whether_its_model_moved(
         (["generate.height=60", "generate.width=64"], "generate.height: 60 is no multiple of 8"),
         (["generate.height=64", "generate.width=3"], "generate.width: 3 is no multiple of 8"),
         (["generate.steps=1001"], "generate.steps: 1001 is more than the 1000 that the model was trained with"),
-        (["generate.scheduler=DPMSolverSDEScheduler"], "generate.scheduler: 'DPMSolverSDEScheduler' is without zero"),
+        (["generate.scheduler=LMSDiscreteScheduler"], "generate.scheduler: 'LMSDiscreteScheduler' is without zero"),
     ],
 )
 def test_what_cannot_be_drawn(base: list[str], overrides: list[str], said: str) -> None:

@@ -80,3 +80,31 @@ def test_schedulers_of_another_kind_of_model_are_refused() -> None:
     assert "for models that were trained with EDM's own noise levels" in refusal(
         own("DDIMScheduler"), "EDMEulerScheduler"
     )
+
+
+def test_arguments_are_laid_over_the_configuration_of_the_pipelines_own() -> None:
+    for name in (None, "DPMSolverMultistepScheduler"):
+        spaced = scheduler_for(own("EulerDiscreteScheduler"), name, {"timestep_spacing": "trailing"})
+        assert spaced.config.beta_end == SCHEDULE["beta_end"]
+        spaced.set_timesteps(4)
+        assert spaced.timesteps.tolist() == [999, 749, 499, 249]
+    karras = scheduler_for(own("EulerDiscreteScheduler"), None, {"use_karras_sigmas": True})
+    plain = scheduler_for(own("EulerDiscreteScheduler"), None)
+    for scheduler in (karras, plain):
+        scheduler.set_timesteps(5)
+    assert not torch.allclose(karras.sigmas, plain.sigmas)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"timestep_spcing": "trailing"}, "EulerDiscreteScheduler knows no 'timestep_spcing', did you mean "),
+        ({"algorithm_type": "sde-dpmsolver++"}, "knows no 'algorithm_type'; known: interpolation_type, "),
+        ({"prediction_type": "v_prediction"}, "prediction_type is what the model was trained with"),
+        ({"use_karras_sigmas": True, "use_exponential_sigmas": True}, "cannot be made with {'use_karras_sigmas': True"),
+    ],
+)
+def test_arguments_that_a_scheduler_does_not_take_are_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=r"^evaluate\.generate\.scheduler_args: ") as caught:
+        scheduler_for(own("EulerDiscreteScheduler"), None, args, "evaluate.generate")
+    assert message in str(caught.value)

@@ -67,17 +67,18 @@ class Flux2(Family):
         return made.mT.reshape(len(made), self.geometry.channels, height, width)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        mean_1C11, std_1C11 = self._statistics()
+        mean_1C11, std_1C11 = self._statistics(latents_BCHW)
         raw_BCHW = self.pipeline._unpatchify_latents(latents_BCHW * std_1C11 + mean_1C11)
         vae = self.pipeline.vae
         decoded_BCHW: Tensor = vae.decode(raw_BCHW.to(vae.dtype), return_dict=False)[0]
         return decoded_BCHW
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the autoencoder's patches, (1, C, 1, 1)."""
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread of the autoencoder's patches, (1, C, 1, 1), where the latents are."""
         vae = self.pipeline.vae
-        spread_C = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-        return vae.bn.running_mean[None, :, None, None], spread_C[None, :, None, None]
+        mean_C, variance_C = (values_C.to(like.device) for values_C in (vae.bn.running_mean, vae.bn.running_var))
+        spread_C = (variance_C + vae.config.batch_norm_eps).sqrt()
+        return mean_C[None, :, None, None], spread_C[None, :, None, None]
 
 
 class Flux2Klein(Flux2):
@@ -91,6 +92,6 @@ class Flux2Klein(Flux2):
 
     def latents_of(self, made: Tensor, height: int, width: int) -> Tensor:
         """This pipeline gives what its autoencoder wants; the denoiser was trained on it in patches, normalised."""
-        mean_1C11, std_1C11 = self._statistics()
+        mean_1C11, std_1C11 = self._statistics(made)
         normalised: Tensor = (self.pipeline._patchify_latents(made) - mean_1C11) / std_1C11
         return normalised

@@ -18,6 +18,7 @@ class StableDiffusion(Family):
 
     part = "unet"
     process = DiscreteDiffusion
+    aligned = "StableDiffusionTimesteps"
     # A safety checker would replace images by black ones, which are no samples of the policy.
     left_out = {
         "safety_checker": None,
@@ -32,7 +33,7 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
-        text_PTD = self.pipeline.encode_prompt(list(texts), self.pipeline.device, 1, False)[0]
+        text_PTD = self.pipeline.encode_prompt(list(texts), self.device, 1, False)[0]
         return Conditioning({"text": text_PTD})
 
     def predict(self, denoiser: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_B: Conditioning) -> Tensor:

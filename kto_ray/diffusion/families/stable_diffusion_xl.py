@@ -17,6 +17,7 @@ class StableDiffusionXL(Family):
 
     part = "unet"
     process = DiscreteDiffusion
+    aligned = "StableDiffusionXLTimesteps"
     left_out = {"feature_extractor": None, "image_encoder": None, "add_watermarker": False}
     embeddings = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
 

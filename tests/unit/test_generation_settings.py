@@ -1,0 +1,223 @@
+"""How lean images are drawn, and held-out ones otherwise: what the configuration takes, and what comes of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kto_ray.config import Generate, Model, Otherwise, RunConfig, load, require_same
+from kto_ray.diffusion.checks import check
+from kto_ray.diffusion.loading import load_family, offload, renew_offloaded
+from kto_ray.diffusion.policy import make_policy
+from kto_ray.diffusion.sampling import compile_denoiser, draw, drawing_digest
+from kto_ray.diffusion.texts import Texts
+from kto_ray.errors import UserError
+from kto_ray.generate.fitting import largest_batch
+from tests.tiny_models import write_model
+
+CPU = torch.device("cpu")
+BASE = {"unet": "a", "vae": "b"}
+LIKE_STABLE_DIFFUSION = ["generate.scheduler=null", "generate.steps=4", "generate.height=16", "generate.width=16"]
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return load("shapes_demo", overrides)
+
+
+def refusal(folder: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        check(config_of(f"model={folder}", *LIKE_STABLE_DIFFUSION, *overrides), folder)
+    return str(caught.value)
+
+
+# -- held-out images, drawn otherwise ----------------------------------------------------------------------------------
+
+
+def test_held_out_images_are_drawn_as_those_of_rounds_unless_something_is_said() -> None:
+    config = config_of("evaluate.generate.steps=33")
+    for stage in ("evaluation", "fresh_evaluation"):
+        assert config.drawn(stage) == config.generate.model_copy(update={"steps": 33})
+    assert config.drawn("round-00000") == config.generate
+    assert config_of().held_out == config_of().generate
+
+
+def test_all_that_may_be_otherwise_is_a_field_of_generate_with_the_same_mark() -> None:
+    for name, field in Otherwise.model_fields.items():
+        marks = [mark for mark in field.metadata if type(mark).__name__ == "OnResume"]
+        assert marks == [m for m in Generate.model_fields[name].metadata if type(m).__name__ == "OnResume"]
+
+
+def test_the_digest_of_a_run_that_says_nothing_is_as_it_was() -> None:
+    """Taken before held-out images could be drawn otherwise: replicas of old runs are still believed."""
+    assert drawing_digest(RunConfig(), BASE) == "b043d7de7ed8ec1865829a9b2d39ad91e8f83ef80ebec8c7d4a5bf98aa3a13b4"
+    assert drawing_digest(config_of("evaluate.generate.steps=33"), BASE) != drawing_digest(config_of(), BASE)
+    same = config_of(f"evaluate.generate.steps={config_of().generate.steps}")
+    assert drawing_digest(same, BASE) == drawing_digest(config_of(), BASE)
+
+
+def test_only_what_differs_is_told_of_an_evaluation() -> None:
+    config = config_of("generate.steps=8", "evaluate.generate.steps=33", "evaluate.generate.guidance_scale=2")
+    assert config.generate.guidance_scale != 2
+    assert config.held_out_otherwise == {"steps": 33, "guidance_scale": 2.0}
+
+
+def test_what_cannot_be_drawn_is_refused_by_the_name_of_the_field(tiny_sd1_folder: Path) -> None:
+    check(config_of(f"model={tiny_sd1_folder}", *LIKE_STABLE_DIFFUSION), tiny_sd1_folder)
+    assert refusal(tiny_sd1_folder, "generate.steps=1001").startswith("generate.steps: 1001 is more than the 1000")
+    for override, message in (
+        ("steps=1001", "evaluate.generate.steps: 1001 is more than the 1000"),
+        ("scheduler=DDIMSheduler", "evaluate.generate.scheduler: 'DDIMSheduler' is unknown to diffusers"),
+    ):
+        assert refusal(tiny_sd1_folder, f"evaluate.generate.{override}").startswith(message)
+
+
+def test_a_run_goes_on_with_the_same_held_out_images_only() -> None:
+    with pytest.raises(UserError, match=r"  evaluate\.generate\.steps: the run has None, this command says 33"):
+        require_same(config_of("evaluate.generate.steps=33"), config_of())
+
+
+# -- the scheduler's arguments and timesteps ---------------------------------------------------------------------------
+
+
+def test_what_the_scheduler_is_told_is_in_the_digest_when_something_is() -> None:
+    for override in ("generate.scheduler_args={timestep_spacing: trailing}", "evaluate.generate.scheduler_args={a: 1}"):
+        assert drawing_digest(config_of(override), BASE) != drawing_digest(config_of(), BASE)
+    assert drawing_digest(config_of("generate.scheduler_args={}"), BASE) == drawing_digest(config_of(), BASE)
+    ten = config_of("generate.steps=10")
+    aligned = config_of("generate.steps=10", "generate.timesteps=align_your_steps")
+    assert drawing_digest(aligned, BASE) != drawing_digest(ten, BASE)
+
+
+def test_held_out_images_can_do_without_what_rounds_are_drawn_with() -> None:
+    config = config_of(
+        *("generate.steps=10", "generate.timesteps=align_your_steps", "generate.scheduler_args={a: 1}"),
+        *("evaluate.generate.steps=50", "evaluate.generate.timesteps=own", "evaluate.generate.scheduler_args={}"),
+    )
+    assert (config.held_out.timesteps, config.held_out.scheduler_args) == (None, {})
+    assert config.held_out_otherwise == {"steps": 50, "timesteps": None, "scheduler_args": {}}
+
+
+@pytest.mark.parametrize("section", ["generate", "evaluate.generate"])
+def test_scheduler_arguments_and_timesteps_are_checked(tiny_sd1_folder: Path, section: str) -> None:
+    def refused(*fields: str) -> str:
+        return refusal(tiny_sd1_folder, *(f"{section}.{field}" for field in fields))
+
+    assert refused("scheduler_args={steps_ofset: 1}").startswith(
+        f"{section}.scheduler_args: PNDMScheduler knows no 'steps_ofset', did you mean 'steps_offset'?"
+    )
+    assert "cannot draw in 4 steps" in refused("scheduler_args={timestep_spacing: sideways}")
+    text = refused("steps=10", "timesteps=align_your_steps")  # PNDM has a spacing of its own
+    assert text.startswith(
+        f"{section}.timesteps: PNDMScheduler cannot be told its timesteps; give a {section}.scheduler"
+    )
+    assert "EulerDiscreteScheduler" in text
+    assert "DDIMScheduler" not in text
+    aligned = [f"{section}.steps=10", f"{section}.timesteps=align_your_steps"]
+    can = [f"{section}.scheduler=DPMSolverMultistepScheduler"]
+    check(config_of(f"model={tiny_sd1_folder}", *LIKE_STABLE_DIFFUSION, *aligned, *can), tiny_sd1_folder)
+
+
+def test_aligned_steps_are_ten() -> None:
+    with pytest.raises(UserError, match=r"generate\.timesteps: .* a schedule of 10 steps, and generate\.steps is 50"):
+        config_of("generate.steps=50", "generate.timesteps=align_your_steps")
+    with pytest.raises(UserError, match=r"evaluate\.generate\.steps is 50: give 10, .*timesteps=own"):
+        config_of("generate.steps=10", "generate.timesteps=align_your_steps", "evaluate.generate.steps=50")
+
+
+def test_other_families_have_no_aligned_steps(tmp_path: Path) -> None:
+    text = refusal(write_model(tmp_path, "flux"), "generate.steps=10", "generate.timesteps=align_your_steps")
+    assert text.startswith("generate.timesteps: align_your_steps was found for Stable Diffusion 1, 2 and XL")
+
+
+@pytest.mark.parametrize(("name", "second"), [("sd1", 850), ("sdxl", 845)])
+def test_a_model_is_drawn_at_the_aligned_timesteps_that_were_found_for_it(
+    tmp_path: Path, name: str, second: int
+) -> None:
+    family = load_family(write_model(tmp_path, name), Model(), torch.device("cpu"), torch.float32)
+    settings = Generate(scheduler="DPMSolverMultistepScheduler", steps=10, timesteps="align_your_steps")
+    seen: list[int] = []
+    with family.denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(int(inputs[1]))):
+        draw(family, Texts(lambda: family), ["a red circle"], [1], settings)
+    assert len(seen) == 10
+    assert seen[:2] == [999, second]
+
+
+# -- a card's room -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("room", "most", "found"),
+    [(100, 64, 64), (100, 48, 32), (9, 64, 8), (8, 64, 8), (1, 64, 1)],
+)
+def test_the_largest_batch_that_fits_is_found(room: int, most: int, found: int) -> None:
+    tried: list[int] = []
+
+    def draw(count: int) -> float:
+        tried.append(count)
+        if count > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.5
+
+    assert largest_batch(draw, most) == found
+    assert tried == [2**doubled for doubled in range(len(tried))]
+
+
+def test_a_card_that_is_nearly_full_is_full_and_one_without_room_is_said() -> None:
+    assert largest_batch(lambda count: count / 10, 64) == 8
+    assert largest_batch(lambda count: 0.95, 64) == 1
+
+    def out_of_memory(_: int) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match=r"no room to draw a single image; give generate\.offload=model"):
+        largest_batch(out_of_memory, 64)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("generate.batch_size=auto", "batch_size: auto .* is found by filling a card, .* give a number"),
+        ("generate.offload=model", "offload: model makes room on a card, .* give none"),
+        ("generate.offload=group", "offload: group makes room on a card, .* give none"),
+    ],
+)
+def test_on_the_cpu_there_is_no_card_to_fill(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        config_of(override)
+    assert config_of(override, "generate.resources.num_gpus=1").generate.batch_size > 0
+
+
+def test_auto_finds_up_to_a_rounds_images() -> None:
+    settings = config_of("generate.batch_size=auto", "generate.resources.num_gpus=1").generate
+    assert (settings.find_batch_size, settings.batch_size) == (True, 64)
+
+
+def test_layers_that_wait_elsewhere_draw_the_same(tiny_sd1_folder: Path) -> None:
+    """With the CPU as the card: what is moved, and when, is diffusers' own."""
+    config = config_of(f"model={tiny_sd1_folder}", *LIKE_STABLE_DIFFUSION)
+    drawn = []
+    for how in ("none", "group"):
+        family = load_family(tiny_sd1_folder, Model(), CPU, torch.float32)
+        policy = make_policy(family, config.train.adapter)
+        offload(family.pipeline, "group" if how == "group" else "none", CPU)
+        torch.manual_seed(0)
+        policy.load({name: torch.randn_like(tensor) for name, tensor in policy.tensors().items()})
+        renew_offloaded(family.denoiser)
+        drawn.append(draw(family, Texts(lambda family=family: family), ["a red circle"] * 2, [1, 2], config.generate))
+    for one, other in zip(*drawn, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_what_repeats_is_compiled_once_and_other_models_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Repeating(torch.nn.Module):
+        _repeated_blocks = ("Block",)
+
+        def compile_repeated_blocks(self) -> None:
+            compiled.append("blocks")
+
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Linear, "compile", lambda self: compiled.append("whole"))
+    compile_denoiser(Repeating())
+    compile_denoiser(torch.nn.Linear(1, 1))
+    assert compiled == ["blocks", "whole"]
