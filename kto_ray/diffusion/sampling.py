@@ -64,7 +64,7 @@ DECODED_PIXELS = 1024 * 1024
 """At once: to decode an image of this size takes gigabytes."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # weights that an offloading pipeline moves in inference mode could not be loaded anew outside it
 def draw(
     family: Family, texts: Texts, prompts: Sequence[str], seeds: Sequence[int], settings: Generate
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:

@@ -72,6 +72,13 @@ async def test_every_image_is_drawn_and_scored_once_and_sealed(tmp_path: Path) -
     folder.verify()
 
 
+async def test_what_it_was_drawn_with_is_sealed_when_rounds_are_drawn_otherwise(tmp_path: Path) -> None:
+    for name, otherwise in (("same", {}), ("more", {"steps": 99})):
+        held_out = evaluation(tmp_path / name, evaluate={"images_per_prompt": IMAGES, "generate": otherwise})
+        await run(held_out, 0, shapes=coin)
+        assert held_out.round(0).manifest.get("drawn_with", {}) == otherwise
+
+
 async def test_what_a_crash_left_is_neither_drawn_nor_scored_again(tmp_path: Path) -> None:
     held_out = evaluation(tmp_path, {"scorers": {"shapes": {}, "other": {"held_out": True}}})
     folder = Round(Storage(str(tmp_path)) / "evaluations/00000", "evaluation")

@@ -1,11 +1,14 @@
 """How lean images are drawn, and held-out ones otherwise: what the configuration takes, and what comes of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from kto_ray import preflight
+from kto_ray.bake_off.plain_loop import PlainLoop
 from kto_ray.config import Generate, Model, Otherwise, RunConfig, load, require_same
 from kto_ray.diffusion.checks import check
 from kto_ray.diffusion.loading import load_family, offload, renew_offloaded
@@ -75,6 +78,23 @@ def test_what_cannot_be_drawn_is_refused_by_the_name_of_the_field(tiny_sd1_folde
 def test_a_run_goes_on_with_the_same_held_out_images_only() -> None:
     with pytest.raises(UserError, match=r"  evaluate\.generate\.steps: the run has None, this command says 33"):
         require_same(config_of("evaluate.generate.steps=33"), config_of())
+
+
+@pytest.mark.parametrize(
+    ("own", "now", "same"),
+    [
+        ("null", "PNDMScheduler", True),  # the pipeline's own
+        ("DDIMScheduler", "DDIMScheduler", True),
+        ("DDIMScheduler", "PNDMScheduler", False),
+    ],
+)
+def test_a_scheduler_of_held_out_images_may_be_named_that_drew_them_all_along(own: str, now: str, same: bool) -> None:
+    saved = config_of(f"generate.scheduler={own}")
+    config = config_of(f"generate.scheduler={own}", f"evaluate.generate.scheduler={now}")
+    named = preflight._named(config, saved, {"generate.scheduler": "PNDMScheduler"})
+    assert ("evaluate.generate.scheduler" in named) == same
+    if same:
+        require_same(config, saved, same_content=named)
 
 
 # -- the scheduler's arguments and timesteps ---------------------------------------------------------------------------
@@ -221,3 +241,97 @@ def test_what_repeats_is_compiled_once_and_other_models_as_a_whole(monkeypatch: 
     compile_denoiser(Repeating())
     compile_denoiser(torch.nn.Linear(1, 1))
     assert compiled == ["blocks", "whole"]
+
+
+# -- what needs a card -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["batch_size=auto", "offload=model", "offload=group"])
+def test_what_makes_something_of_a_card_is_refused_without_one(field: str) -> None:
+    name, value = field.split("=")
+    for where in ([], ["generate.device=cpu", "generate.resources.num_gpus=1"]):
+        with pytest.raises(UserError, match=rf"{name}: {value}.* replicas have none \(device: (auto|cpu), .*; give "):
+            config_of(f"generate.{field}", *where)
+    for where in ("generate.device=cuda", "generate.resources.num_gpus=0.5"):
+        config_of(f"generate.{field}", where)
+
+
+def test_layers_that_move_are_not_compiled() -> None:
+    on_a_card = ["generate.resources.num_gpus=1", "generate.compile=true"]
+    config_of(*on_a_card, "generate.offload=model")
+    with pytest.raises(UserError, match=r"compile: true, but with offload: group"):
+        config_of(*on_a_card, "generate.offload=group")
+
+
+def test_a_batch_size_to_be_found_is_a_number_all_the_same() -> None:
+    """So that whoever plans with it need not care; what a run saved is read again as it was."""
+    config = config_of("generate.batch_size=auto", "generate.resources.num_gpus=1")
+    assert (config.generate.batch_size, config.generate.find_batch_size) == (64, True)
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    assert config_of("generate.batch_size=5").generate.find_batch_size is False
+
+
+@pytest.mark.parametrize(
+    ("room", "most", "found", "tried"),
+    [
+        (100, 64, 64, [1, 2, 4, 8, 16, 32, 64]),
+        (100, 36, 32, [1, 2, 4, 8, 16, 32]),
+        (7, 64, 4, [1, 2, 4, 8]),
+        (1, 64, 1, [1, 2]),
+    ],
+)
+def test_the_largest_batch_is_the_last_that_fits(room: int, most: int, found: int, tried: list[int]) -> None:
+    asked: list[int] = []
+
+    def draw_so_many(count: int) -> float:
+        asked.append(count)
+        if count > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.5
+
+    assert (largest_batch(draw_so_many, most), asked) == (found, tried)
+
+
+def test_a_card_that_is_nearly_full_is_full() -> None:
+    assert largest_batch(lambda count: 0.3 * count, 64) == 2
+    assert largest_batch(lambda count: 0.225 * count, 64) == 4  # 90 % is not more than 90 %
+    assert largest_batch(lambda _: 0.95, 64) == 1  # it was drawn
+
+
+def test_a_card_without_room_for_one_image_is_told_of_and_other_errors_are_not_taken_for_it() -> None:
+    def fails(error: Exception) -> Callable[[int], float]:
+        def draw_so_many(_: int) -> float:
+            raise error
+
+        return draw_so_many
+
+    with pytest.raises(UserError, match=r"generate\.batch_size: .* no room to draw a single image; give "):
+        largest_batch(fails(torch.OutOfMemoryError("CUDA out of memory")), 64)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        largest_batch(fails(RuntimeError("an illegal memory access")), 64)
+
+
+def test_a_replica_that_offloads_need_not_have_room_for_all_of_the_model(tiny_sd1_folder: Path) -> None:
+    def fit(*overrides: str) -> None:
+        tiny_card = [f"model={tiny_sd1_folder}", "generate.resources.num_gpus=1", "cluster.gpu_gb=0.000001"]
+        preflight._require_fit(config_of(*tiny_card, *overrides), tiny_sd1_folder)
+
+    with pytest.raises(UserError, match="a replica holds"):
+        fit()
+    fit("generate.offload=group")
+    with pytest.raises(UserError, match="a train worker holds"):
+        fit("generate.offload=group", "train.resources.num_gpus=1")
+
+
+# -- the loop without Ray ----------------------------------------------------------------------------------------------
+
+
+def test_the_plain_loop_evaluates_with_the_settings_of_held_out_images() -> None:
+    few = ["generate.images_per_round=12", "generate.steps=2", "evaluate.generate.steps=3", "evaluate.max_prompts=2"]
+    loop = PlainLoop(config_of(*few, "generate.guidance_scale=1", "generate.batch_size=12"), threads=1)
+    calls: list[int] = []
+    with loop.learner.family.denoiser.register_forward_hook(lambda *_: calls.append(1)):
+        loop.evaluate(0)
+    assert len(calls) == 3
+    with pytest.raises(UserError, match=r"generate\.batch_size: auto is found by a replica"):
+        PlainLoop(config_of("generate.batch_size=auto", "generate.resources.num_gpus=1"))

@@ -237,3 +237,27 @@ async def test_a_replica_that_cannot_store_says_why_in_a_sentence(monkeypatch: p
     with pytest.raises(UserError) as caught:
         await drawn(generators(monkeypatch, Handle(over_there.as_instanceof_cause())), make_requests("round-00000", 2))
     assert str(caught.value) == sentence
+
+
+async def test_requests_are_of_as_many_images_as_a_replica_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, sizes = Handle(), []
+
+    class Asking:
+        async def remote(self) -> int:
+            sizes.append("asked")
+            return 3
+
+    async def deployed(*_: Any) -> Handle:
+        return handle
+
+    handle.found_batch_size = Asking()  # type: ignore[attr-defined]
+    monkeypatch.setattr(client, "deploy", deployed)
+    monkeypatch.setattr(client, "application_name", lambda *_: "generators")
+    monkeypatch.setattr(client, "noisily", lambda *_: contextlib.AsyncExitStack())
+    for given, size in (("auto", 3), (2, 2)):
+        handle.asked.clear()
+        made = generators(monkeypatch, handle, batch_size=given, resources={"num_gpus": 1})
+        await made.start()
+        await drawn(made, make_requests("round-00000", 6))
+        assert {len(batch) for batch in handle.asked} == {size}
+    assert sizes == ["asked"]

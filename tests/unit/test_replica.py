@@ -1,6 +1,7 @@
 """The generator without Ray Serve: whose images it draws, and when it refuses."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from kto_ray.config import Adapter, Model, RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.loading import load_family
-from kto_ray.diffusion.policy import make_policy
+from kto_ray.diffusion.policy import _layers_in_use, make_policy
 from kto_ray.diffusion.sampling import draw as sampled
 from kto_ray.errors import UserError
 from kto_ray.generate import replica, storing
@@ -367,3 +368,112 @@ async def test_what_cannot_be_stored_is_an_error(
         with pytest.raises(UserError, match="no room"):
             await generator.draw(REQUESTS, base, "rounds/00000")
     assert len((await generator.draw(REQUESTS, base, "rounds/00000")).records) == 3
+
+
+# -- drawn otherwise, and lean -----------------------------------------------------------------------------------------
+
+
+def test_held_out_images_are_drawn_with_their_own_settings_and_rounds_as_before(
+    tiny_sd1_folder: Path, run: Storage
+) -> None:
+    (base,) = publish(run, tiny_sd1_folder, "lora", versions=0)
+    config = make_config(tiny_sd1_folder)
+    otherwise = {"steps": 4, "scheduler": "DDIMScheduler", "guidance_scale": 5.0}
+    both = RunConfig.model_validate(config.model_dump() | {"evaluate": {"generate": otherwise}})
+    generator = Generator(both, run)
+    held_out = [SampleRequest(r.id, "evaluation", r.prompt, r.index, r.seed) for r in REQUESTS]
+    as_rounds = draw(run, Generator(config, run), base)
+    as_told = draw(run, Generator(make_config(tiny_sd1_folder, **otherwise), run), base)
+    for _ in range(2):
+        assert same_images(draw(run, generator, base), as_rounds)
+        assert same_images(draw(run, generator, base, held_out), as_told)
+
+
+def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said to be on a GPU is on the CPU."""
+    monkeypatch.setattr(replica, "pick_device", lambda *_: torch.device("cpu"))
+
+
+@pytest.mark.parametrize("how", ["model", "group"])
+def test_a_replica_that_offloads_draws_the_same_images_of_every_policy(
+    tiny_sd1_folder: Path, run: Storage, kind: Kind, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU in the place of a card: how weights and texts move is not tested here, but who holds them is."""
+    policies = publish(run, tiny_sd1_folder, kind, versions=2)
+    plain = Generator(make_config(tiny_sd1_folder, kind), run)
+    on_a_card(monkeypatch)
+    generator = Generator(make_config(tiny_sd1_folder, kind, offload=how, device="cuda"), run)
+    modules = list(generator.policy.module.modules())
+    hooked = [module for module in modules if hasattr(module, {"model": "_hf_hook", "group": "_diffusers_hook"}[how])]
+    assert hooked
+    for policy in (policies[0], policies[1], policies[2], policies[0], policies[1]):
+        assert same_images(draw(run, generator, policy), draw(run, plain, policy))
+
+
+def test_groups_come_from_the_weights_that_were_loaded_last(
+    tiny_sd1_folder: Path, run: Storage, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card they come from copies, which are made with the groups: after a policy is loaded they are new ones."""
+    policies = publish(run, tiny_sd1_folder, kind, versions=1)
+    on_a_card(monkeypatch)
+    generator = Generator(make_config(tiny_sd1_folder, kind, offload="group", device="cuda"), run)
+
+    def groups() -> list[Any]:
+        registries = [getattr(module, "_diffusers_hook", None) for module in generator.policy.module.modules()]
+        hooks = [registry.get_hook("group_offloading") for registry in registries if registry is not None]
+        return [hook.group for hook in hooks if hook is not None]
+
+    draw(run, generator, policies[0])
+    before = groups()
+    draw(run, generator, policies[0])
+    assert before
+    assert all(one is other for one, other in zip(groups(), before, strict=True))
+    draw(run, generator, policies[1])
+    assert not any(one is other for one, other in zip(groups(), before, strict=True))
+
+
+def test_a_replica_warms_up_what_it_has_compiled_and_then_draws_the_same_images(
+    tiny_sd1_folder: Path, run: Storage, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = publish(run, tiny_sd1_folder, kind, versions=1)
+    expected = [draw(run, Generator(make_config(tiny_sd1_folder, kind), run), policy) for policy in policies]
+    compiled: list[Any] = []
+    rehearsed: list[tuple[int, set[bool]]] = []
+
+    def watched(family: Any, texts: Any, prompts: list[str], *arguments: Any) -> Any:
+        assert compiled
+        rehearsed.append((len(prompts), _layers_in_use(family.denoiser)))
+        return sampled(family, texts, prompts, *arguments)
+
+    monkeypatch.setattr(replica, "compile_denoiser", compiled.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(replica, "draw", watched)
+        generator = Generator(make_config(tiny_sd1_folder, kind, compile=True, batch_size=3), run)
+    assert compiled == [generator.policy.module]
+    assert rehearsed == ([(3, {True}), (3, {False})] if kind == "lora" else [(3, set())])
+    for policy, images in zip(policies, expected, strict=True):
+        assert same_images(draw(run, generator, policy), images)
+
+
+async def test_a_replica_finds_how_many_images_it_can_draw_before_it_is_asked_for_any(
+    tiny_sd1_folder: Path, run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (base,) = publish(run, tiny_sd1_folder, "lora", versions=0)
+    tried: list[int] = []
+
+    def small(family: Any, texts: Any, prompts: list[str], *arguments: Any) -> Any:
+        tried.append(len(prompts))
+        if len(prompts) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sampled(family, texts, prompts, *arguments)
+
+    on_a_card(monkeypatch)
+    monkeypatch.setattr(replica, "emptied", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(replica, "share_reserved", lambda *_: 0.5)
+    monkeypatch.setattr(replica, "draw", small)
+    generator = Generator(make_config(tiny_sd1_folder, batch_size="auto", device="cuda"), run)
+    assert await generator.found_batch_size() == 4
+    assert tried == [1, 2, 4, 8]
+    assert len((await generator.draw(REQUESTS, base, "rounds/00000")).records) == 3
+    given = Generator(make_config(tiny_sd1_folder, batch_size=8), run)
+    assert (await given.found_batch_size(), tried[4:]) == (8, [3])

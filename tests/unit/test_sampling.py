@@ -11,7 +11,7 @@ import torch
 from kto_ray.config import Generate, Model
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.loading import load_family
-from kto_ray.diffusion.sampling import draw
+from kto_ray.diffusion.sampling import compile_denoiser, draw
 from kto_ray.diffusion.texts import Texts
 from kto_ray.errors import UserError
 from tests.pipelines import PIXELS
@@ -170,3 +170,14 @@ def test_numbers_that_are_not_finite_are_told_of_one_image_and_spoil_no_other(
     for whole in (0, 2):
         assert np.array_equal(latents_BCHW[whole], expected_BCHW[whole])
         assert np.array_equal(pixels_BHWC[whole], expected_BHWC[whole])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # by torch's compiler
+def test_a_denoiser_is_compiled_by_its_repeated_blocks_or_as_a_whole(family: Family) -> None:
+    """Nothing is, before it is called."""
+    compile_denoiser(family.denoiser)
+    compiled = {type(module).__name__ for module in family.denoiser.modules() if module._compiled_call_impl}
+    assert compiled == {"BasicTransformerBlock"}
+    other = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    compile_denoiser(other)
+    assert [bool(module._compiled_call_impl) for module in other.modules()] == [True, False]
