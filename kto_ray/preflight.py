@@ -105,10 +105,7 @@ class Preflight:
 def _require_fit(config: RunConfig, configs: Path | None) -> None:
     """Raises UserError: the model does not fit the cards, where it is known what they have."""
     if config.cluster.gpu_gb is not None and configs is not None:
-        # A replica that offloads never has all of it on the card.
-        whole = config.generate.offload == "none"
-        needs = (need for need in memory.needs_of(config, configs) if whole or need.section != "generate")
-        memory.require_fit(tuple(needs), config.cluster.gpu_gb)
+        memory.require_fit(memory.needs_of(config, configs), config.cluster.gpu_gb)
 
 
 def _check_credentials(config: RunConfig) -> None:

@@ -1,5 +1,5 @@
-"""Loading a base model, frozen, as its family: for `generate/replica.py` and `train/worker.py`. And where a replica's
-waits that is larger than its card.
+"""Loading a base model, frozen, as its family: for `generate/replica.py` and `train/worker.py`. How its denoiser is
+compiled, and where a replica's waits that is larger than its card.
 """
 
 from pathlib import Path
@@ -100,6 +100,14 @@ def renew_offloaded(denoiser: torch.nn.Module) -> None:
     Of a layer that was on the card meanwhile, as an adapter's that was switched off, that copy is still what it was.
     """
     _maybe_remove_and_reapply_group_offloading(denoiser)
+
+
+def compile_denoiser(denoiser: torch.nn.Module) -> None:
+    """By the blocks that its class says it repeats, of which one is compiled for all; otherwise as a whole."""
+    if getattr(denoiser, "_repeated_blocks", None):
+        denoiser.compile_repeated_blocks()  # type: ignore[operator]
+    else:
+        denoiser.compile()
 
 
 def pick_device(device: str, num_gpus: float) -> torch.device:

@@ -88,8 +88,18 @@ def _replica(config: RunConfig, folder: Path) -> Need:
     parts = {name: width * count for name, count in numbers.items()}
     if config.train.adapter.kind == "full":
         parts["base, beside the policy"] = width * numbers[part]
-    less = "" if generate.dtype != "float32" else "generate.dtype=bfloat16 halves it"
-    return Need("replica", "generate", parts | {"adapters": 4 * adapters}, generate.resources.num_gpus, less)
+    parts |= {"adapters": 4 * adapters}
+    less = "generate.offload=model holds a component at a time"
+    if generate.offload == "model":
+        parts = {
+            name: size for name, size in parts.items() if name in (max(parts, key=lambda of: parts[of]), "adapters")
+        }
+        less = "generate.offload=group holds a layer at a time"
+    elif generate.offload == "group":
+        parts, less = {"vae": parts["vae"]}, ""
+    if generate.dtype == "float32":
+        less = "generate.dtype=bfloat16 halves it"
+    return Need("replica", "generate", parts, generate.resources.num_gpus, less)
 
 
 def _train_worker(config: RunConfig, folder: Path) -> Need:

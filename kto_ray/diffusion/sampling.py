@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kto_ray.config import Generate, RunConfig, shaping
 from kto_ray.diffusion.family import Family
@@ -50,14 +50,6 @@ def initial_noise(seed: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     """
     noise_1CHW = torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
     return noise_1CHW[0].float()
-
-
-def compile_denoiser(denoiser: nn.Module) -> None:
-    """By the blocks that its class says it repeats, of which one is compiled for all; otherwise as a whole."""
-    if getattr(denoiser, "_repeated_blocks", None):
-        denoiser.compile_repeated_blocks()  # type: ignore[operator]
-    else:
-        denoiser.compile()
 
 
 DECODED_PIXELS = 1024 * 1024

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from kto_ray.config import RunConfig
 from kto_ray.diffusion import source
-from kto_ray.diffusion.loading import DTYPES, load_family, offload, pick_device, renew_offloaded
+from kto_ray.diffusion.loading import DTYPES, compile_denoiser, load_family, offload, pick_device, renew_offloaded
 from kto_ray.diffusion.policy import make_policy
-from kto_ray.diffusion.sampling import as_asked, compile_denoiser, draw, drawing_digest
+from kto_ray.diffusion.sampling import as_asked, draw, drawing_digest
 from kto_ray.diffusion.texts import Texts, texts_of
 from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.fitting import emptied, largest_batch, share_reserved

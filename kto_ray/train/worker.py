@@ -29,7 +29,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 
 from kto_ray.config import RunConfig, held_dtype
 from kto_ray.diffusion import source
-from kto_ray.diffusion.loading import DTYPES, load_family, pick_device
+from kto_ray.diffusion.loading import DTYPES, compile_denoiser, load_family, pick_device
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.diffusion.sharding import Sharding
 from kto_ray.diffusion.texts import texts_of
@@ -219,7 +219,7 @@ def build_learner(
     shard = Sharding(device, DTYPES[config.train.dtype]) if sharded else None
     policy = make_policy(family, config.train.adapter, shard)
     if config.train.compile:
-        policy.module.compile()
+        compile_denoiser(policy.module)
     more = {"find_unused_parameters": True} if family.leaves_unused and config.train.adapter.kind == "full" else {}
     prepare = partial(ray.train.torch.prepare_model, parallel_strategy_kwargs=more)
     wrap = prepare if distributed and not sharded else (lambda module: module)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,9 +10,9 @@ from kto_ray import preflight
 from kto_ray.bake_off.plain_loop import PlainLoop
 from kto_ray.config import Generate, Model, Otherwise, RunConfig, load, require_same
 from kto_ray.diffusion.checks import check
-from kto_ray.diffusion.loading import load_family, offload, renew_offloaded
-from kto_ray.diffusion.policy import make_policy
-from kto_ray.diffusion.sampling import compile_denoiser, draw, drawing_digest
+from kto_ray.diffusion.loading import load_family
+from kto_ray.diffusion.memory import needs_of
+from kto_ray.diffusion.sampling import draw, drawing_digest
 from kto_ray.diffusion.texts import Texts
 from kto_ray.errors import UserError
 from kto_ray.generate.fitting import largest_batch
@@ -163,86 +162,6 @@ def test_a_model_is_drawn_at_the_aligned_timesteps_that_were_found_for_it(
     assert seen[:2] == [999, second]
 
 
-# -- a card's room -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("room", "most", "found"),
-    [(100, 64, 64), (100, 48, 32), (9, 64, 8), (8, 64, 8), (1, 64, 1)],
-)
-def test_the_largest_batch_that_fits_is_found(room: int, most: int, found: int) -> None:
-    tried: list[int] = []
-
-    def draw(count: int) -> float:
-        tried.append(count)
-        if count > room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return 0.5
-
-    assert largest_batch(draw, most) == found
-    assert tried == [2**doubled for doubled in range(len(tried))]
-
-
-def test_a_card_that_is_nearly_full_is_full_and_one_without_room_is_said() -> None:
-    assert largest_batch(lambda count: count / 10, 64) == 8
-    assert largest_batch(lambda count: 0.95, 64) == 1
-
-    def out_of_memory(_: int) -> float:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(UserError, match=r"no room to draw a single image; give generate\.offload=model"):
-        largest_batch(out_of_memory, 64)
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("generate.batch_size=auto", "batch_size: auto .* is found by filling a card, .* give a number"),
-        ("generate.offload=model", "offload: model makes room on a card, .* give none"),
-        ("generate.offload=group", "offload: group makes room on a card, .* give none"),
-    ],
-)
-def test_on_the_cpu_there_is_no_card_to_fill(override: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        config_of(override)
-    assert config_of(override, "generate.resources.num_gpus=1").generate.batch_size > 0
-
-
-def test_auto_finds_up_to_a_rounds_images() -> None:
-    settings = config_of("generate.batch_size=auto", "generate.resources.num_gpus=1").generate
-    assert (settings.find_batch_size, settings.batch_size) == (True, 64)
-
-
-def test_layers_that_wait_elsewhere_draw_the_same(tiny_sd1_folder: Path) -> None:
-    """With the CPU as the card: what is moved, and when, is diffusers' own."""
-    config = config_of(f"model={tiny_sd1_folder}", *LIKE_STABLE_DIFFUSION)
-    drawn = []
-    for how in ("none", "group"):
-        family = load_family(tiny_sd1_folder, Model(), CPU, torch.float32)
-        policy = make_policy(family, config.train.adapter)
-        offload(family.pipeline, "group" if how == "group" else "none", CPU)
-        torch.manual_seed(0)
-        policy.load({name: torch.randn_like(tensor) for name, tensor in policy.tensors().items()})
-        renew_offloaded(family.denoiser)
-        drawn.append(draw(family, Texts(lambda family=family: family), ["a red circle"] * 2, [1, 2], config.generate))
-    for one, other in zip(*drawn, strict=True):
-        assert np.array_equal(one, other)
-
-
-def test_what_repeats_is_compiled_once_and_other_models_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Repeating(torch.nn.Module):
-        _repeated_blocks = ("Block",)
-
-        def compile_repeated_blocks(self) -> None:
-            compiled.append("blocks")
-
-    compiled: list[str] = []
-    monkeypatch.setattr(torch.nn.Linear, "compile", lambda self: compiled.append("whole"))
-    compile_denoiser(Repeating())
-    compile_denoiser(torch.nn.Linear(1, 1))
-    assert compiled == ["blocks", "whole"]
-
-
 # -- what needs a card -------------------------------------------------------------------------------------------------
 
 
@@ -312,15 +231,15 @@ def test_a_card_without_room_for_one_image_is_told_of_and_other_errors_are_not_t
 
 
 def test_a_replica_that_offloads_need_not_have_room_for_all_of_the_model(tiny_sd1_folder: Path) -> None:
-    def fit(*overrides: str) -> None:
-        tiny_card = [f"model={tiny_sd1_folder}", "generate.resources.num_gpus=1", "cluster.gpu_gb=0.000001"]
-        preflight._require_fit(config_of(*tiny_card, *overrides), tiny_sd1_folder)
+    def held(*overrides: str) -> dict[str, int]:
+        on_a_card = [f"model={tiny_sd1_folder}", "generate.resources.num_gpus=1", *overrides]
+        return dict(needs_of(config_of(*on_a_card), tiny_sd1_folder)[0].parts)
 
-    with pytest.raises(UserError, match="a replica holds"):
-        fit()
-    fit("generate.offload=group")
-    with pytest.raises(UserError, match="a train worker holds"):
-        fit("generate.offload=group", "train.resources.num_gpus=1")
+    whole = held()
+    assert whole.keys() == {"text_encoder", "unet", "vae", "adapters"}
+    largest = max(whole, key=lambda name: whole[name])
+    assert held("generate.offload=model") == {name: whole[name] for name in (largest, "adapters")}
+    assert held("generate.offload=group") == {"vae": whole["vae"]}
 
 
 # -- the loop without Ray ----------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import torch
 
 from kto_ray.config import Generate, Model
 from kto_ray.diffusion.family import Family
-from kto_ray.diffusion.loading import load_family
-from kto_ray.diffusion.sampling import compile_denoiser, draw
+from kto_ray.diffusion.loading import compile_denoiser, load_family
+from kto_ray.diffusion.sampling import draw
 from kto_ray.diffusion.texts import Texts
 from kto_ray.errors import UserError
 from tests.pipelines import PIXELS
