@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
+from kto_ray.errors import UserError
 from kto_ray.train.checkpoints import SHARDS, STATE
 from kto_ray.train.coordinator import TrainingReport
 from kto_ray.train.learner import Learner
@@ -40,7 +41,7 @@ def save(learner: Learner, version: int, report: TrainingReport, folder: Path) -
         try:
             state_dict_saver.save(shards, storage_writer=FileSystemWriter(folder))
         except CheckpointException as error:  # no Exception, and on all ranks if on one
-            raise RuntimeError("; ".join(str(failure[0]) for failure in error.failures.values())) from error
+            raise RuntimeError(_said(error)) from error
         digests = _gathered({file.name: _sha256(file) for file in folder.iterdir()})
         if first:
             (folder / SHARDS).write_text(json.dumps(digests, indent=1, sort_keys=True))
@@ -49,16 +50,33 @@ def save(learner: Learner, version: int, report: TrainingReport, folder: Path) -
 
 
 def load(learner: Learner, folder: Path) -> tuple[int, TrainingReport]:
-    """Put the learner where the checkpoint left it; returns its policy version and that round's report."""
+    """Put the learner where the checkpoint left it; returns its policy version and that round's report.
+
+    Raises:
+        UserError: it was written under another `train.strategy`, or lacks what this learner has.
+    """
+    if (folder / SHARDS).exists() != learner.policy.sharded:
+        other = "ddp" if learner.policy.sharded else "fsdp"
+        raise UserError(
+            f"train.strategy: {learner.config.strategy}, but the checkpoint {folder.name} was written under {other}; "
+            f"give train.strategy={other}"
+        )
     kept = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     state = kept["learner"]
     if learner.policy.sharded:
         own = learner.state_dict()
         shards = {name: own[name] for name in SHARDED}
-        state_dict_loader.load(shards, storage_reader=FileSystemReader(folder))
+        try:
+            state_dict_loader.load(shards, storage_reader=FileSystemReader(folder))
+        except CheckpointException as error:
+            raise UserError(f"the shards of the checkpoint {folder.name} cannot be taken up: {_said(error)}") from error
         state |= shards
     learner.load_state_dict(state)
     return kept["version"], TrainingReport(**kept["report"])
+
+
+def _said(error: CheckpointException) -> str:
+    return "; ".join(str(failure) for failure, _ in error.failures.values())
 
 
 def _gathered(mine: dict[str, Any]) -> dict[str, Any]:

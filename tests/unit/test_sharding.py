@@ -13,6 +13,7 @@ from kto_ray.config import Adapter, Model, Train
 from kto_ray.diffusion.loading import DTYPES, load_family
 from kto_ray.diffusion.policy import FullPolicy, make_policy
 from kto_ray.diffusion.sharding import Sharding, blocks_of, local
+from kto_ray.errors import UserError
 from kto_ray.train import checkpointing
 from kto_ray.train.coordinator import TrainingReport
 from kto_ray.train.learner import Learner
@@ -106,6 +107,15 @@ def test_two_ranks_come_to_what_one_does_with_half_of_it_each_and_others_go_on(
             for other in (first, *resumed):
                 assert distance(other[name][what], expected[what], began) < MOST_APART[name], name
         assert first[name]["held"] < 0.6 * held(alone)
+
+
+def test_a_checkpoint_without_shards_is_not_one_of_a_run_in_shards(tiny_sd1_folder: Path, tmp_path: Path) -> None:
+    learner = make_learner(tiny_sd1_folder, strategy="ddp", objective="nft")
+    checkpointing.save(learner, 1, TrainingReport(1, {}, {}), tmp_path)
+    assert checkpointing.load(learner, tmp_path)[0] == 1
+    (tmp_path / "shards.json").write_text("{}")
+    with pytest.raises(UserError, match=r"train\.strategy: ddp, but the checkpoint .* give train\.strategy=fsdp"):
+        checkpointing.load(learner, tmp_path)
 
 
 @pytest.mark.parametrize(
