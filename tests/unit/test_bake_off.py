@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kto_ray.bake_off import page
+from kto_ray.bake_off import page, planning
 from kto_ray.bake_off.methods import METHODS, TUNING_SEEDS
 from kto_ray.bake_off.plain_loop import PlainLoop
 from kto_ray.bake_off.planning import Cell, Results, best_setting, cells, require_known, tuning_cells, tuning_rates
@@ -46,7 +46,8 @@ def test_every_method_has_the_same_number_of_tuning_runs() -> None:
         cell.config()
 
 
-def test_the_best_setting_is_so_in_the_mean_over_seeds(tmp_path: Path) -> None:
+def test_the_best_setting_is_so_in_the_mean_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "TUNING_SEEDS", (1000, 1001))
     results, planned = Results(tmp_path), tuning_cells(["sft"])
     assert len(planned) == 4
     for cell, rate in zip(planned, (0.9, 0.7, 0.3, 0.6), strict=True):
@@ -193,7 +194,7 @@ def test_a_curve_and_its_page() -> None:
     curves, tuning = [kto, sft, follow], {"nft": {"objective.beta=1": [0.7, 0.72]}}
     assert "No method was tuned." in page.render(curves, {})
     text = page.render(curves, tuning)
-    assert "on seeds 1000 and 1001" in text
+    assert "on seed 1000, not among those below" in text
     for words in ("Likes red", "85.0 ± ", "objective.beta=1", "DiffusionNFT, binary", "shapes lost"):
         assert words in text
     table = page.markdown(curves)
