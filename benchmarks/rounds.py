@@ -10,10 +10,13 @@ sealing the round, checkpoint, policy, digests, polling.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,6 +28,8 @@ from kto_ray.config import RunConfig, load, to_yaml
 
 ROUNDS = 4
 IMAGES = 144
+RAY_NICENESS = 15
+"""Of its workers (RAY_worker_niceness): beside anything else on the machine, bare work would come first without it."""
 OVERRIDES = (
     f"rounds={ROUNDS}",
     f"generate.images_per_round={IMAGES}",
@@ -91,14 +96,21 @@ def run_loop(config: RunConfig) -> list[dict[str, Any]]:
     recipe = Path(config.runs_folder) / "recipe.yaml"
     recipe.write_text(to_yaml(config))
     job = Path(__file__).parent.parent / "jobs" / "online_kto.py"
-    subprocess.run([sys.executable, job, "--recipe", recipe], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, job, "--recipe", recipe], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the job ended with {done.returncode}: {done.stdout}{done.stderr}")
     lines = (Path(config.runs_folder) / config.run / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["kind"] == "round"]
     return sorted(rows, key=lambda row: int(row["step"]))
 
 
 def run_bare(config: RunConfig) -> list[PlainRound]:
-    """Do the same work without the loop."""
+    """Do the same work without the loop, in a process that yields to others as Ray's workers do."""
+    with ProcessPoolExecutor(1, get_context("spawn"), os.nice, (RAY_NICENESS,)) as alone:
+        return alone.submit(_run_bare, config).result()
+
+
+def _run_bare(config: RunConfig) -> list[PlainRound]:
     loop = PlainLoop(config, threads())
     return [loop.run_round(index) for index in range(config.rounds)]
 
