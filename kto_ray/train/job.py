@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train import RunConfig as TrainRunConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from kto_ray.cluster import noisily
 from kto_ray.concurrency import cancelled, together
@@ -56,6 +56,8 @@ class Training:
         self._trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": config, "run": run, "coordinator": self.coordinator},
+            # Ray Train itself goes by the resources: with a GPU among them it takes NCCL.
+            torch_config=TorchConfig(backend="gloo" if train.on_cpu else None),
             scaling_config=ScalingConfig(
                 num_workers=train.workers,
                 use_gpu=train.resources.num_gpus > 0,

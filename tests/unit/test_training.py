@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ray.train.torch import TorchConfig
 
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
@@ -34,8 +35,8 @@ class Remote:
 class Trainer:
     """Its `fit` lasts until it is told how it ends."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.told, self.outcome = threading.Event(), None
+    def __init__(self, *_: Any, torch_config: TorchConfig, **__: Any) -> None:
+        self.told, self.outcome, self.torch_config = threading.Event(), None, torch_config
 
     def fit(self) -> Any:
         self.told.wait()
@@ -52,13 +53,14 @@ class Trainer:
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     trainers = []
 
-    def make(**cluster: Any) -> tuple[Training, Coordinator, Any]:
+    def make(train: dict[str, Any] | None = None, **cluster: Any) -> tuple[Training, Coordinator, Any]:
         coordinator = Coordinator()
         monkeypatch.setattr(job, "start_coordinator", lambda: Remote(coordinator))
         monkeypatch.setattr(job, "TorchTrainer", Trainer)
         monkeypatch.setattr("ray.cancel", lambda task: task.cancel())
         monkeypatch.setattr("kto_ray.cluster.missing_resources", lambda *_: "2 GPU asked for")
-        training = Training(RunConfig.model_validate({"cluster": cluster}), Storage("memory://run"))
+        config = RunConfig.model_validate({"cluster": cluster, "train": train or {}})
+        training = Training(config, Storage("memory://run"))
         training.start()
         trainers.append(training._trainer)
         return training, coordinator, training._trainer
@@ -74,6 +76,16 @@ async def worker(coordinator: Coordinator, version: int = 0) -> None:
     while (task := await coordinator.next_round(version, report)) is not None:
         version = task.round_index + 1
         report = TrainingReport(version, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "backend"), [("cpu", 1, "gloo"), ("auto", 0, "gloo"), ("auto", 1, None), ("cuda", 1, None)]
+)
+async def test_workers_that_compute_on_the_cpu_talk_by_gloo_whatever_they_ask_for(
+    make: Any, device: str, gpus: int, backend: str | None
+) -> None:
+    _, _, trainer = make({"device": device, "resources": {"num_gpus": gpus}})
+    assert trainer.torch_config.backend == backend  # None: what Ray Train takes for a GPU
 
 
 async def test_many_rounds_leave_nothing_behind(make: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -47,7 +47,11 @@ class Office:
         monkeypatch.setattr(ray.train, "get_checkpoint", self._latest)
         monkeypatch.setattr(ray.train, "report", self._report)
         monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda **_: [])
-        monkeypatch.setattr(ray.train.torch, "prepare_model", lambda module, **_: module)
+        monkeypatch.setattr(ray.train.torch, "prepare_model", self._prepare)
+
+    def _prepare(self, module: torch.nn.Module, move_to_device: bool | torch.device, **_: Any) -> torch.nn.Module:
+        self.moved_to = move_to_device
+        return module
 
     def _latest(self) -> Checkpoint | None:
         return self.checkpoints[max(self.checkpoints)] if self.checkpoints else None
@@ -117,6 +121,14 @@ def work(run: Storage, office: Office, folder: Path, **train: Any) -> None:
 def digests(run: Storage) -> list[str]:
     store = PolicyStore(run)
     return [store.resolve(version).digest for version in store.versions()]
+
+
+def test_a_worker_that_was_given_a_card_and_is_told_to_leave_it_alone_does(
+    run: Storage, office: Office, tiny_sd1_folder: Path
+) -> None:
+    work(run, office, tiny_sd1_folder, device="cpu", resources={"threads": 1, "num_gpus": 1})
+    assert office.moved_to == torch.device("cpu")
+    assert PolicyStore(run).versions() == [0, 1, 2]
 
 
 def record(run: Storage, office: Office) -> None:
