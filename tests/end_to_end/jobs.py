@@ -92,17 +92,24 @@ def environment() -> dict[str, str]:
     return inherited | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
 
 
-def start(folder: Path, name: str, overrides: list[str]) -> Job:
+def start(
+    folder: Path, name: str, overrides: list[str], env: dict[str, str] | None = None, nodes: tuple[int, ...] = ()
+) -> Job:
+    """
+    Args:
+        env: of a cluster that it joins; None: it begins one of its own.
+        nodes: of that cluster.
+    """
     log = folder / f"{name}.log"
     with log.open("a") as output:
         process = subprocess.Popen(
             [sys.executable, "jobs/online_kto.py", f"run={name}", f"runs_folder={folder}", *SMALL, *overrides],
             cwd=REPOSITORY,
-            env=environment(),
+            env=env or environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    return Job(process, folder / name, log)
+    return Job(process, folder / name, log, nodes)
 
 
 def summary(run: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig
 
 from kto_ray.config import RunConfig
@@ -15,6 +16,7 @@ from kto_ray.storage import Storage
 from kto_ray.train import job
 from kto_ray.train.coordinator import Coordinator, RoundTask, TrainingReport
 from kto_ray.train.job import Training, Watching
+from kto_ray.train.moving import TakenAway
 
 
 class Remote:
@@ -160,6 +162,23 @@ async def test_a_failure_is_said_once_whenever_it_comes(make: Any, caplog: pytes
         working.cancel()
     said = [record.args[0] for record in caplog.records if "the train workers failed" in record.getMessage()]
     assert said == ["rank 0: at the start", "rank 0: while waiting", "rank 0: again"]
+
+
+async def test_workers_that_are_taken_away_have_not_failed(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Ray Train tells of them until all have ended, and another one may have failed because they were gone."""
+    training, coordinator, _ = make()
+    watching = Watching(Remote(coordinator))
+    waiting = asyncio.create_task(training.train(RoundTask(0)))
+    for error in (TakenAway("the node of rank 1 goes"), RayActorError(None, "taken along", False, True)):
+        for _ in range(3):
+            watching.after_exception(None, {0: RuntimeError("connection reset"), 1: error})
+        while str(error) not in caplog.text:
+            await asyncio.sleep(0.01)
+    assert caplog.text.count("the train workers move, from the last checkpoint: the node of rank 1 goes") == 1
+    assert "failed" not in caplog.text
+    working = asyncio.create_task(worker(coordinator))
+    assert (await waiting).version == 1
+    working.cancel()
 
 
 async def test_the_wait_after_a_failure_is_not_silent(make: Any, caplog: pytest.LogCaptureFixture) -> None:
