@@ -142,7 +142,8 @@ async def drawn(
     return [drawn[request.id] for request in requests]
 
 
-def test_a_folder_that_a_node_does_not_see_is_refused_before_anything_is_deployed(node: Node, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("node")
+def test_a_folder_that_a_node_does_not_see_is_refused_before_anything_is_deployed(tmp_path: Path) -> None:
     while ray.cluster_resources().get("CPU") != 1:  # until the node is there
         time.sleep(0.1)
     with held(Storage(str(tmp_path / "shared")), 10, 60) as (_, run):

@@ -301,7 +301,7 @@ def test_workers_whose_node_is_taken_away_leave_between_rounds(
     assert not office.checkpoints
 
 
-@pytest.mark.parametrize(("left_s", "committed"), [(3600, [1]), (1, []), (None, [])])
+@pytest.mark.parametrize(("left_s", "committed"), [(3600, [1]), (None, [1]), (1, [])])
 def test_a_round_that_ends_in_time_is_committed_and_another_one_left_at_once(
     run: Storage, office: Office, tiny_sd1_folder: Path, left_s: float | None, committed: list[int]
 ) -> None:
