@@ -78,7 +78,7 @@ class FakeCluster:
         found = {}
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
-                if process.name() == "raylet" and _lives(process):
+                if process.name() == "raylet" and lives(process):
                     found[process.environ()[ID_VARIABLE][-5:]] = process
         return found
 
@@ -98,7 +98,7 @@ class FakeCluster:
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.wait_until(lambda: not any(map(_lives, family)), f"node {name} is gone")
+        self.wait_until(lambda: not any(map(lives, family)), f"node {name} is gone")
 
     def kill_head(self) -> None:
         """SIGKILL to the head's node, on which everything else ends."""
@@ -125,7 +125,7 @@ class FakeCluster:
         assert done.returncode == 0, done.stdout + done.stderr
 
         def take_away() -> None:
-            while _lives(raylet) and time.monotonic() < deadline:  # one that is empty leaves by itself
+            while lives(raylet) and time.monotonic() < deadline:  # one that is empty leaves by itself
                 time.sleep(0.2)
             if name in self._raylets():
                 self.kill_node(name)
@@ -258,7 +258,7 @@ def _words(process: psutil.Process) -> list[str]:
         return []
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
     """Nobody may reap what the autoscaler started."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)

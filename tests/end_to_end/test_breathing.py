@@ -38,7 +38,9 @@ class Held:
         for what in (DRAW, SCORE, TRAIN):
             (folder / what).touch()
         settings = [f"model={model}", "label.scorers=tests.holding:HeldScorer", "rounds=1", "cluster.wait_s=2"]
-        settings += [f"label.scorers.HeldScorer.args.folder={folder}", "generate.resources.threads=1"]
+        settings += [f"label.scorers.HeldScorer.args.folder={folder}"]
+        for role in ("generate", "label.scorers.HeldScorer", "train"):
+            settings += [f"{role}.resources.num_cpus=1", f"{role}.resources.threads=1"]
         run = ["-c", "import sys; from tests.holding import main; sys.exit(main())"]
         return cls(cluster, folder, jobs.start(folder, "run", [*settings, *overrides], cluster.env, run))
 
