@@ -16,6 +16,8 @@ import ray
 
 from kto_ray.concurrency import cancelled
 from kto_ray.config import Cluster, Resources
+from kto_ray.sharing import require_seen_everywhere
+from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +42,21 @@ that: a runtime environment can be read by whoever sees the cluster's dashboard.
 
 
 @contextlib.contextmanager
-def connected(config: Cluster) -> Iterator[None]:
+def connected(config: Cluster, run: Storage | None = None) -> Iterator[None]:
     """Join the cluster that this job was submitted to, or start one on this machine and end it afterwards.
 
     "auto" joins when RAY_ADDRESS is set (a submitted job has it), and starts a local one otherwise; it does not look
     for other people's clusters on the machine.
+
+    Args:
+        run: a folder, whose lease is held, that all kinds of nodes must see.
+
+    Raises:
+        UserError: one does not.
     """
     # Workers of Ray Train poll at this pace; its controller reads it from the driver's environment.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(config.health_check_s))
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     join = "RAY_ADDRESS" in os.environ if config.address == "auto" else config.address != "local"
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -59,6 +68,8 @@ def connected(config: Cluster) -> Iterator[None]:
         logging_level=logging.WARNING,
     )
     try:
+        if run is not None:
+            require_seen_everywhere(run)
         yield
     finally:
         ray.shutdown()

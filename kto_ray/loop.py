@@ -96,7 +96,7 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
             if summary["policy_version"] >= config.rounds:
                 Metrics(config, run).close()  # a tracker that was away at the end has missed something
                 return summary
-        with connected(config.cluster):
+        with connected(config.cluster, run):
             return asyncio.run(lease.while_held(_Loop(config, preflight, console or Console()).run()))
 
 

@@ -35,6 +35,11 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, LOST) and not isinstance(error, RayTaskError)
 
 
+def taken_away(error: BaseException) -> bool:
+    """Whether it was lost with a node of which Ray had been told that it goes (`draining.py`): nobody's failure."""
+    return isinstance(error, RayActorError) and error.preempted
+
+
 def pixels_lost(error: BaseException) -> bool:
     """Whether what an actor was given is gone, and the actor is not."""
     return isinstance(error, ObjectLostError)

@@ -5,8 +5,10 @@
 checks; `begin` then opens the run's folder. What was found is handed to the loop.
 """
 
+import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -39,6 +41,8 @@ from kto_ray.train.checkpoints import REWINDING
 
 logger = logging.getLogger(__name__)
 
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""In the environment of a submitted job's driver: what Ray knows of the job."""
 ANOTHER = "another `run` name to begin a new one"
 
 
@@ -64,6 +68,7 @@ class Preflight:
             download: False leaves out what can only be checked of a model that is here.
         """
         _check_credentials(config)
+        _check_kept(config.runs_folder)
         run = Storage(config.runs_folder) / config.run
         _check_rewound(run)
         train = load_prompts("prompts.train", config.prompts.train)
@@ -121,6 +126,20 @@ def _check_credentials(config: RunConfig) -> None:
                 f"{name}: {shown} holds a password or key; leave it out and give it in the environment, where the "
                 "library that opens the address looks for it, for instance as AWS_SECRET_ACCESS_KEY"
             )
+
+
+def _check_kept(runs_folder: str) -> None:
+    """A job's working directory is a copy: unpacked on each node for itself, anew after every change, for a session."""
+    job = json.loads(os.environ.get(RAY_JOB) or "{}")
+    if "://" in runs_folder or not (job.get("runtime_env") or {}).get("working_dir"):
+        return
+    folder = Path(runs_folder).expanduser().absolute()
+    if folder.is_relative_to(Path.cwd()):
+        raise UserError(
+            f"runs_folder: {runs_folder} is in this job's working directory ({Path.cwd()}), which Ray unpacks on every "
+            "node for itself and throws away; give the path of a folder that all machines share, or for instance "
+            "s3://bucket/runs"
+        )
 
 
 def _check_rewound(run: Storage) -> None:

@@ -17,7 +17,7 @@ from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
 from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.replica import Generator
-from kto_ray.lost import is_lost, last_words
+from kto_ray.lost import is_lost, last_words, taken_away
 from kto_ray.policies import DigestError
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.samples import Samples
@@ -104,22 +104,28 @@ class Generators:
         return as_done(one(batch) for batch in batches)
 
     async def _draw(self, batch: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:
-        """Draw a batch; asks again, for the same images, when what was asked for is lost."""
+        """Draw a batch; asks again, for the same images, when what was asked for is lost.
+
+        What went with a node that was drained is asked for again however often that happens.
+        """
+        tries, waits = 0, False
         async with contextlib.AsyncExitStack() as waiting:
-            for attempt in range(MAX_TRIES):
+            while tries < MAX_TRIES:
                 try:
                     drawn = await self._ask(batch, policy, folder)
                 except BackPressureError:
-                    problem = "no replica had room"
+                    tries, problem = tries + 1, "no replica had room"
                 except RayError as error:
                     if isinstance(error, UserError):  # raised over there, under a page of traceback
                         raise UserError(last_words(error)) from error
                     if not is_lost(error):
                         raise
-                    if not attempt:
-                        what = f"{len(batch)} images that are asked for again"
+                    if not waits:
+                        what, waits = f"{len(batch)} images that are asked for again", True
                         await waiting.enter_async_context(noisily(what, self.cluster, self.config.resources))
-                    problem = f"a generator replica died, or its node ({type(error).__name__}: {last_words(error)})"
+                    tries += not taken_away(error)
+                    what = "went with a node that was drained" if taken_away(error) else "died, or its node"
+                    problem = f"a generator replica {what} ({type(error).__name__}: {last_words(error)})"
                     logger.warning("%s; its %d images are asked for again", problem, len(batch))
                 else:
                     if drawn.drawing != self.drawing:
@@ -132,7 +138,7 @@ class Generators:
                             raise DigestError(f"asked for policy {policy}, got {sample.policy}")
                     self.busy_seconds += drawn.seconds
                     return drawn
-                await asyncio.sleep(BACK_OFF_S * 2**attempt)
+                await asyncio.sleep(BACK_OFF_S * 2 ** max(0, tries - 1))
         raise RuntimeError(f"{len(batch)} images could not be drawn in {MAX_TRIES} tries; at last {problem}")
 
     async def _ask(self, batch: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:

@@ -3,14 +3,14 @@
 `Scorers` runs all scorers of a run side by side, each in its own pool; `loop.py` scores rounds with it and `evaluate/`
 held-out images. Each actor (`actor.py`) builds its scorer once. A batch whose actor dies or does not answer in time is
 handed to another, a bounded number of times. Whatever fails becomes a score without a value that carries the error:
-never a number.
+never a number. An actor whose node is being drained works on until another one has been built elsewhere.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -19,8 +19,9 @@ from ray.exceptions import RayError
 from kto_ray.cluster import noisily
 from kto_ray.concurrency import as_done, together
 from kto_ray.config import Cluster, Labeling, ScorerSettings
+from kto_ray.draining import drained, node_of, seconds_left
 from kto_ray.errors import UserError
-from kto_ray.lost import is_lost, last_words, pixels_lost
+from kto_ray.lost import is_lost, last_words, pixels_lost, taken_away
 from kto_ray.records import Score
 from kto_ray.samples import Samples
 from kto_ray.score.actor import Answers, ScorerActor, plain
@@ -57,6 +58,7 @@ class ScorerPool:
         )(ScorerActor)
         self._actors: dict[Any, asyncio.Task[None]] = {}  # each with what offers it once it is built
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
+        self._leaving: dict[Any, Any] = {}  # actors whose node is drained, each with the one in its place
         self.version = ""
         self.busy_seconds = 0.0
         self._patience_s = LEAST_PATIENCE_S
@@ -77,9 +79,10 @@ class ScorerPool:
         scorer, version = described[0]
         self.version = version if scorer == self.name else f"{scorer}@{version}"
 
-    def _add_actor(self) -> None:
+    def _add_actor(self) -> Any:
         actor = self._actor_class.remote(self.settings.scorer or self.name, self.settings.args)
         self._actors[actor] = asyncio.create_task(self._offer(actor))
+        return actor
 
     async def _offer(self, actor: Any) -> None:
         """Let an actor have batches once its scorer is built; until then they go to others.
@@ -91,16 +94,54 @@ class ScorerPool:
             with contextlib.suppress(RayError):
                 await actor.describe.remote()
                 self._patience_s = min(max(LEAST_PATIENCE_S, time.monotonic() - began), MOST_PATIENCE_S)
+        self._give_back(actor)
+
+    async def leave(self, nodes: Mapping[str, float | None]) -> None:
+        """Build others in the place of the actors on nodes that are drained, with the seconds that are left to them."""
+        for actor, offer in list(self._actors.items()):
+            node = await asyncio.to_thread(node_of, actor)
+            if node not in nodes or actor not in self._actors or actor in self._leaving:
+                continue
+            logger.warning(
+                "scorer %s: the node of an actor is taken away %s; another one is built elsewhere",
+                *(self.name, seconds_left(nodes[node])),
+            )
+            if offer.done():
+                self._leaving[actor] = self._add_actor()
+            else:
+                self._replace(actor)
+
+    def _give_back(self, actor: Any) -> None:
+        """Let others have an actor, and those go whose node is drained, once another one is built in their place."""
         self._idle.put_nowait(actor)
+        for idle in self._all_idle():
+            successor = self._leaving.get(idle)
+            built = successor is actor or successor not in self._actors or self._actors[successor].done()
+            if idle in self._leaving and built:
+                self._dismiss(idle)
+            else:
+                self._idle.put_nowait(idle)
+
+    def _all_idle(self) -> list[Any]:
+        """Taken from the queue."""
+        return [self._idle.get_nowait() for _ in range(self._idle.qsize())]
+
+    @property
+    def _staying(self) -> int:
+        return len(self._actors) - len(self._leaving)
 
     def _dismiss(self, actor: Any) -> None:
         self._actors.pop(actor).cancel()
+        self._leaving.pop(actor, None)
         ray.kill(actor)
 
     def _replace(self, actor: Any) -> None:
         if actor in self._actors:  # the pool is open
+            successor = self._leaving.get(actor)
             self._dismiss(actor)
-            self._add_actor()
+            if successor not in self._actors:
+                other = self._add_actor()
+                self._leaving |= {left: other for left, next_one in self._leaving.items() if next_one is actor}
 
     async def score(self, samples: Samples) -> list[Score]:
         """Score samples, in order; never raises for what a scorer or its actor does."""
@@ -118,11 +159,11 @@ class ScorerPool:
             try:
                 reference = await samples.reference()
             except (OSError, ValueError, UserError, RayError) as error:
-                self._idle.put_nowait(actor)
+                self._give_back(actor)
                 tried, failure = tried + 1, f"the pixels cannot be read: {last_words(error)}"
                 continue
             except asyncio.CancelledError:
-                self._idle.put_nowait(actor)
+                self._give_back(actor)
                 raise
             try:
                 began = loop.time()
@@ -132,16 +173,18 @@ class ScorerPool:
                 failure = f"no answer within {self.settings.timeout_s:g} s"
             except RayError as error:
                 if pixels_lost(error):  # their replica was let go, or died: no fault of the scorer; storage has them
-                    self._idle.put_nowait(actor)
+                    self._give_back(actor)
                     samples.lost(reference)
                     continue
                 what = "died" if is_lost(error) else "failed"
                 failure = f"scorer actor {what}: {last_words(error)}"
+                if taken_away(error) or actor in self._leaving:
+                    tried -= 1  # no fault of the scorer, nor of its images
             except asyncio.CancelledError:
                 self._replace(actor)  # it may be at it for long
                 raise
             else:
-                self._idle.put_nowait(actor)
+                self._give_back(actor)
                 self.busy_seconds += loop.time() - began
                 return answers
             tried += 1
@@ -153,19 +196,20 @@ class ScorerPool:
         return [(None, f"{failure} (tried {tries} times)")] * len(samples)
 
     async def _acquire(self) -> Any:
-        if len(self._actors) < self.settings.max_actors:
+        if self._staying < self.settings.max_actors:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._patience_s):
                     return await self._idle.get()
-            if len(self._actors) < self.settings.max_actors:
+            if self._staying < self.settings.max_actors:
                 self._add_actor()
         return await self._idle.get()
 
     def shrink(self) -> None:
         """Let go of actors above the minimum that are idle or not yet built."""
-        idle = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
+        idle = self._all_idle()
         building = [actor for actor, offer in self._actors.items() if not offer.done()]
-        surplus = [*building, *idle][: max(0, len(self._actors) - self.settings.min_actors)]
+        staying = [actor for actor in (*building, *idle) if actor not in self._leaving]
+        surplus = staying[: max(0, self._staying - self.settings.min_actors)]
         for actor in surplus:
             self._dismiss(actor)
         for actor in idle:
@@ -195,15 +239,22 @@ class Scorers:
 
     def __init__(self, label: Labeling, cluster: Cluster) -> None:
         self.pools = {name: ScorerPool(name, settings, cluster) for name, settings in label.scorers.items()}
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def busy_seconds(self) -> float:
         return sum(pool.busy_seconds for pool in self.pools.values())
 
     async def start(self) -> None:
+        self._watching = asyncio.create_task(self._leave_drained())
         async with together() as group:
             for pool in self.pools.values():
                 group.create_task(pool.start())
+
+    async def _leave_drained(self) -> None:
+        async for nodes in drained():
+            for pool in self.pools.values():
+                await pool.leave(nodes)
 
     async def score(self, samples: Samples, known: Sequence[Score] = ()) -> list[Score]:
         """Score samples by all scorers at the same time; gives the scores that are not `known` yet."""
@@ -231,5 +282,7 @@ class Scorers:
             pool.shrink()
 
     def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         for pool in self.pools.values():
             pool.close()

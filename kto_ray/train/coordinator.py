@@ -42,6 +42,8 @@ class Failure:
 
     id: str
     why: str
+    moved: bool = False
+    """They did not fail: the node of one is taken away."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train import RunConfig as TrainRunConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from kto_ray.cluster import noisily
 from kto_ray.concurrency import cancelled, together
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
-from kto_ray.lost import last_words
+from kto_ray.lost import last_words, taken_away
 from kto_ray.storage import Storage
 from kto_ray.train.checkpoints import use_good_ones
 from kto_ray.train.coordinator import Failure, GaveUp, RoundTask, TrainingReport, start_coordinator
@@ -30,14 +30,24 @@ ENDS_S = 60
 
 
 class Watching(UserCallback):
-    """Tells the coordinator of workers that failed; Ray Train calls it where it decides what to do about them."""
+    """Tells the coordinator of workers that failed; Ray Train calls it where it decides what to do about them.
+
+    Of workers that are taken away it is told again and again, until all of them have ended.
+    """
 
     def __init__(self, coordinator: Any) -> None:
         self.coordinator = coordinator
+        self._moved = ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        rank, error = min(worker_exceptions.items(), key=lambda item: item[0])
-        self.coordinator.workers_failed.remote(Failure(uuid.uuid4().hex, f"rank {rank}: {last_words(error)}"))
+        found = sorted(worker_exceptions.items(), key=lambda item: item[0])
+        moved = [last_words(error) for _, error in found if taken_away(getattr(error, "health_check_failure", error))]
+        if moved and moved[0] == self._moved:
+            return
+        self._moved = moved[0] if moved else ""
+        rank, error = found[0]
+        why = self._moved or f"rank {rank}: {last_words(error)}"
+        self.coordinator.workers_failed.remote(Failure(uuid.uuid4().hex, why, bool(moved)))
 
 
 class Training:
@@ -56,6 +66,8 @@ class Training:
         self._trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": config, "run": run, "coordinator": self.coordinator},
+            # Ray Train itself goes by the resources: with a GPU among them it takes NCCL.
+            torch_config=TorchConfig(backend="gloo" if train.on_cpu else None),
             scaling_config=ScalingConfig(
                 num_workers=train.workers,
                 use_gpu=train.resources.num_gpus > 0,
@@ -122,6 +134,9 @@ class Training:
             finally:
                 await cancelled([failing, working])
             self._told_of = failure.id
+            if failure.moved:
+                logger.warning("the train workers move, from the last checkpoint: %s", failure.why)
+                continue
             logger.warning(
                 "the train workers failed (%s); they start again from the last checkpoint, up to train.max_failures "
                 "(%d) times in all",

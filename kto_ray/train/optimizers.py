@@ -23,10 +23,10 @@ def check(config: Train) -> None:
     """Raises UserError: the optimizer cannot be had here."""
     if config.optimizer not in OF_BITSANDBYTES:
         return
-    if config.optimizer == "adamw_paged" and not config.resources.num_gpus and config.device in ("auto", "cpu"):
+    if config.optimizer == "adamw_paged" and config.on_cpu:
         raise UserError(
             "train.optimizer: adamw_paged moves its state between a GPU and the host, and train.resources.num_gpus is "
-            "0; give it one, or adamw"
+            f"{config.resources.num_gpus:g} with train.device={config.device}; give it one, or adamw"
         )
     if find_spec("bitsandbytes") is None:
         raise UserError(

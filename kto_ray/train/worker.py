@@ -6,6 +6,9 @@
 A round counts as trained only after its checkpoint is committed; policy and report follow from the checkpoint, so a
 worker that died in between publishes and reports again when it comes back, with the same bytes.
 
+Where the node of a worker is taken away, the workers leave between two rounds, or within one that would not end in time
+(`moving.py`), and train that one anew elsewhere.
+
 Where the checkpoint is older than the run, because a newer one was damaged, the rounds in between are trained again as
 they were: the same round, the same choice to train or skip it, the same bytes.
 
@@ -45,6 +48,7 @@ from kto_ray.train.coordinator import RoundTask, TrainingReport
 from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.following import reference_of
 from kto_ray.train.learner import Learner
+from kto_ray.train.moving import Looks, Moving
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -64,7 +68,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     resources = config.train.resources
-    if resources.threads or not resources.num_gpus:
+    if resources.threads or config.train.on_cpu:
         torch.set_num_threads(resources.threads or max(1, torch.multiprocessing.cpu_count() // ranks))
 
     run.require_seen()
@@ -78,20 +82,24 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
     elif version:
         learner.begin_from(store.load(store.resolve(version)))
 
+    moving = Moving(rank, coordinator)
     while True:
         if report:
             publish(store, learner, version)
         again = trained_before(rounds, version)
-        task: RoundTask | None = again or ray.get(coordinator.next_round.remote(version, report if rank == 0 else None))
+        task = again or moving.next_round(version, report)
         if task is None:
             return
         began = time.monotonic()
         ids, data = read_round(rounds, task, version, config)
         loaded = time.monotonic()
 
-        def on_step(step: int, steps: int, index: int = task.round_index) -> None:
+        looks = moving.within_round()
+
+        def on_step(step: int, steps: int, index: int = task.round_index, looks: Looks = looks) -> None:
             if rank == 0:
                 coordinator.set_progress.remote(index, step, steps)
+            looks.after_step(step, steps)
 
         left_out: list[str] = []
 
@@ -221,7 +229,12 @@ def build_learner(
     if config.train.compile:
         compile_denoiser(policy.module)
     more = {"find_unused_parameters": True} if family.leaves_unused and config.train.adapter.kind == "full" else {}
-    prepare = partial(ray.train.torch.prepare_model, parallel_strategy_kwargs=more)
+    # Ray Train would move it to the card that it was given, if any.
+    prepare = partial(
+        ray.train.torch.prepare_model,
+        move_to_device=device if config.train.on_cpu else True,
+        parallel_strategy_kwargs=more,
+    )
     wrap = prepare if distributed and not sharded else (lambda module: module)
     total_steps = config.rounds * config.optimizer_steps_per_round
     return Learner(family, policy, config.train, config.seed, device, wrap, rank, ranks, total_steps, texts)

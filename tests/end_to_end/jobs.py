@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,13 +92,24 @@ def environment() -> dict[str, str]:
     return inherited | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
 
 
-def start(folder: Path, name: str, overrides: list[str]) -> Job:
+def start(
+    folder: Path,
+    name: str,
+    overrides: list[str],
+    env: dict[str, str] | None = None,
+    program: Sequence[str] = ("jobs/online_kto.py",),
+) -> Job:
+    """
+    Args:
+        env: of a cluster that it joins; None: it begins one of its own.
+        program: that Python is to run.
+    """
     log = folder / f"{name}.log"
     with log.open("a") as output:
         process = subprocess.Popen(
-            [sys.executable, "jobs/online_kto.py", f"run={name}", f"runs_folder={folder}", *SMALL, *overrides],
+            [sys.executable, *program, f"run={name}", f"runs_folder={folder}", *SMALL, *overrides],
             cwd=REPOSITORY,
-            env=environment(),
+            env=env or environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
         )

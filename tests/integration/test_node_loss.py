@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import subprocess
+import time
 from collections.abc import Generator as Yields
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +18,14 @@ from ray import serve
 from kto_ray.config import Model, RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.sampling import drawing_digest
+from kto_ray.errors import UserError
 from kto_ray.generate.client import Generators
+from kto_ray.lease import held
 from kto_ray.policies import PolicyStore
 from kto_ray.records import PolicyRef, Prompt, SampleRecord, SampleRequest
 from kto_ray.samples import Pixels
 from kto_ray.serving import start_serve
+from kto_ray.sharing import require_seen_everywhere
 from kto_ray.storage import Storage
 from tests.end_to_end.cluster import RAY, free_port
 
@@ -136,3 +140,15 @@ async def drawn(
             for record, pixels_HWC in zip(batch, await batch.pixels_BHWC(), strict=True)
         }
     return [drawn[request.id] for request in requests]
+
+
+@pytest.mark.usefixtures("node")
+def test_a_folder_that_a_node_does_not_see_is_refused_before_anything_is_deployed(tmp_path: Path) -> None:
+    while ray.cluster_resources().get("CPU") != 1:  # until the node is there
+        time.sleep(0.1)
+    with held(Storage(str(tmp_path / "shared")), 10, 60) as (_, run):
+        require_seen_everywhere(run)
+    own_memory = Storage(f"memory://{tmp_path}/run")  # which no other process has
+    sentence = r"^runs_folder: \S+ does not see what \S+ writes to memory://.*; give a folder that all machines"
+    with held(own_memory, 10, 60) as (_, run), pytest.raises(UserError, match=sentence):
+        require_seen_everywhere(run)

@@ -17,6 +17,7 @@ import ray
 
 from kto_ray import samples as samples_module
 from kto_ray.config import Cluster, Labeling
+from kto_ray.draining import node_of
 from kto_ray.errors import UserError
 from kto_ray.parts import Kind, write_part
 from kto_ray.records import Sample, SampleRecord, Score
@@ -315,3 +316,53 @@ def test_voters_may_fail_on_as_many_images_as_the_configuration_says() -> None:
         UserError, match=r"round-00003: 3 of 8 images .*label\.max_failed_fraction \(0\.25\).* shapes: RuntimeError: no"
     ):
         require_scored(label, "round-00003", [*watched, *failures, make_score("b", None), make_score("c", None)], 8)
+
+
+# -- on a node that is drained ----------------------------------------------------------------------------------------
+
+
+def here() -> dict[str, float | None]:
+    """This node, as if it were taken away in a minute."""
+    return {ray.get_runtime_context().get_node_id(): 60.0}
+
+
+async def test_an_actor_whose_node_is_drained_works_until_another_one_is_built(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = make_samples("round-00000", 3)
+    async with running(coin=fateful(tmp_path)) as scorers:
+        (first,) = built(tmp_path)
+        await scorers.pools["coin"].leave(here())
+        assert first in alive(tmp_path)
+        await until(lambda: first not in alive(tmp_path))
+        (second,) = alive(tmp_path)
+        scores = await scorers.score(Samples.of(samples))
+        await scorers.pools["coin"].leave({"another": 60.0})
+        assert alive(tmp_path) == {second}
+    assert scores == by_coin(samples, "coin", "fateful@1")
+    assert caplog.text.count("scorer coin: the node of an actor is taken away in 60 s; another one is built") == 1
+
+
+async def test_what_dies_with_a_drained_node_is_no_failure(tmp_path: Path) -> None:
+    """The other one is not there yet, and there is no try to lose."""
+    samples = make_samples("round-00000", 3)
+    async with running(coin=fateful(tmp_path, "hang", times=1, max_retries=0)) as scorers:
+        scoring = asyncio.create_task(scorers.score(Samples.of(samples)))
+        await until(lambda: list(tmp_path.glob("batch-*")))
+        (first,) = built(tmp_path)
+        await scorers.pools["coin"].leave(here())
+        psutil.Process(first).kill()
+        assert await scoring == by_coin(samples, "coin", "fateful@1")
+        assert len(alive(tmp_path)) == 1
+
+
+async def test_one_that_is_still_being_built_there_is_built_elsewhere(tmp_path: Path) -> None:
+    async with running(coin=fateful(tmp_path, builds=1, later="hang", max_actors=2)) as scorers:
+        pool = scorers.pools["coin"]
+        pool._add_actor()
+        await until(lambda: len(built(tmp_path)) == 2)
+        (hanging,) = [actor for actor, offer in pool._actors.items() if not offer.done()]
+        await until(lambda: node_of(hanging))
+        await pool.leave(here())
+        assert hanging not in pool._actors
+        assert len(pool._actors) == 3  # the first, the one in its place, and the one in the place of what was not built

@@ -184,6 +184,16 @@ async def test_it_is_asked_for_so_often_and_no_more(monkeypatch: pytest.MonkeyPa
     assert len(handle.asked) == client.MAX_TRIES
 
 
+async def test_what_went_with_a_drained_node_is_no_try(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = exceptions.RayActorError(None, "its node was preempted", False, True)
+    handle = Handle(*[gone] * (2 * client.MAX_TRIES))
+    assert len(await drawn(generators(monkeypatch, handle), make_requests("round-00000", 2))) == 2
+    assert "a generator replica went with a node that was drained (RayActorError: its node was" in caplog.text
+    assert "died" not in caplog.text
+
+
 async def test_an_error_cancels_what_is_being_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = Handle(None, None, exceptions.RaySystemError(ValueError("cannot be read")))
     with pytest.raises(exceptions.RaySystemError):

@@ -46,10 +46,10 @@ def test_importing_is_cheap() -> None:
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "identity", "images", "pictures", "records", "stage", "stopwatch"),
-    ("concurrency", "lost", "plugins", "secrets", "shapes", "stalls", "storage", "text"),
+    ("concurrency", "draining", "lost", "plugins", "secrets", "shapes", "stalls", "storage", "text"),
     ("section",),
     ("objectives",),
-    ("lease", "naming", "outbox", "parts", "prompt_files", "verdicts"),
+    ("lease", "naming", "outbox", "parts", "prompt_files", "sharing", "verdicts"),
     ("config",),
     ("cluster", "serving", "policies", "rounds", "ruling", "samples", "prompts", "tracking", "diffusion"),
     ("caretaker", "generate", "score", "train"),

@@ -630,3 +630,23 @@ def test_a_run_that_is_half_rewound_does_not_go_on(base: list[str]) -> None:
     run = begin(load("shapes_demo", base)).run
     run.write_json(REWINDING, {"to": 3})
     assert f"kto-ray rewind {run} --to 3" in message(base)
+
+
+def submitted(monkeypatch: pytest.MonkeyPatch, folder: Path, **runtime_env: str) -> None:
+    """As a driver finds itself behind `ray job submit`."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": runtime_env, "metadata": {}}))
+
+
+@pytest.mark.parametrize("given", ["runs", "./mine/runs", "{}/runs"])
+def test_a_submitted_job_keeps_nothing_in_its_working_directory(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    unpacked = tmp_path / "working_dir_files"
+    unpacked.mkdir()
+    submitted(monkeypatch, unpacked, working_dir="gcs://_ray_pkg_1f.zip")
+    with pytest.raises(UserError, match=r"^runs_folder: .*runs is in this job's working directory .*s3://bucket/runs"):
+        Preflight.check(load("shapes_demo", [*base, f"runs_folder={given.format(unpacked)}"]))
+    Preflight.check(load("shapes_demo", [*base, f"runs_folder={tmp_path}"]))
+    submitted(monkeypatch, unpacked)  # without a working directory of its own
+    Preflight.check(load("shapes_demo", [*base, "runs_folder=runs"]))

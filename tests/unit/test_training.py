@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
+from ray.train.torch import TorchConfig
 
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
@@ -14,6 +16,7 @@ from kto_ray.storage import Storage
 from kto_ray.train import job
 from kto_ray.train.coordinator import Coordinator, RoundTask, TrainingReport
 from kto_ray.train.job import Training, Watching
+from kto_ray.train.moving import TakenAway
 
 
 class Remote:
@@ -34,8 +37,8 @@ class Remote:
 class Trainer:
     """Its `fit` lasts until it is told how it ends."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.told, self.outcome = threading.Event(), None
+    def __init__(self, *_: Any, torch_config: TorchConfig, **__: Any) -> None:
+        self.told, self.outcome, self.torch_config = threading.Event(), None, torch_config
 
     def fit(self) -> Any:
         self.told.wait()
@@ -52,13 +55,14 @@ class Trainer:
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     trainers = []
 
-    def make(**cluster: Any) -> tuple[Training, Coordinator, Any]:
+    def make(train: dict[str, Any] | None = None, **cluster: Any) -> tuple[Training, Coordinator, Any]:
         coordinator = Coordinator()
         monkeypatch.setattr(job, "start_coordinator", lambda: Remote(coordinator))
         monkeypatch.setattr(job, "TorchTrainer", Trainer)
         monkeypatch.setattr("ray.cancel", lambda task: task.cancel())
         monkeypatch.setattr("kto_ray.cluster.missing_resources", lambda *_: "2 GPU asked for")
-        training = Training(RunConfig.model_validate({"cluster": cluster}), Storage("memory://run"))
+        config = RunConfig.model_validate({"cluster": cluster, "train": train or {}})
+        training = Training(config, Storage("memory://run"))
         training.start()
         trainers.append(training._trainer)
         return training, coordinator, training._trainer
@@ -74,6 +78,16 @@ async def worker(coordinator: Coordinator, version: int = 0) -> None:
     while (task := await coordinator.next_round(version, report)) is not None:
         version = task.round_index + 1
         report = TrainingReport(version, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "backend"), [("cpu", 1, "gloo"), ("auto", 0, "gloo"), ("auto", 1, None), ("cuda", 1, None)]
+)
+async def test_workers_that_compute_on_the_cpu_talk_by_gloo_whatever_they_ask_for(
+    make: Any, device: str, gpus: int, backend: str | None
+) -> None:
+    _, _, trainer = make({"device": device, "resources": {"num_gpus": gpus}})
+    assert trainer.torch_config.backend == backend  # None: what Ray Train takes for a GPU
 
 
 async def test_many_rounds_leave_nothing_behind(make: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -148,6 +162,23 @@ async def test_a_failure_is_said_once_whenever_it_comes(make: Any, caplog: pytes
         working.cancel()
     said = [record.args[0] for record in caplog.records if "the train workers failed" in record.getMessage()]
     assert said == ["rank 0: at the start", "rank 0: while waiting", "rank 0: again"]
+
+
+async def test_workers_that_are_taken_away_have_not_failed(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Ray Train tells of them until all have ended, and another one may have failed because they were gone."""
+    training, coordinator, _ = make()
+    watching = Watching(Remote(coordinator))
+    waiting = asyncio.create_task(training.train(RoundTask(0)))
+    for error in (TakenAway("the node of rank 1 goes"), RayActorError(None, "taken along", False, True)):
+        for _ in range(3):
+            watching.after_exception(None, {0: RuntimeError("connection reset"), 1: error})
+        while str(error) not in caplog.text:
+            await asyncio.sleep(0.01)
+    assert caplog.text.count("the train workers move, from the last checkpoint: the node of rank 1 goes") == 1
+    assert "failed" not in caplog.text
+    working = asyncio.create_task(worker(coordinator))
+    assert (await waiting).version == 1
+    working.cancel()
 
 
 async def test_the_wait_after_a_failure_is_not_silent(make: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,18 +1,21 @@
 """The train worker's rounds without Ray Train: what is trained, committed, published, trained again, and given up."""
 
+import pickle
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
-from ray.train import Checkpoint
+from ray.train import Checkpoint, PreemptionInfo
 
 from kto_ray.config import RunConfig
 from kto_ray.policies import PolicyStore, digest_of
@@ -22,6 +25,7 @@ from kto_ray.storage import Storage
 from kto_ray.train.averaging import RunningReference
 from kto_ray.train.checkpoints import BEGINNING
 from kto_ray.train.coordinator import RoundTask, TrainingReport
+from kto_ray.train.moving import Looks, Moving, TakenAway
 from kto_ray.train.worker import build_learner, train_worker
 from tests.factories import make_samples, make_verdict
 
@@ -42,12 +46,20 @@ class Office:
         self.next_round, self.give_up = remote(self._next_round), remote(self._give_up)
         self.set_progress = remote(lambda *_: None)
         context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+        self.preemption: PreemptionInfo | None = None
         monkeypatch.setattr(ray, "get", lambda value: value)
+        monkeypatch.setattr(ray, "wait", lambda references, **_: (references, []))
+        monkeypatch.setattr(ray.train, "get_preemption_info", lambda: self.preemption)
+        monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", lambda value: value)
         monkeypatch.setattr(ray.train, "get_context", lambda: context)
         monkeypatch.setattr(ray.train, "get_checkpoint", self._latest)
         monkeypatch.setattr(ray.train, "report", self._report)
         monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda **_: [])
-        monkeypatch.setattr(ray.train.torch, "prepare_model", lambda module, **_: module)
+        monkeypatch.setattr(ray.train.torch, "prepare_model", self._prepare)
+
+    def _prepare(self, module: torch.nn.Module, move_to_device: bool | torch.device, **_: Any) -> torch.nn.Module:
+        self.moved_to = move_to_device
+        return module
 
     def _latest(self) -> Checkpoint | None:
         return self.checkpoints[max(self.checkpoints)] if self.checkpoints else None
@@ -117,6 +129,14 @@ def work(run: Storage, office: Office, folder: Path, **train: Any) -> None:
 def digests(run: Storage) -> list[str]:
     store = PolicyStore(run)
     return [store.resolve(version).digest for version in store.versions()]
+
+
+def test_a_worker_that_was_given_a_card_and_is_told_to_leave_it_alone_does(
+    run: Storage, office: Office, tiny_sd1_folder: Path
+) -> None:
+    work(run, office, tiny_sd1_folder, device="cpu", resources={"threads": 1, "num_gpus": 1})
+    assert office.moved_to == torch.device("cpu")
+    assert PolicyStore(run).versions() == [0, 1, 2]
 
 
 def record(run: Storage, office: Office) -> None:
@@ -262,3 +282,54 @@ def test_a_rewound_run_without_checkpoint_begins_from_the_published_policy(
     assert digests(run)[:2] == before[:2]
     assert folder.exists("00002/policy.json")
     assert list(office.checkpoints) == [2]
+
+
+def preempted(left_s: float | None) -> PreemptionInfo:
+    deadline_ms = None if left_s is None else round((time.time() + left_s) * 1000)
+    return PreemptionInfo(deadline_ms=deadline_ms, preempted_node_to_ranks={"n7": [0]})
+
+
+def test_workers_whose_node_is_taken_away_leave_between_rounds(
+    run: Storage, office: Office, tiny_sd1_folder: Path
+) -> None:
+    """Although there is time for another one: elsewhere it can be trained whole."""
+    office.preemption = preempted(3600)
+    with pytest.raises(TakenAway, match=r"the node of rank 0 is taken away in 3\d\d\d s: n7") as left:
+        work(run, office, tiny_sd1_folder)
+    assert left.value.preempted  # by which Ray Train tells it from a failure
+    assert pickle.loads(pickle.dumps(left.value)).preempted
+    assert not office.checkpoints
+
+
+@pytest.mark.parametrize(("left_s", "committed"), [(3600, [1]), (None, [1]), (1, [])])
+def test_a_round_that_ends_in_time_is_committed_and_another_one_left_at_once(
+    run: Storage, office: Office, tiny_sd1_folder: Path, left_s: float | None, committed: list[int]
+) -> None:
+    steps = list[int]()
+
+    def on_progress(*progress: int) -> None:
+        steps.append(progress[1])
+        office.preemption = preempted(left_s)
+
+    office.set_progress = remote(on_progress)
+    with pytest.raises(TakenAway):
+        work(run, office, tiny_sd1_folder, epochs=2)
+    assert list(office.checkpoints) == committed
+    assert steps == ([1, 2, 3, 4] if committed else [1])
+
+    # Elsewhere they go on, to the same bytes as undisturbed ones.
+    office.preemption, office.set_progress = None, remote(lambda *_: None)
+    work(run, office, tiny_sd1_folder, epochs=2)
+    assert PolicyStore(run).versions() == [0, 1, 2]
+
+
+def test_it_is_asked_so_often_and_no_more() -> None:
+    asked = list[int]()
+    moving = SimpleNamespace(look=lambda needed_s: asked.append(round(needed_s)))
+    looks = Looks(cast(Moving, moving))
+    for step in range(1, 101):
+        looks.after_step(step, 100)
+    assert len(asked) == 33
+    looks = Looks(cast(Moving, moving))
+    looks.after_step(1, 1)
+    assert len(asked) == 33  # after the last step there is only the commit
