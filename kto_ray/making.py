@@ -27,12 +27,17 @@ from kto_ray.records import PolicyRef, Prompt, Sample, Score, Verdict
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.samples import Samples
 from kto_ray.score.pool import Scorers, require_scored
+from kto_ray.stage import Stage
 
 SHOW_EVERY_S = 0.5
 
 
 class Making:
-    """Makes rounds out of prompts, with the run's generators, scorers and labeler."""
+    """Makes rounds out of prompts, with the run's generators, scorers and labeler.
+
+    Args:
+        stage: to be on for drawing and scoring, and to be left to others while people judge.
+    """
 
     def __init__(
         self,
@@ -43,9 +48,11 @@ class Making:
         scorers: Scorers,
         labeler: Labeler,
         progress: Progress,
+        stage: Stage | None = None,
     ) -> None:
         self.config, self.prompts, self.rounds = config, prompts, rounds
         self.generators, self.scorers, self.labeler, self.progress = generators, scorers, labeler, progress
+        self.stage = stage or Stage()
 
     def memory(self) -> dict[str, Any]:
         """What the labeler kept with the last sealed round."""
@@ -60,11 +67,12 @@ class Making:
         requests = round_requests(
             self.prompts, config.seed, round_.stage, index, images, config.generate.images_per_prompt
         )
-        began, before = time.monotonic(), (self.generators.busy_seconds, self.scorers.busy_seconds)
         stations = ("images", "scores", "verdicts")
         bars = [self.progress.add_task(f"round {index}: {what}", total=images) for what in stations]
         try:
-            async with together() as group:
+            async with contextlib.AsyncExitStack() as turn, together() as group:
+                await turn.enter_async_context(self.stage.turn("making"))
+                began, before = time.monotonic(), (self.generators.busy_seconds, self.scorers.busy_seconds)
                 scoring: list[asyncio.Task[None]] = []
                 store_scores = Gathering(round_.store_scores)
 
@@ -99,6 +107,8 @@ class Making:
                     with contextlib.suppress(TimeoutError):  # then the scores that are there have to do
                         async with asyncio.timeout(deadline_s):
                             await asyncio.gather(*scoring)
+                    await turn.aclose()
+                    await turn.enter_async_context(self.stage.turn("judging"))
                     await self.labeler.finish(round_.stage)
                     enough = group.create_task(self.labeler.enough(round_.stage))
                     # Past the deadline there is still a moment for what the labeler can say at once.

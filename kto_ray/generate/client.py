@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -18,10 +19,11 @@ from kto_ray.errors import UserError
 from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.replica import Generator
 from kto_ray.lost import is_lost, last_words
+from kto_ray.placement import Placement, as_configured
 from kto_ray.policies import DigestError
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.samples import Samples
-from kto_ray.serving import QUIET, application_name, deploy, end_applications
+from kto_ray.serving import QUIET, application_name, deploy, end_applications, running, scale
 from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -33,28 +35,39 @@ BACK_OFF_S = 0.5  # after the first try; doubles
 class Generators:
     """The Serve application of one run. Use as a context; requests go to whichever replica has room."""
 
-    def __init__(self, config: RunConfig, run: Storage, drawing: str) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Storage,
+        drawing: str,
+        placement: Placement | None = None,
+        coordinator: Any = None,
+    ) -> None:
         self.config, self.cluster = config.generate, config.cluster
+        self.placement = placement or as_configured(config)
         self.drawing = drawing
         self.batch_size = self.config.batch_size
         """Images of one request; once started, as many as a replica found that it can draw, if it was to."""
         self.name = ""  # of the application, once it is started
         self._run = run
         self.busy_seconds = 0.0
-        options = self.config.resources
+        self.came_s = 0.0
+        """Seconds that the first replicas took to come."""
+        booked, (least, most) = self.placement.generator, self.placement.replicas
         deployment: Any = serve.deployment(Generator)
+        number: dict[str, Any] = {
+            "autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": 1}
+        }
+        if self.placement.kind == "elastic":
+            number = {"num_replicas": max(1, least)}
         self._application = deployment.options(
-            autoscaling_config={
-                "min_replicas": self.config.min_replicas,
-                "max_replicas": self.config.max_replicas,
-                "target_ongoing_requests": 1,
-            },
+            **number,
             max_ongoing_requests=self.config.max_ongoing_requests,
             max_queued_requests=self.config.max_queued_requests,
-            ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+            ray_actor_options={"num_cpus": booked.num_cpus, "num_gpus": booked.num_gpus},
             health_check_timeout_s=120,
             logging_config=QUIET,
-        ).bind(config, run)
+        ).bind(*(config, run), *([coordinator] if self.placement.by_turns else []))
         self._handle: DeploymentHandle[Generator] | None = None
 
     async def start(self) -> None:
@@ -64,11 +77,32 @@ class Generators:
             UserError: they could not be built; has their own last words.
         """
         self.name = application_name(self._run, "generators")
-        async with noisily("generator replicas", self.cluster, self.config.resources, self.config.min_replicas):
-            self._handle = await deploy("generate: a replica", self._application, self.name)
+        booked, (least, _) = self.placement.generator, self.placement.replicas
+        began = time.monotonic()
+        async with noisily("generator replicas", self.cluster, booked, least):
+            by_loop = self.placement.kind == "elastic"
+            self._handle = await deploy("generate: a replica", self._application, self.name, scaled_by_us=by_loop)
+            self.came_s = time.monotonic() - began
             if self.config.find_batch_size:
                 self.batch_size = await self._handle.found_batch_size.remote()
                 logger.info("generate.batch_size: a replica draws %d images at once", self.batch_size)
+
+    async def sleep(self) -> None:
+        """Let all replicas leave their cards; the next request wakes them.
+
+        Raises:
+            RayError, RayServeException: one of them cannot.
+        """
+        if self._handle is not None:
+            await self._handle.broadcast("sleep").results_async()
+
+    async def scale(self, replicas: int) -> None:
+        """Have so many replicas; returns before they are there. For placement elastic."""
+        await scale(self.name, Generator.__name__, replicas)
+
+    async def running(self) -> int:
+        """How many replicas there are that draw, or could."""
+        return await running(self.name, Generator.__name__)
 
     def close(self) -> None:
         """Also what is only half deployed goes."""
@@ -94,7 +128,7 @@ class Generators:
         size = self.batch_size
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
         # More in flight than the replicas hold would only come back as back-pressure.
-        room = asyncio.Semaphore(self.config.max_replicas * self.config.max_ongoing_requests)
+        room = asyncio.Semaphore(self.placement.replicas[1] * self.config.max_ongoing_requests)
 
         async def one(batch: Sequence[SampleRequest]) -> tuple[Samples, list[Sample]]:
             async with room:
@@ -118,7 +152,7 @@ class Generators:
                         raise
                     if not attempt:
                         what = f"{len(batch)} images that are asked for again"
-                        await waiting.enter_async_context(noisily(what, self.cluster, self.config.resources))
+                        await waiting.enter_async_context(noisily(what, self.cluster, self.placement.generator))
                     problem = f"a generator replica died, or its node ({type(error).__name__}: {last_words(error)})"
                     logger.warning("%s; its %d images are asked for again", problem, len(batch))
                 else:

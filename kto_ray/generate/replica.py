@@ -7,17 +7,23 @@ makes no samples. An image whose numbers are not finite is a sample with an `err
 
 Before its first request it draws for nobody what `generate.batch_size: auto` and `generate.compile` need.
 
+Where cards are shared by turns, the loop has replicas sleep when it is others' turn, and the next request wakes them.
+One that is born in the meantime waits with its model until nobody trains.
+
 A replica stores what it draws itself, while it draws the next batch, and answers with records: pixels go from here to
 storage and into Ray's object store, where scorers take them from, and latents to storage alone.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ray
 import torch
+from ray.exceptions import RayError
 from torch import Tensor
 
 from kto_ray.config import RunConfig
@@ -31,6 +37,7 @@ from kto_ray.generate.fitting import emptied, largest_batch, share_reserved
 from kto_ray.generate.storing import Storing
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
+from kto_ray.sleeping import Sleeper
 from kto_ray.storage import Storage
 
 FEW_STEPS = 4
@@ -44,13 +51,17 @@ class Generator:
     Args:
         config: the run's configuration.
         run: the run's folder, where the policies lie.
+        coordinator: of the train workers with which it shares its card by turns; None: the card is its own.
     """
 
-    def __init__(self, config: RunConfig, run: Storage) -> None:
+    def __init__(self, config: RunConfig, run: Storage, coordinator: Any = None) -> None:
         resources = config.generate.resources
         if resources.threads or not resources.num_gpus:
             torch.set_num_threads(resources.threads or torch.multiprocessing.cpu_count())
         run.require_seen()
+        self._coordinator = coordinator
+        if coordinator is not None:
+            ray.get(coordinator.wait_others.remote())
         self.config = config
         self.store = PolicyStore(run)
         folder = source.resolve(config.model)
@@ -70,6 +81,7 @@ class Generator:
         # event loop is free for Serve's health checks.
         self._pipeline_thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
         self._store = Storing(run)
+        self._sleeper = Sleeper(self.device, lambda: [self.family.pipeline.components, self.policy.on_device()])
         self.batch_size = self._find_batch_size() if settings.find_batch_size else settings.batch_size
         if settings.compile:
             compile_denoiser(self.policy.module)
@@ -78,6 +90,17 @@ class Generator:
     async def found_batch_size(self) -> int:
         """How many images a request should be of."""
         return self.batch_size
+
+    async def sleep(self) -> None:
+        """Leave the card until the next request; see `Sleeper`."""
+        await asyncio.get_running_loop().run_in_executor(self._pipeline_thread, self._sleeper.sleep)
+
+    async def check_health(self) -> None:
+        """Asked by Serve every few seconds. Who was not there to be told that others have their turn finds out here."""
+        if self._coordinator is not None and not self._sleeper.asleep:
+            with contextlib.suppress(RayError):  # it is being started anew
+                if await self._coordinator.is_training.remote():
+                    await self.sleep()
 
     async def draw(self, requests: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:
         """Draw one image a request from exactly this policy, and store those that are images.
@@ -98,6 +121,7 @@ class Generator:
 
     def _draw(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> tuple[list[Sample], float]:
         began = time.monotonic()
+        self._sleeper.wake()
         if self.holds != policy:
             self._load(policy)
         latents_BCHW, pixels_BHWC, finite_B = draw(

@@ -21,6 +21,7 @@ from kto_ray.concurrency import as_done, together
 from kto_ray.config import Cluster, Labeling, ScorerSettings
 from kto_ray.errors import UserError
 from kto_ray.lost import is_lost, last_words, pixels_lost
+from kto_ray.placement import Placement
 from kto_ray.records import Score
 from kto_ray.samples import Samples
 from kto_ray.score.actor import Answers, ScorerActor, plain
@@ -161,6 +162,11 @@ class ScorerPool:
                 self._add_actor()
         return await self._idle.get()
 
+    async def sleep(self) -> None:
+        """Let all actors leave their cards; the next batch wakes them."""
+        if self.settings.resources.num_gpus:
+            await asyncio.gather(*(actor.sleep.remote() for actor, offer in self._actors.items() if offer.done()))
+
     def shrink(self) -> None:
         """Let go of actors above the minimum that are idle or not yet built."""
         idle = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
@@ -193,8 +199,12 @@ def require_scored(label: Labeling, what: str, failures: Sequence[Score], images
 class Scorers:
     """All scorers of a run, by the names their scores are stored under; see `ScorerPool`."""
 
-    def __init__(self, label: Labeling, cluster: Cluster) -> None:
-        self.pools = {name: ScorerPool(name, settings, cluster) for name, settings in label.scorers.items()}
+    def __init__(self, label: Labeling, cluster: Cluster, placement: Placement | None = None) -> None:
+        scorers = {
+            name: placement.scorer(name, settings) if placement else settings
+            for name, settings in label.scorers.items()
+        }
+        self.pools = {name: ScorerPool(name, settings, cluster) for name, settings in scorers.items()}
 
     @property
     def busy_seconds(self) -> float:
@@ -224,6 +234,10 @@ class Scorers:
                     yield pool.score(batches.setdefault(lacking, samples.only(lacking)))
 
         return as_done(jobs())
+
+    async def sleep(self) -> None:
+        """Raises RayError where an actor cannot."""
+        await asyncio.gather(*(pool.sleep() for pool in self.pools.values()))
 
     def shrink(self) -> None:
         """Let go of idle actors above the minimum; the loop calls it when a round is sealed."""

@@ -48,15 +48,19 @@ from kto_ray.train.learner import Learner
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """The train loop that Ray Train calls on every worker, with "config", "run" and "coordinator"."""
+    """The train loop that Ray Train calls on every worker, with the arguments of `train_rounds` by name."""
     try:
-        train_rounds(arguments["config"], arguments["run"], arguments["coordinator"])
+        train_rounds(**arguments)
     except (UserError, DigestError) as error:
         ray.get(arguments["coordinator"].give_up.remote(str(error)))
 
 
-def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
+def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bool = False) -> None:
     """Round after round, until there are no more.
+
+    Args:
+        by_turns: others have the card while no round is trained: nothing is on it before the first one is, and between
+            rounds.
 
     Raises:
         UserError, DigestError: what a restart would not mend.
@@ -68,6 +72,8 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
         torch.set_num_threads(resources.threads or max(1, torch.multiprocessing.cpu_count() // ranks))
 
     run.require_seen()
+    if by_turns and not ray.get(coordinator.wait_turn.remote()):
+        return
     learner = build_learner(config, run, rank, ranks, distributed=True)
     store, rounds = PolicyStore(run), RoundStore(run)
     base = source.resolve(config.model), config.model
@@ -82,9 +88,13 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
         if report:
             publish(store, learner, version)
         again = trained_before(rounds, version)
+        if by_turns and report and not again:
+            learner.sleep()
+            everybody_sleeps(ranks)
         task: RoundTask | None = again or ray.get(coordinator.next_round.remote(version, report if rank == 0 else None))
         if task is None:
             return
+        learner.wake()
         began = time.monotonic()
         ids, data = read_round(rounds, task, version, config)
         loaded = time.monotonic()
@@ -116,6 +126,12 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
         if again:
             require_same_policy(store, learner, version, run)
         commit_checkpoint(learner, version, report, run)
+
+
+def everybody_sleeps(ranks: int) -> None:
+    """Until every rank has left its card: only then is the first one's report the end of this turn."""
+    if ranks > 1:
+        torch.distributed.barrier()
 
 
 def trained_before(rounds: RoundStore, version: int) -> RoundTask | None:
