@@ -221,7 +221,7 @@ def choose(config: RunConfig, machines: Machines) -> Placement:
 def require_one_a_card(config: RunConfig) -> None:
     """Raises UserError where two train workers could come to share a card."""
     train = config.train
-    if train.workers > 1 and train.device != "cpu" and 0 < train.resources.num_gpus <= 0.5:
+    if train.workers > 1 and not train.on_cpu and 0 < train.resources.num_gpus <= 0.5:
         raise UserError(
             f"train.resources.num_gpus: {train.resources.num_gpus:g} with train.workers {train.workers}: two workers "
             "could get the same card, over which NCCL does not connect them; give 1, or more than 0.5, and share cards "

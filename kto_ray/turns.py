@@ -86,7 +86,8 @@ class Breathing:
         self._back_s: float | None = None
         self._training_s: float | None = None
         self._training_since: float | None = None
-        self._later: asyncio.Task[None] | None = None  # what is measured, or is to be done
+        self._coming: list[asyncio.Task[None]] = []
+        self._going: list[asyncio.Task[None]] = []
         self._told = False
 
     @property
@@ -98,8 +99,8 @@ class Breathing:
         self._look_at_training("training" in roles)
         if roles & DRAWING:
             await self._have_them_come()
-        elif roles and self._wanted > self._least and (self._later is None or self._later.done()):
-            self._later = asyncio.create_task(self._let_them_go("training" in roles))
+        elif roles and self._wanted > self._least and all(task.done() for task in self._going):
+            self._going = [asyncio.create_task(self._let_them_go("training" in roles))]
 
     def _look_at_training(self, on_stage: bool) -> None:
         if on_stage and self._training_since is None:
@@ -108,12 +109,11 @@ class Breathing:
             self._training_s, self._training_since = time.monotonic() - self._training_since, None
 
     async def _have_them_come(self) -> None:
-        if self._wanted == self._most and (self._later is None or self._later.done()):
-            return
-        await self.close()
-        before, self._wanted = self._wanted, self._most
-        await self._generators.scale(self._most)
-        self._later = asyncio.create_task(self._see_them_come(before))
+        await cancelled(self._going)
+        if self._wanted < self._most:
+            before, self._wanted = self._wanted, self._most
+            await self._generators.scale(self._most)
+            self._coming = [asyncio.create_task(self._see_them_come(before))]
 
     async def _see_them_come(self, before: int) -> None:
         began = time.monotonic()
@@ -126,6 +126,7 @@ class Breathing:
         pays = training and self._training_s is not None and self._training_s > self.back_s
         if not pays:
             await asyncio.sleep(self.back_s)
+        await cancelled(self._coming)
         self._wanted = self._least
         try:
             await self._generators.scale(self._least)
@@ -142,9 +143,7 @@ class Breathing:
 
     async def close(self) -> None:
         """Do nothing of what was to be done later."""
-        if self._later is not None:
-            await cancelled([self._later])
-            self._later = None
+        await cancelled([*self._coming, *self._going])
 
 
 def stage_of(

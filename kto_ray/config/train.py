@@ -106,6 +106,11 @@ class Train(Section):
     watch: Annotated[CollapseWatch, BeforeValidator(as_watch)] = CollapseWatch()
     """Whether training takes the policy apart."""
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether workers compute without a card, whatever they ask of the cluster."""
+        return self.device == "cpu" or (self.device == "auto" and not self.resources.num_gpus)
+
     @model_validator(mode="after")
     def _batch_adds_up(self) -> "Train":
         per_worker, rest = divmod(self.global_batch, self.workers)

@@ -17,10 +17,11 @@ from kto_ray.concurrency import as_done
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
 from kto_ray.generate.drawn import Drawn
+from kto_ray.generate.pulling import Offering
 from kto_ray.generate.replica import Generator
 from kto_ray.lost import is_lost, last_words
 from kto_ray.placement import Placement, as_configured
-from kto_ray.policies import DigestError
+from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.samples import Samples
 from kto_ray.serving import QUIET, application_name, deploy, end_applications, running, scale
@@ -49,7 +50,7 @@ class Generators:
         self.batch_size = self.config.batch_size
         """Images of one request; once started, as many as a replica found that it can draw, if it was to."""
         self.name = ""  # of the application, once it is started
-        self._run = run
+        self._run, self._offering = run, Offering(PolicyStore(run))
         self.busy_seconds = 0.0
         self.came_s = 0.0
         """Seconds that the first replicas took to come."""
@@ -171,7 +172,8 @@ class Generators:
 
     async def _ask(self, batch: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:
         assert self._handle is not None, "start() the generators first"
-        response = self._handle.draw.remote(batch, policy, folder)
+        offered = await self._offering(policy)
+        response = self._handle.draw.remote(batch, policy, folder, *([offered] if offered else []))
         try:
             drawn: Drawn = await response
         except asyncio.CancelledError:

@@ -34,6 +34,7 @@ from kto_ray.diffusion.sampling import as_asked, draw, drawing_digest
 from kto_ray.diffusion.texts import Texts, texts_of
 from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.fitting import emptied, largest_batch, share_reserved
+from kto_ray.generate.pulling import pulled
 from kto_ray.generate.storing import Storing
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
@@ -102,28 +103,33 @@ class Generator:
                 if await self._coordinator.is_training.remote():
                     await self.sleep()
 
-    async def draw(self, requests: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:
+    async def draw(
+        self, requests: Sequence[SampleRequest], policy: PolicyRef, folder: str, offered: Sequence[Any] = ()
+    ) -> Drawn:
         """Draw one image a request from exactly this policy, and store those that are images.
 
         Args:
             folder: of the round that they belong to, in the run's.
+            offered: where the policy's file is besides in storage, see `pulling.py`.
 
         Raises:
             DigestError: the policy's weights, or the base model, are not what the digest says.
             UserError: they cannot be stored.
         """
         loop = asyncio.get_running_loop()
-        samples, seconds = await loop.run_in_executor(self._pipeline_thread, self._draw, requests, policy)
+        samples, seconds = await loop.run_in_executor(self._pipeline_thread, self._draw, requests, policy, offered)
         images = [sample for sample in samples if sample.error is None]
         failed = [sample for sample in samples if sample.error is not None]
         records, pixels = await self._store(folder, images)
         return Drawn(records, pixels, failed, seconds, self.drawing)
 
-    def _draw(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> tuple[list[Sample], float]:
+    def _draw(
+        self, requests: Sequence[SampleRequest], policy: PolicyRef, offered: Sequence[Any]
+    ) -> tuple[list[Sample], float]:
         began = time.monotonic()
         self._sleeper.wake()
         if self.holds != policy:
-            self._load(policy)
+            self._load(policy, offered)
         latents_BCHW, pixels_BHWC, finite_B = draw(
             self.family,
             self.texts,
@@ -170,7 +176,7 @@ class Generator:
         texts = Texts(lambda: self.family)  # kept nowhere, unlike those of the run's prompts
         draw(self.family, texts, [REHEARSED] * count, range(count), settings.model_copy(update=few))
 
-    def _load(self, policy: PolicyRef) -> None:
+    def _load(self, policy: PolicyRef, offered: Sequence[Any]) -> None:
         self.holds = None
         base = self.store.resolve(0)
         try:
@@ -181,7 +187,7 @@ class Generator:
             ) from error
         if policy.version == 0 and policy != base:
             raise DigestError(f"asked for policy 0 of digest {policy.digest}, the run's has {base.digest}")
-        tensors = self.store.load(policy)
+        tensors = pulled(self.store, policy, offered)
         self._fill(tensors)
         if not self.policy.proves(tensors):
             raise DigestError(f"policy {policy.version} was loaded, but the model does not hold its weights")

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train import RunConfig as TrainRunConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from kto_ray.cluster import noisily
 from kto_ray.concurrency import cancelled, together
@@ -61,6 +61,8 @@ class Training:
                 **{"config": config, "run": run, "coordinator": self.coordinator},
                 "by_turns": self.placement.by_turns,
             },
+            # Ray Train itself goes by the resources: with a GPU among them it takes NCCL.
+            torch_config=TorchConfig(backend="gloo" if train.on_cpu else None),
             scaling_config=ScalingConfig(
                 num_workers=train.workers,
                 use_gpu=booked.num_gpus > 0,

@@ -68,7 +68,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     resources = config.train.resources
-    if resources.threads or not resources.num_gpus:
+    if resources.threads or config.train.on_cpu:
         torch.set_num_threads(resources.threads or max(1, torch.multiprocessing.cpu_count() // ranks))
 
     run.require_seen()
@@ -237,7 +237,12 @@ def build_learner(
     if config.train.compile:
         compile_denoiser(policy.module)
     more = {"find_unused_parameters": True} if family.leaves_unused and config.train.adapter.kind == "full" else {}
-    prepare = partial(ray.train.torch.prepare_model, parallel_strategy_kwargs=more)
+    # Ray Train would move it to the card that it was given, if any.
+    prepare = partial(
+        ray.train.torch.prepare_model,
+        move_to_device=device if config.train.on_cpu else True,
+        parallel_strategy_kwargs=more,
+    )
     wrap = prepare if distributed and not sharded else (lambda module: module)
     total_steps = config.rounds * config.optimizer_steps_per_round
     return Learner(family, policy, config.train, config.seed, device, wrap, rank, ranks, total_steps, texts)
