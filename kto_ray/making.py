@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from kto_ray.rounds import Round, RoundStore
 from kto_ray.samples import Samples
 from kto_ray.score.pool import Scorers, require_scored
 from kto_ray.stage import Stage
+from kto_ray.stopwatch import Doing, as_figures
 
 SHOW_EVERY_S = 0.5
 
@@ -53,6 +54,7 @@ class Making:
         self.config, self.prompts, self.rounds = config, prompts, rounds
         self.generators, self.scorers, self.labeler, self.progress = generators, scorers, labeler, progress
         self.stage = stage or Stage()
+        self._said: dict[str, Mapping[Doing, float]] = {}  # what was spent when the last round was sealed, by role
 
     def memory(self) -> dict[str, Any]:
         """What the labeler kept with the last sealed round."""
@@ -131,8 +133,15 @@ class Making:
                 "seconds/label": time.monotonic() - drawn,  # what labeling took beyond the last image
                 "busy/generate": self.generators.busy_seconds - before[0],
                 "busy/label": self.scorers.busy_seconds - before[1],
+                **self._spent("generators", self.generators.spent),
+                **self._spent("scorers", self.scorers.spent),
             },
         )
+
+    def _spent(self, role: str, spent: Mapping[Doing, float]) -> dict[str, float]:
+        """What a role has spent since the last round was sealed."""
+        before, self._said[role] = self._said.get(role, {}), spent
+        return as_figures(role, spent, before)
 
     async def _left(self, round_: Round) -> list[Samples]:
         """What a crash left in a round, and has still to be labeled, in batches."""

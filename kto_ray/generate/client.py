@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -25,6 +25,7 @@ from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.samples import Samples
 from kto_ray.serving import QUIET, application_name, deploy, end_applications, running, scale
+from kto_ray.stopwatch import Doing, added
 from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Generators:
         self.name = ""  # of the application, once it is started
         self._run, self._offering = run, Offering(PolicyStore(run))
         self.busy_seconds = 0.0
+        self._spent: dict[str, Mapping[Doing, float]] = {}  # by replica, when it last answered
         self.came_s = 0.0
         """Seconds that the first replicas took to come."""
         booked, (least, most) = self.placement.generator, self.placement.replicas
@@ -104,6 +106,11 @@ class Generators:
     async def running(self) -> int:
         """How many replicas there are that draw, or could."""
         return await running(self.name, Generator.__name__)
+
+    @property
+    def spent(self) -> dict[Doing, float]:
+        """On what replicas have spent their seconds, up to their last answers."""
+        return added(self._spent.values())
 
     def close(self) -> None:
         """Also what is only half deployed goes."""
@@ -166,6 +173,7 @@ class Generators:
                         if sample.policy != policy:
                             raise DigestError(f"asked for policy {policy}, got {sample.policy}")
                     self.busy_seconds += drawn.seconds
+                    self._spent[drawn.replica] = drawn.spent
                     return drawn
                 await asyncio.sleep(BACK_OFF_S * 2**attempt)
         raise RuntimeError(f"{len(batch)} images could not be drawn in {MAX_TRIES} tries; at last {problem}")

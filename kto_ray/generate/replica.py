@@ -17,6 +17,7 @@ storage and into Ray's object store, where scorers take them from, and latents t
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -39,6 +40,7 @@ from kto_ray.generate.storing import Storing
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.sleeping import Sleeper
+from kto_ray.stopwatch import Spent
 from kto_ray.storage import Storage
 
 FEW_STEPS = 4
@@ -56,6 +58,7 @@ class Generator:
     """
 
     def __init__(self, config: RunConfig, run: Storage, coordinator: Any = None) -> None:
+        self._name, self._spent = uuid.uuid4().hex, Spent()
         resources = config.generate.resources
         if resources.threads or not resources.num_gpus:
             torch.set_num_threads(resources.threads or torch.multiprocessing.cpu_count())
@@ -87,6 +90,7 @@ class Generator:
         if settings.compile:
             compile_denoiser(self.policy.module)
             self._warm_up()
+        self._spent.turn_to("wait")
 
     async def found_batch_size(self) -> int:
         """How many images a request should be of."""
@@ -94,7 +98,12 @@ class Generator:
 
     async def sleep(self) -> None:
         """Leave the card until the next request; see `Sleeper`."""
-        await asyncio.get_running_loop().run_in_executor(self._pipeline_thread, self._sleeper.sleep)
+        await asyncio.get_running_loop().run_in_executor(self._pipeline_thread, self._sleep)
+
+    def _sleep(self) -> None:
+        with self._spent.on("load"):
+            self._sleeper.sleep()
+        self._spent.turn_to("sleep")
 
     async def check_health(self) -> None:
         """Asked by Serve every few seconds. Who was not there to be told that others have their turn finds out here."""
@@ -121,22 +130,25 @@ class Generator:
         images = [sample for sample in samples if sample.error is None]
         failed = [sample for sample in samples if sample.error is not None]
         records, pixels = await self._store(folder, images)
-        return Drawn(records, pixels, failed, seconds, self.drawing)
+        return Drawn(records, pixels, failed, seconds, self.drawing, self._name, self._spent.so_far())
 
     def _draw(
         self, requests: Sequence[SampleRequest], policy: PolicyRef, offered: Sequence[Any]
     ) -> tuple[list[Sample], float]:
         began = time.monotonic()
-        self._sleeper.wake()
-        if self.holds != policy:
-            self._load(policy, offered)
-        latents_BCHW, pixels_BHWC, finite_B = draw(
-            self.family,
-            self.texts,
-            as_asked(self.config, [request.prompt.text for request in requests], policy.version),
-            [request.seed for request in requests],
-            self.config.drawn(requests[0].stage),  # all of one
-        )
+        self._spent.turn_to("wait")  # if it slept
+        with self._spent.on("load"):
+            self._sleeper.wake()
+            if self.holds != policy:
+                self._load(policy, offered)
+        with self._spent.on("work"):
+            latents_BCHW, pixels_BHWC, finite_B = draw(
+                self.family,
+                self.texts,
+                as_asked(self.config, [request.prompt.text for request in requests], policy.version),
+                [request.seed for request in requests],
+                self.config.drawn(requests[0].stage),  # all of one
+            )
         samples = [
             Sample(
                 *(r.id, r.stage, r.prompt, r.index, r.seed, policy, latents_CHW, pixels_HWC),

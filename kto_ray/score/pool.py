@@ -26,6 +26,7 @@ from kto_ray.records import Score
 from kto_ray.samples import Samples
 from kto_ray.score.actor import Answers, ScorerActor, plain
 from kto_ray.score.environments.finding import interpreter
+from kto_ray.stopwatch import Doing, added
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ class ScorerPool:
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self.version = ""
         self.busy_seconds = 0.0
+        self._began: dict[Any, float] = {}  # of each actor
+        self._held_seconds = self._load_seconds = self._sleep_seconds = 0.0  # of those that are gone; of all
+        self._asleep_since: float | None = None
         self._patience_s = LEAST_PATIENCE_S
 
     async def start(self) -> None:
@@ -80,6 +84,7 @@ class ScorerPool:
 
     def _add_actor(self) -> None:
         actor = self._actor_class.remote(self.settings.scorer or self.name, self.settings.args)
+        self._began[actor] = time.monotonic()
         self._actors[actor] = asyncio.create_task(self._offer(actor))
 
     async def _offer(self, actor: Any) -> None:
@@ -91,11 +96,13 @@ class ScorerPool:
         async with noisily(f"an actor of scorer {self.name}", self.cluster, self.settings.resources):
             with contextlib.suppress(RayError):
                 await actor.describe.remote()
+                self._load_seconds += time.monotonic() - began
                 self._patience_s = min(max(LEAST_PATIENCE_S, time.monotonic() - began), MOST_PATIENCE_S)
         self._idle.put_nowait(actor)
 
     def _dismiss(self, actor: Any) -> None:
         self._actors.pop(actor).cancel()
+        self._held_seconds += time.monotonic() - self._began.pop(actor)
         ray.kill(actor)
 
     def _replace(self, actor: Any) -> None:
@@ -116,6 +123,7 @@ class ScorerPool:
         tries, tried, failure = 1 + self.settings.max_retries, 0, ""
         while tried < tries:
             actor = await self._acquire()
+            self._awake()
             try:
                 reference = await samples.reference()
             except (OSError, ValueError, UserError, RayError) as error:
@@ -166,6 +174,19 @@ class ScorerPool:
         """Let all actors leave their cards; the next batch wakes them."""
         if self.settings.resources.num_gpus:
             await asyncio.gather(*(actor.sleep.remote() for actor, offer in self._actors.items() if offer.done()))
+            self._asleep_since = self._asleep_since or time.monotonic()
+
+    def _awake(self) -> None:
+        if self._asleep_since is not None:
+            self._sleep_seconds += len(self._actors) * (time.monotonic() - self._asleep_since)
+            self._asleep_since = None
+
+    @property
+    def spent(self) -> dict[Doing, float]:
+        """On what actors have spent their seconds; sleep counts once it is over, and to it until the last one wakes."""
+        held = self._held_seconds + sum(time.monotonic() - began for began in self._began.values())
+        work, load, sleep = self.busy_seconds, self._load_seconds, self._sleep_seconds
+        return {"work": work, "wait": max(0.0, held - work - load - sleep), "sleep": sleep, "load": load}
 
     def shrink(self) -> None:
         """Let go of actors above the minimum that are idle or not yet built."""
@@ -209,6 +230,10 @@ class Scorers:
     @property
     def busy_seconds(self) -> float:
         return sum(pool.busy_seconds for pool in self.pools.values())
+
+    @property
+    def spent(self) -> dict[Doing, float]:
+        return added(pool.spent for pool in self.pools.values())
 
     async def start(self) -> None:
         async with together() as group:
