@@ -16,6 +16,7 @@ from kto_ray.cluster import noisily
 from kto_ray.concurrency import as_done
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
+from kto_ray.generate.cards import SEES_ALL
 from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.pulling import Offering
 from kto_ray.generate.replica import Generator
@@ -67,7 +68,10 @@ class Generators:
             **number,
             max_ongoing_requests=self.config.max_ongoing_requests,
             max_queued_requests=self.config.max_queued_requests,
-            ray_actor_options={"num_cpus": booked.num_cpus, "num_gpus": booked.num_gpus},
+            ray_actor_options={
+                **{"num_cpus": booked.num_cpus, "num_gpus": booked.num_gpus},
+                **({"runtime_env": {"env_vars": SEES_ALL}} if self.placement.by_turns and booked.num_gpus else {}),
+            },
             health_check_timeout_s=120,
             logging_config=QUIET,
         ).bind(*(config, run), *([coordinator] if self.placement.by_turns else []))

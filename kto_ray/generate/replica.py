@@ -33,10 +33,12 @@ from kto_ray.diffusion.loading import DTYPES, compile_denoiser, load_family, off
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.diffusion.sampling import as_asked, draw, drawing_digest
 from kto_ray.diffusion.texts import Texts, texts_of
+from kto_ray.generate.cards import take_card
 from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.fitting import emptied, largest_batch, share_reserved
 from kto_ray.generate.pulling import pulled
 from kto_ray.generate.storing import Storing
+from kto_ray.naming import unique_name
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.sleeping import Sleeper
@@ -66,6 +68,8 @@ class Generator:
         self._coordinator = coordinator
         if coordinator is not None:
             ray.get(coordinator.wait_others.remote())
+            if not config.generate.on_cpu:
+                take_card(unique_name(run), resources.num_gpus)
         self.config = config
         self.store = PolicyStore(run)
         folder = source.resolve(config.model)
