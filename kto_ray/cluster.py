@@ -41,6 +41,11 @@ PLACES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_
 that: a runtime environment can be read by whoever sees the cluster's dashboard."""
 
 
+def joins(config: Cluster) -> bool:
+    """Whether a job joins a cluster that is there, and does not start one of its own."""
+    return "RAY_ADDRESS" in os.environ if config.address == "auto" else config.address != "local"
+
+
 @contextlib.contextmanager
 def connected(config: Cluster, run: Storage | None = None) -> Iterator[None]:
     """Join the cluster that this job was submitted to, or start one on this machine and end it afterwards.
@@ -57,7 +62,7 @@ def connected(config: Cluster, run: Storage | None = None) -> Iterator[None]:
     # Workers of Ray Train poll at this pace; its controller reads it from the driver's environment.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(config.health_check_s))
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    join = "RAY_ADDRESS" in os.environ if config.address == "auto" else config.address != "local"
+    join = joins(config)
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     ray.init(

@@ -58,6 +58,7 @@ from kto_ray.labelers import make_labeler
 from kto_ray.lease import held
 from kto_ray.making import Making
 from kto_ray.outbox import Row
+from kto_ray.placement import Placement, placed
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight
 from kto_ray.relabel import Replayed
@@ -65,7 +66,6 @@ from kto_ray.retention import Retention
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.score.pool import Scorers
 from kto_ray.serving import start_serve
-from kto_ray.stage import Stage
 from kto_ray.stalls import stalls_said
 from kto_ray.stopwatch import Stopwatch
 from kto_ray.telling import evaluation_sentence, nothing_trained, progress_bars, round_sentence
@@ -73,6 +73,7 @@ from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask
 from kto_ray.train.job import Training
 from kto_ray.train.sampler import imbalance
+from kto_ray.turns import stage_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +98,13 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
                 Metrics(config, run).close()  # a tracker that was away at the end has missed something
                 return summary
         with connected(config.cluster, run):
-            return asyncio.run(lease.while_held(_Loop(config, preflight, console or Console()).run()))
+            return asyncio.run(lease.while_held(_Loop(config, preflight, console or Console(), placed(config)).run()))
 
 
 class _Loop:
     """The parts of one run, wired together."""
 
-    def __init__(self, config: RunConfig, preflight: Preflight, console: Console) -> None:
+    def __init__(self, config: RunConfig, preflight: Preflight, console: Console, placement: Placement) -> None:
         self.config, self.console = config, console
         self.run_storage, self.prompts = preflight.run, preflight.train_prompts
         self.rounds = RoundStore(self.run_storage)
@@ -111,10 +112,11 @@ class _Loop:
         self.retention = Retention(config, self.policies)
         self.metrics = Metrics(config, self.run_storage)
         self.caretaker = Caretaker(self.run_storage)
-        self.generators = Generators(config, self.run_storage, drawing_digest(config, preflight.components))
-        self.scorers = Scorers(config.label, config.cluster)
+        self.training = Training(config, self.run_storage, placement)
+        drawing = drawing_digest(config, preflight.components)
+        self.generators = Generators(config, self.run_storage, drawing, placement, self.training.coordinator)
+        self.scorers = Scorers(config.label, config.cluster, placement)
         self.labeler: Labeler = make_labeler(config, self.run_storage, console)
-        self.training = Training(config, self.run_storage)
         self.replayed = Replayed(config.replay, config) if config.replay else None
         if self.replayed:
             self.replayed.settle(self.run_storage)
@@ -132,11 +134,10 @@ class _Loop:
         self.sealed = asyncio.Condition()  # a round was sealed
         self.stopped = False
         self.watch = Stopwatch()
-        self.stage = Stage()
+        self.stage = stage_of(config, placement, self.generators, self.scorers, console.print)
         self.progress = progress_bars(console)
-        self.making = Making(
-            config, self.prompts, self.rounds, self.generators, self.scorers, self.labeler, self.progress
-        )
+        parts = self.generators, self.scorers, self.labeler, self.progress, self.stage
+        self.making = Making(config, self.prompts, self.rounds, *parts)
 
     async def run(self) -> dict[str, Any]:
         began = time.monotonic()
@@ -185,9 +186,8 @@ class _Loop:
                 policy_version = max(0, index - self.config.rounds_ahead)
                 if not await self._until_published(policy_version):
                     return
-                async with self.stage.turn("making"):
-                    policy = await asyncio.to_thread(self.policies.resolve, policy_version)
-                    await self.making.make(index, round_, policy)
+                policy = await asyncio.to_thread(self.policies.resolve, policy_version)
+                await self.making.make(index, round_, policy)
             async with self.sealed:
                 self.made[index] = round_
                 self.retention.sealed(self.rounds, index)

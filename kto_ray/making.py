@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,18 @@ from kto_ray.records import PolicyRef, Prompt, Sample, Score, Verdict
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.samples import Samples
 from kto_ray.score.pool import Scorers, require_scored
+from kto_ray.stage import Stage
+from kto_ray.stopwatch import Doing, as_figures
 
 SHOW_EVERY_S = 0.5
 
 
 class Making:
-    """Makes rounds out of prompts, with the run's generators, scorers and labeler."""
+    """Makes rounds out of prompts, with the run's generators, scorers and labeler.
+
+    Args:
+        stage: to be on for drawing and scoring, and to be left to others while people judge.
+    """
 
     def __init__(
         self,
@@ -43,9 +49,12 @@ class Making:
         scorers: Scorers,
         labeler: Labeler,
         progress: Progress,
+        stage: Stage | None = None,
     ) -> None:
         self.config, self.prompts, self.rounds = config, prompts, rounds
         self.generators, self.scorers, self.labeler, self.progress = generators, scorers, labeler, progress
+        self.stage = stage or Stage()
+        self._said: dict[str, Mapping[Doing, float]] = {}  # what was spent when the last round was sealed, by role
 
     def memory(self) -> dict[str, Any]:
         """What the labeler kept with the last sealed round."""
@@ -60,11 +69,12 @@ class Making:
         requests = round_requests(
             self.prompts, config.seed, round_.stage, index, images, config.generate.images_per_prompt
         )
-        began, before = time.monotonic(), (self.generators.busy_seconds, self.scorers.busy_seconds)
         stations = ("images", "scores", "verdicts")
         bars = [self.progress.add_task(f"round {index}: {what}", total=images) for what in stations]
         try:
-            async with together() as group:
+            async with contextlib.AsyncExitStack() as turn, together() as group:
+                await turn.enter_async_context(self.stage.turn("making"))
+                began, before = time.monotonic(), (self.generators.busy_seconds, self.scorers.busy_seconds)
                 scoring: list[asyncio.Task[None]] = []
                 store_scores = Gathering(round_.store_scores)
 
@@ -99,6 +109,8 @@ class Making:
                     with contextlib.suppress(TimeoutError):  # then the scores that are there have to do
                         async with asyncio.timeout(deadline_s):
                             await asyncio.gather(*scoring)
+                    await turn.aclose()
+                    await turn.enter_async_context(self.stage.turn("judging"))
                     await self.labeler.finish(round_.stage)
                     enough = group.create_task(self.labeler.enough(round_.stage))
                     # Past the deadline there is still a moment for what the labeler can say at once.
@@ -121,8 +133,15 @@ class Making:
                 "seconds/label": time.monotonic() - drawn,  # what labeling took beyond the last image
                 "busy/generate": self.generators.busy_seconds - before[0],
                 "busy/label": self.scorers.busy_seconds - before[1],
+                **self._spent("generators", self.generators.spent),
+                **self._spent("scorers", self.scorers.spent),
             },
         )
+
+    def _spent(self, role: str, spent: Mapping[Doing, float]) -> dict[str, float]:
+        """What a role has spent since the last round was sealed."""
+        before, self._said[role] = self._said.get(role, {}), spent
+        return as_figures(role, spent, before)
 
     async def _left(self, round_: Round) -> list[Samples]:
         """What a crash left in a round, and has still to be labeled, in batches."""

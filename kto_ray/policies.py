@@ -151,12 +151,16 @@ class PolicyStore:
             FileNotFoundError: there is no such version.
             UserError: there was; its weights are gone.
         """
-        import safetensors.torch
+        return None if policy.version == 0 else self.weights_of(policy, self.read(policy))
 
-        if policy.version == 0:
-            return None
+    def read(self, policy: PolicyRef) -> bytes:
+        """The file of a policy other than the base, as it is.
+
+        Raises:
+            FileNotFoundError, UserError: see `load`.
+        """
         try:
-            data = self.storage.read(f"{policy.version:05}/policy.safetensors")
+            return self.storage.read(f"{policy.version:05}/policy.safetensors")
         except FileNotFoundError:
             if not self.storage.exists(f"{policy.version:05}/policy.json"):
                 raise
@@ -164,6 +168,11 @@ class PolicyStore:
                 f"policy {policy.version} of {self.storage} has no weights any more: keep_policies lets go of what is "
                 "older than the last so many policies; use one that is still there"
             ) from None
+
+    def weights_of(self, policy: PolicyRef, data: bytes) -> "dict[str, Tensor]":
+        """What is in the file of a policy. Raises DigestError: it is another one's, or damaged."""
+        import safetensors.torch
+
         if (digest := hashlib.sha256(data).hexdigest()) != policy.digest:
             raise DigestError(
                 f"policy {policy.version} of {self.storage} has digest {digest}, asked for {policy.digest}"

@@ -18,7 +18,7 @@ from typing import Any
 import kto_ray.diffusion.checks
 import kto_ray.people.checks
 import kto_ray.score.checks
-from kto_ray import prompts, tracking
+from kto_ray import placement, prompts, tracking
 from kto_ray.config import Model, RunConfig, implied, require_same, to_yaml
 from kto_ray.config.resuming import Change, Marks, write_down
 from kto_ray.diffusion import memory, source
@@ -78,6 +78,7 @@ class Preflight:
         kto_ray.score.checks.check(config.label.scorers)
         labeler_class(config.label.labeler)
         optimizers.check(config.train)
+        placement.require_one_a_card(config)
         if config.replay:
             _check_replay(config, held_out)
         if config.label.labeler == "human":

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import ActorAlreadyExistsError, ActorDiedError
+from ray.serve._private.common import DeploymentID, ReplicaState
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationDetails, ApplicationStatus, LoggingConfig, ServeInstanceDetails
@@ -85,18 +86,21 @@ def application_name(run: Storage, role: Role) -> str:
     return str(Application(unique_name(run), role, ray.get_runtime_context().get_job_id()))
 
 
-async def deploy(what: str, application: serve.Application, name: str, route_prefix: str | None = None) -> Any:
+async def deploy(
+    what: str, application: serve.Application, name: str, route_prefix: str | None = None, scaled_by_us: bool = False
+) -> Any:
     """Deploy an application and wait until its first replicas run; gives its handle.
 
     Cancelled, it does not leave before Serve knows of the application, so that whoever ends it then ends it for good.
 
     Args:
         what: is deployed, for the error.
+        scaled_by_us: how many replicas there are is said by `scale`.
 
     Raises:
         UserError: its replicas could not be built; has their own last words.
     """
-    target = serve.RunTarget(application, name, route_prefix)
+    target = serve.RunTarget(application, name, route_prefix, external_scaler_enabled=scaled_by_us)
     deploying = asyncio.ensure_future(asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False))
     try:
         (handle,) = await asyncio.shield(deploying)
@@ -116,6 +120,20 @@ async def deploy(what: str, application: serve.Application, name: str, route_pre
     if route_prefix is not None:
         await asyncio.to_thread(_client().wait_for_proxies_serving, wait_for_applications_running=True)
     return handle
+
+
+async def scale(application: str, deployment: str, replicas: int) -> None:
+    """Have so many replicas of a deployment that is `scaled_by_us`; returns before they are there.
+
+    Serve's own way there is its REST interface, which wants a dashboard; that asks the controller, as this does.
+    """
+    await _client()._controller.update_deployment_replicas.remote(DeploymentID(deployment, application), replicas)
+
+
+async def running(application: str, deployment: str) -> int:
+    """How many replicas of a deployment run."""
+    found = (await asyncio.to_thread(serve.status)).applications[application].deployments[deployment]
+    return found.replica_states.get(ReplicaState.RUNNING, 0)
 
 
 def deployed() -> dict[str, ApplicationDetails]:

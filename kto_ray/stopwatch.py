@@ -1,9 +1,13 @@
-"""How long the parts of a run took, for its summary; the loop measures with it."""
+"""How long the parts of a run took, for its summary: the loop's with a `Stopwatch`, a role's processes with `Spent`."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Doing = Literal["work", "wait", "sleep", "load"]
+"""load: come to be, take up weights, wake, and go to sleep."""
 
 
 @dataclass(frozen=True)
@@ -19,3 +23,47 @@ class Stopwatch:
             yield
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - began
+
+
+class Spent:
+    """What a process has spent its time on, from its first moment on, which it spends loading."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Doing, float] = dict.fromkeys(get_args(Doing), 0.0)
+        self._doing: Doing = "load"
+        self._since = time.monotonic()
+
+    def turn_to(self, doing: Doing) -> None:
+        """Be at something else from now on."""
+        now = time.monotonic()
+        self._seconds[self._doing] += now - self._since
+        self._doing, self._since = doing, now
+
+    @contextlib.contextmanager
+    def on(self, doing: Doing) -> Iterator[None]:
+        """Be at something else for as long as the context lasts."""
+        before = self._doing
+        self.turn_to(doing)
+        try:
+            yield
+        finally:
+            self.turn_to(before)
+
+    def so_far(self) -> dict[Doing, float]:
+        """Seconds by what they were spent on."""
+        self.turn_to(self._doing)
+        return dict(self._seconds)
+
+
+def added(all_spent: Iterable[Mapping[Doing, float]]) -> dict[Doing, float]:
+    """What several processes have spent."""
+    total: dict[Doing, float] = dict.fromkeys(get_args(Doing), 0.0)
+    for spent in all_spent:
+        for doing, seconds in spent.items():
+            total[doing] += seconds
+    return total
+
+
+def as_figures(role: str, spent: Mapping[Doing, float], before: Mapping[Doing, float]) -> dict[str, float]:
+    """What a role has spent since then, as figures of a round."""
+    return {f"spent/{role}/{doing}": seconds - before.get(doing, 0.0) for doing, seconds in spent.items()}

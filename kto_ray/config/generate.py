@@ -58,9 +58,10 @@ class Generate(Section):
     """What of the model waits in main memory until it is needed. model: all but the component that computes; group: of
     that, too, all but the layer that does, and the next (the autoencoder stays). Slower, for cards that have no room;
     was not tried on one yet."""
-    min_replicas: Free[Count] = 1
+    min_replicas: Free[Annotated[int, Field(ge=0)]] = 1
+    """0: of a run whose `cluster.placement` is elastic."""
     max_replicas: Free[Count] = 1
-    """Serve autoscales between the two."""
+    """Serve autoscales between the two; the loop does where `cluster.placement` is elastic."""
     max_ongoing_requests: Free[Count] = 3
     """Requests a replica holds at a time: one is drawn, others are stored, or wait."""
     max_queued_requests: Free[int] = 64

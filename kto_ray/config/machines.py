@@ -26,6 +26,10 @@ class Cluster(Section):
 
     address: Free[str] = "auto"
     """"auto": the cluster this job runs on, or else one of its own on this machine; "local": always its own."""
+    placement: Free[Literal["separate", "colocated", "elastic"] | None] = None
+    """Who has the machines when. separate: every role has its own, all the time. colocated: generators, scorers and
+    train workers share GPUs by turns; who has no turn sleeps in main memory. elastic: each has its own, and the loop
+    lets generators go while nobody draws. None: separate; or colocated, if that does not fit and by turns does."""
     gpu_gb: Free[Positive | None] = None
     """Memory of each GPU in GB. Where it is given, a model that does not fit is refused before it is downloaded."""
     wait_s: Free[Positive] = 30

@@ -187,6 +187,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _somebody_brings_replicas_back(self) -> "RunConfig":
+        if not self.generate.min_replicas and self.cluster.placement != "elastic":
+            raise ValueError(
+                "generate.min_replicas (0) is for cluster.placement: elastic, where the loop brings replicas back "
+                "before it draws; give at least 1, or that"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _aligned_steps_are_as_many_as_there_are(self) -> "RunConfig":
         for section, settings in (("generate", self.generate), ("evaluate.generate", self.held_out)):
             if settings.timesteps and settings.steps != ALIGNED_STEPS:

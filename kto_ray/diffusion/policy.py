@@ -63,6 +63,9 @@ class Policy(Protocol):
     def refer_to(self, tensors: Mapping[str, Tensor] | None) -> None:
         """Let the reference be these weights, as `tensors` gives them; None: the base model."""
 
+    def on_device(self) -> list[Any]:
+        """The modules and tensors that lie there, for a `Sleeper`."""
+
 
 class LoraPolicy:
     """Low-rank adapters on a frozen denoiser.
@@ -153,6 +156,9 @@ class LoraPolicy:
                 self.load(tensors)
                 self._reference = [parameter.detach().clone() for parameter in self.parameters()]
 
+    def on_device(self) -> list[Any]:
+        return [self.module, self._reference or []]
+
 
 class FullPolicy:
     """Every weight of the denoiser is trained; the reference is a frozen copy.
@@ -206,6 +212,9 @@ class FullPolicy:
         if self._base is None:
             self._base = {name: tensor.clone() for name, tensor in self._frozen.state_dict().items()}
         self._fill(self._frozen, tensors)
+
+    def on_device(self) -> list[Any]:
+        return [self.module, self._frozen, self._base or {}]
 
     def _of_base(self) -> dict[str, Tensor]:
         return self._frozen.state_dict() if self._base is None else self._base

@@ -81,6 +81,7 @@ class ReportData:
     doubts: Sequence[str] = ()  # why the scores may be gamed, or the policy fall apart
     hints: Sequence[str] = ()  # what health figures say of the objective's settings
     people: PeopleSummary | None = None  # None: nobody was asked
+    spent: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # shares of each role's seconds
 
 
 def render_report(data: ReportData) -> str:

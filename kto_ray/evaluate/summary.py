@@ -5,9 +5,9 @@ Made by the loop at its end, from the metrics rows, the ledger and the stored ev
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from kto_ray.config import RunConfig, to_yaml
 from kto_ray.evaluate.doubts import doubts_in_all
@@ -18,6 +18,7 @@ from kto_ray.evaluate.people import people_summary
 from kto_ray.evaluate.report import ReportData, render_report, save_png_grid
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval
 from kto_ray.rounds import RoundStore
+from kto_ray.stopwatch import Doing
 from kto_ray.storage import Storage
 from kto_ray.tracking import Metrics
 
@@ -36,6 +37,16 @@ def evaluation_row(summary: EvaluationSummary) -> dict[str, Any]:
             row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
     row |= {f"score/{name}": interval.value for name, interval in summary.scores.items()}
     return {name: value for name, value in row.items() if not math.isnan(value)}
+
+
+def shares_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By role: shares of its processes' seconds in which they worked, waited, slept, and loaded or moved weights."""
+    shares: dict[str, dict[str, float]] = {}
+    for role in ("generators", "scorers", "train_workers"):
+        spent = {doing: sum(row.get(f"spent/{role}/{doing}") or 0.0 for row in rows) for doing in get_args(Doing)}
+        if whole := sum(spent.values()):
+            shares[role] = {doing: seconds / whole for doing, seconds in spent.items()}
+    return shares
 
 
 def _bounds(interval: Interval) -> dict[str, float]:
@@ -76,6 +87,7 @@ def write_results(
         }.items()
     }
     all_seconds = {**roles, **seconds}
+    spent = shares_of(round_rows)
 
     def figures(row: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name not in ("kind", "step", "time")}
@@ -94,6 +106,7 @@ def write_results(
         "images": ledger.generated,
         "evaluation_images": sum(int(row["images"]) for row in (*evaluation_rows, *fresh_rows)),
         "seconds": all_seconds,
+        "spent": spent,
         "ledger": asdict(ledger) | {"balances": ledger.balances},
         "suspicion": suspicion_of(config.label, round_rows),
         "doubts": doubts,
@@ -114,6 +127,7 @@ def write_results(
             pairs=pairs,
             ledger=asdict(ledger),
             seconds=all_seconds,
+            spent=spent,
             images=ledger.generated,
             scorers={name: settings.held_out for name, settings in config.label.scorers.items()},
             doubts=doubts,

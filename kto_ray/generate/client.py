@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -15,13 +16,17 @@ from kto_ray.cluster import noisily
 from kto_ray.concurrency import as_done
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
+from kto_ray.generate.cards import SEES_ALL
 from kto_ray.generate.drawn import Drawn
+from kto_ray.generate.pulling import Offering
 from kto_ray.generate.replica import Generator
 from kto_ray.lost import is_lost, last_words, taken_away
-from kto_ray.policies import DigestError
+from kto_ray.placement import Placement, as_configured
+from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.samples import Samples
-from kto_ray.serving import QUIET, application_name, deploy, end_applications
+from kto_ray.serving import QUIET, application_name, deploy, end_applications, running, scale
+from kto_ray.stopwatch import Doing, added
 from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -33,28 +38,43 @@ BACK_OFF_S = 0.5  # after the first try; doubles
 class Generators:
     """The Serve application of one run. Use as a context; requests go to whichever replica has room."""
 
-    def __init__(self, config: RunConfig, run: Storage, drawing: str) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Storage,
+        drawing: str,
+        placement: Placement | None = None,
+        coordinator: Any = None,
+    ) -> None:
         self.config, self.cluster = config.generate, config.cluster
+        self.placement = placement or as_configured(config)
         self.drawing = drawing
         self.batch_size = self.config.batch_size
         """Images of one request; once started, as many as a replica found that it can draw, if it was to."""
         self.name = ""  # of the application, once it is started
-        self._run = run
+        self._run, self._offering = run, Offering(PolicyStore(run))
         self.busy_seconds = 0.0
-        options = self.config.resources
+        self._spent: dict[str, Mapping[Doing, float]] = {}  # by replica, when it last answered
+        self.came_s = 0.0
+        """Seconds that the first replicas took to come."""
+        booked, (least, most) = self.placement.generator, self.placement.replicas
         deployment: Any = serve.deployment(Generator)
+        number: dict[str, Any] = {
+            "autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": 1}
+        }
+        if self.placement.kind == "elastic":
+            number = {"num_replicas": max(1, least)}
         self._application = deployment.options(
-            autoscaling_config={
-                "min_replicas": self.config.min_replicas,
-                "max_replicas": self.config.max_replicas,
-                "target_ongoing_requests": 1,
-            },
+            **number,
             max_ongoing_requests=self.config.max_ongoing_requests,
             max_queued_requests=self.config.max_queued_requests,
-            ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+            ray_actor_options={
+                **{"num_cpus": booked.num_cpus, "num_gpus": booked.num_gpus},
+                **({"runtime_env": {"env_vars": SEES_ALL}} if self.placement.by_turns and booked.num_gpus else {}),
+            },
             health_check_timeout_s=120,
             logging_config=QUIET,
-        ).bind(config, run)
+        ).bind(*(config, run), *([coordinator] if self.placement.by_turns else []))
         self._handle: DeploymentHandle[Generator] | None = None
 
     async def start(self) -> None:
@@ -64,11 +84,37 @@ class Generators:
             UserError: they could not be built; has their own last words.
         """
         self.name = application_name(self._run, "generators")
-        async with noisily("generator replicas", self.cluster, self.config.resources, self.config.min_replicas):
-            self._handle = await deploy("generate: a replica", self._application, self.name)
+        booked, (least, _) = self.placement.generator, self.placement.replicas
+        began = time.monotonic()
+        async with noisily("generator replicas", self.cluster, booked, least):
+            by_loop = self.placement.kind == "elastic"
+            self._handle = await deploy("generate: a replica", self._application, self.name, scaled_by_us=by_loop)
+            self.came_s = time.monotonic() - began
             if self.config.find_batch_size:
                 self.batch_size = await self._handle.found_batch_size.remote()
                 logger.info("generate.batch_size: a replica draws %d images at once", self.batch_size)
+
+    async def sleep(self) -> None:
+        """Let all replicas leave their cards; the next request wakes them.
+
+        Raises:
+            RayError, RayServeException: one of them cannot.
+        """
+        if self._handle is not None:
+            await self._handle.broadcast("sleep").results_async()
+
+    async def scale(self, replicas: int) -> None:
+        """Have so many replicas; returns before they are there. For placement elastic."""
+        await scale(self.name, Generator.__name__, replicas)
+
+    async def running(self) -> int:
+        """How many replicas there are that draw, or could."""
+        return await running(self.name, Generator.__name__)
+
+    @property
+    def spent(self) -> dict[Doing, float]:
+        """On what replicas have spent their seconds, up to their last answers."""
+        return added(self._spent.values())
 
     def close(self) -> None:
         """Also what is only half deployed goes."""
@@ -94,7 +140,7 @@ class Generators:
         size = self.batch_size
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
         # More in flight than the replicas hold would only come back as back-pressure.
-        room = asyncio.Semaphore(self.config.max_replicas * self.config.max_ongoing_requests)
+        room = asyncio.Semaphore(self.placement.replicas[1] * self.config.max_ongoing_requests)
 
         async def one(batch: Sequence[SampleRequest]) -> tuple[Samples, list[Sample]]:
             async with room:
@@ -122,7 +168,7 @@ class Generators:
                         raise
                     if not waits:
                         what, waits = f"{len(batch)} images that are asked for again", True
-                        await waiting.enter_async_context(noisily(what, self.cluster, self.config.resources))
+                        await waiting.enter_async_context(noisily(what, self.cluster, self.placement.generator))
                     tries += not taken_away(error)
                     what = "went with a node that was drained" if taken_away(error) else "died, or its node"
                     problem = f"a generator replica {what} ({type(error).__name__}: {last_words(error)})"
@@ -137,13 +183,15 @@ class Generators:
                         if sample.policy != policy:
                             raise DigestError(f"asked for policy {policy}, got {sample.policy}")
                     self.busy_seconds += drawn.seconds
+                    self._spent[drawn.replica] = drawn.spent
                     return drawn
                 await asyncio.sleep(BACK_OFF_S * 2 ** max(0, tries - 1))
         raise RuntimeError(f"{len(batch)} images could not be drawn in {MAX_TRIES} tries; at last {problem}")
 
     async def _ask(self, batch: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:
         assert self._handle is not None, "start() the generators first"
-        response = self._handle.draw.remote(batch, policy, folder)
+        offered = await self._offering(policy)
+        response = self._handle.draw.remote(batch, policy, folder, *([offered] if offered else []))
         try:
             drawn: Drawn = await response
         except asyncio.CancelledError:

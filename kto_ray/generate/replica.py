@@ -7,17 +7,24 @@ makes no samples. An image whose numbers are not finite is a sample with an `err
 
 Before its first request it draws for nobody what `generate.batch_size: auto` and `generate.compile` need.
 
+Where cards are shared by turns, the loop has replicas sleep when it is others' turn, and the next request wakes them.
+One that is born in the meantime waits with its model until nobody trains.
+
 A replica stores what it draws itself, while it draws the next batch, and answers with records: pixels go from here to
 storage and into Ray's object store, where scorers take them from, and latents to storage alone.
 """
 
 import asyncio
+import contextlib
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ray
 import torch
+from ray.exceptions import RayError
 from torch import Tensor
 
 from kto_ray.config import RunConfig
@@ -26,11 +33,16 @@ from kto_ray.diffusion.loading import DTYPES, compile_denoiser, load_family, off
 from kto_ray.diffusion.policy import make_policy
 from kto_ray.diffusion.sampling import as_asked, draw, drawing_digest
 from kto_ray.diffusion.texts import Texts, texts_of
+from kto_ray.generate.cards import take_card
 from kto_ray.generate.drawn import Drawn
 from kto_ray.generate.fitting import emptied, largest_batch, share_reserved
+from kto_ray.generate.pulling import pulled
 from kto_ray.generate.storing import Storing
+from kto_ray.naming import unique_name
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
+from kto_ray.sleeping import Sleeper
+from kto_ray.stopwatch import Spent
 from kto_ray.storage import Storage
 
 FEW_STEPS = 4
@@ -44,13 +56,20 @@ class Generator:
     Args:
         config: the run's configuration.
         run: the run's folder, where the policies lie.
+        coordinator: of the train workers with which it shares its card by turns; None: the card is its own.
     """
 
-    def __init__(self, config: RunConfig, run: Storage) -> None:
+    def __init__(self, config: RunConfig, run: Storage, coordinator: Any = None) -> None:
+        self._name, self._spent = uuid.uuid4().hex, Spent()
         resources = config.generate.resources
         if resources.threads or not resources.num_gpus:
             torch.set_num_threads(resources.threads or torch.multiprocessing.cpu_count())
         run.require_seen()
+        self._coordinator = coordinator
+        if coordinator is not None:
+            ray.get(coordinator.wait_others.remote())
+            if not config.generate.on_cpu:
+                take_card(unique_name(run), resources.num_gpus)
         self.config = config
         self.store = PolicyStore(run)
         folder = source.resolve(config.model)
@@ -70,43 +89,70 @@ class Generator:
         # event loop is free for Serve's health checks.
         self._pipeline_thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
         self._store = Storing(run)
+        self._sleeper = Sleeper(self.device, lambda: [self.family.pipeline.components, self.policy.on_device()])
         self.batch_size = self._find_batch_size() if settings.find_batch_size else settings.batch_size
         if settings.compile:
             compile_denoiser(self.policy.module)
             self._warm_up()
+        self._spent.turn_to("wait")
 
     async def found_batch_size(self) -> int:
         """How many images a request should be of."""
         return self.batch_size
 
-    async def draw(self, requests: Sequence[SampleRequest], policy: PolicyRef, folder: str) -> Drawn:
+    async def sleep(self) -> None:
+        """Leave the card until the next request; see `Sleeper`."""
+        await asyncio.get_running_loop().run_in_executor(self._pipeline_thread, self._sleep)
+
+    def _sleep(self) -> None:
+        with self._spent.on("load"):
+            self._sleeper.sleep()
+        self._spent.turn_to("sleep")
+
+    async def check_health(self) -> None:
+        """Asked by Serve every few seconds. Who was not there to be told that others have their turn finds out here."""
+        if self._coordinator is not None and not self._sleeper.asleep:
+            with contextlib.suppress(RayError):  # it is being started anew
+                if await self._coordinator.is_training.remote():
+                    await self.sleep()
+
+    async def draw(
+        self, requests: Sequence[SampleRequest], policy: PolicyRef, folder: str, offered: Sequence[Any] = ()
+    ) -> Drawn:
         """Draw one image a request from exactly this policy, and store those that are images.
 
         Args:
             folder: of the round that they belong to, in the run's.
+            offered: where the policy's file is besides in storage, see `pulling.py`.
 
         Raises:
             DigestError: the policy's weights, or the base model, are not what the digest says.
             UserError: they cannot be stored.
         """
         loop = asyncio.get_running_loop()
-        samples, seconds = await loop.run_in_executor(self._pipeline_thread, self._draw, requests, policy)
+        samples, seconds = await loop.run_in_executor(self._pipeline_thread, self._draw, requests, policy, offered)
         images = [sample for sample in samples if sample.error is None]
         failed = [sample for sample in samples if sample.error is not None]
         records, pixels = await self._store(folder, images)
-        return Drawn(records, pixels, failed, seconds, self.drawing)
+        return Drawn(records, pixels, failed, seconds, self.drawing, self._name, self._spent.so_far())
 
-    def _draw(self, requests: Sequence[SampleRequest], policy: PolicyRef) -> tuple[list[Sample], float]:
+    def _draw(
+        self, requests: Sequence[SampleRequest], policy: PolicyRef, offered: Sequence[Any]
+    ) -> tuple[list[Sample], float]:
         began = time.monotonic()
-        if self.holds != policy:
-            self._load(policy)
-        latents_BCHW, pixels_BHWC, finite_B = draw(
-            self.family,
-            self.texts,
-            as_asked(self.config, [request.prompt.text for request in requests], policy.version),
-            [request.seed for request in requests],
-            self.config.drawn(requests[0].stage),  # all of one
-        )
+        self._spent.turn_to("wait")  # if it slept
+        with self._spent.on("load"):
+            self._sleeper.wake()
+            if self.holds != policy:
+                self._load(policy, offered)
+        with self._spent.on("work"):
+            latents_BCHW, pixels_BHWC, finite_B = draw(
+                self.family,
+                self.texts,
+                as_asked(self.config, [request.prompt.text for request in requests], policy.version),
+                [request.seed for request in requests],
+                self.config.drawn(requests[0].stage),  # all of one
+            )
         samples = [
             Sample(
                 *(r.id, r.stage, r.prompt, r.index, r.seed, policy, latents_CHW, pixels_HWC),
@@ -146,7 +192,7 @@ class Generator:
         texts = Texts(lambda: self.family)  # kept nowhere, unlike those of the run's prompts
         draw(self.family, texts, [REHEARSED] * count, range(count), settings.model_copy(update=few))
 
-    def _load(self, policy: PolicyRef) -> None:
+    def _load(self, policy: PolicyRef, offered: Sequence[Any]) -> None:
         self.holds = None
         base = self.store.resolve(0)
         try:
@@ -157,7 +203,7 @@ class Generator:
             ) from error
         if policy.version == 0 and policy != base:
             raise DigestError(f"asked for policy 0 of digest {policy.digest}, the run's has {base.digest}")
-        tensors = self.store.load(policy)
+        tensors = pulled(self.store, policy, offered)
         self._fill(tensors)
         if not self.policy.proves(tensors):
             raise DigestError(f"policy {policy.version} was loaded, but the model does not hold its weights")

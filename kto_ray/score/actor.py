@@ -1,5 +1,7 @@
 """The actor that holds one scorer; `pool.py` runs several of them.
 
+Where cards are shared by turns, it sleeps between them: what its scorer has on a card is found by looking.
+
 It may live in another Python environment than the loop: this module imports nothing that is not there, and the batches
 and answers that cross that border are bytes, numbers and strings.
 """
@@ -14,6 +16,7 @@ import numpy.typing as npt
 from kto_ray.records import Prompt
 from kto_ray.score.protocol import BatchFailed, Scorer, check_batch
 from kto_ray.score.scorers import load_scorer
+from kto_ray.sleeping import Sleeper, held_by, on_card
 
 Answers = list[tuple[float | None, str | None]]
 """(value, None) or (None, error) for each image."""
@@ -28,10 +31,18 @@ class ScorerActor:
 
     def __init__(self, scorer: str, arguments: Mapping[str, Any]) -> None:
         self.scorer: Scorer = load_scorer(scorer)(**arguments)
+        self._sleeper: Sleeper | None = None  # of who has been on a card
 
     def describe(self) -> tuple[str, str]:
         """Name and version of the scorer; returns once it is built."""
         return self.scorer.name, self.scorer.version
+
+    def sleep(self) -> None:
+        """Leave the card, if it is on one, until the next batch; see `Sleeper`."""
+        if self._sleeper is None and (card := on_card()) is not None:
+            self._sleeper = Sleeper(card, lambda: held_by(self.scorer))
+        if self._sleeper is not None:
+            self._sleeper.sleep()
 
     def score(self, images_BHWC: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> Answers:
         """Score arrays that share this environment. Raises ValueError for what is no batch (`check_batch`)."""
@@ -47,6 +58,8 @@ class ScorerActor:
 
     def score_plain(self, pixels: PlainPixels, prompts: Sequence[PlainPrompt]) -> Answers:
         """Score images that came from another process, or another environment."""
+        if self._sleeper is not None:
+            self._sleeper.wake()
         data, shape = pixels
         return self.score(np.frombuffer(data, np.uint8).reshape(shape), [Prompt(*prompt) for prompt in prompts])
 

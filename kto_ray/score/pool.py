@@ -22,10 +22,12 @@ from kto_ray.config import Cluster, Labeling, ScorerSettings
 from kto_ray.draining import drained, node_of, seconds_left
 from kto_ray.errors import UserError
 from kto_ray.lost import is_lost, last_words, pixels_lost, taken_away
+from kto_ray.placement import Placement
 from kto_ray.records import Score
 from kto_ray.samples import Samples
 from kto_ray.score.actor import Answers, ScorerActor, plain
 from kto_ray.score.environments.finding import interpreter
+from kto_ray.stopwatch import Doing, added
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,9 @@ class ScorerPool:
         self._leaving: dict[Any, Any] = {}  # actors whose node is drained, each with the one in its place
         self.version = ""
         self.busy_seconds = 0.0
+        self._began: dict[Any, float] = {}  # of each actor
+        self._held_seconds = self._load_seconds = self._sleep_seconds = 0.0  # of those that are gone; of all
+        self._asleep_since: float | None = None
         self._patience_s = LEAST_PATIENCE_S
 
     async def start(self) -> None:
@@ -81,6 +86,7 @@ class ScorerPool:
 
     def _add_actor(self) -> Any:
         actor = self._actor_class.remote(self.settings.scorer or self.name, self.settings.args)
+        self._began[actor] = time.monotonic()
         self._actors[actor] = asyncio.create_task(self._offer(actor))
         return actor
 
@@ -93,6 +99,7 @@ class ScorerPool:
         async with noisily(f"an actor of scorer {self.name}", self.cluster, self.settings.resources):
             with contextlib.suppress(RayError):
                 await actor.describe.remote()
+                self._load_seconds += time.monotonic() - began
                 self._patience_s = min(max(LEAST_PATIENCE_S, time.monotonic() - began), MOST_PATIENCE_S)
         self._give_back(actor)
 
@@ -133,6 +140,7 @@ class ScorerPool:
     def _dismiss(self, actor: Any) -> None:
         self._actors.pop(actor).cancel()
         self._leaving.pop(actor, None)
+        self._held_seconds += time.monotonic() - self._began.pop(actor)
         ray.kill(actor)
 
     def _replace(self, actor: Any) -> None:
@@ -156,6 +164,7 @@ class ScorerPool:
         tries, tried, failure = 1 + self.settings.max_retries, 0, ""
         while tried < tries:
             actor = await self._acquire()
+            self._awake()
             try:
                 reference = await samples.reference()
             except (OSError, ValueError, UserError, RayError) as error:
@@ -204,6 +213,24 @@ class ScorerPool:
                 self._add_actor()
         return await self._idle.get()
 
+    async def sleep(self) -> None:
+        """Let all actors leave their cards; the next batch wakes them."""
+        if self.settings.resources.num_gpus:
+            await asyncio.gather(*(actor.sleep.remote() for actor, offer in self._actors.items() if offer.done()))
+            self._asleep_since = self._asleep_since or time.monotonic()
+
+    def _awake(self) -> None:
+        if self._asleep_since is not None:
+            self._sleep_seconds += len(self._actors) * (time.monotonic() - self._asleep_since)
+            self._asleep_since = None
+
+    @property
+    def spent(self) -> dict[Doing, float]:
+        """On what actors have spent their seconds; sleep counts once it is over, and to it until the last one wakes."""
+        held = self._held_seconds + sum(time.monotonic() - began for began in self._began.values())
+        work, load, sleep = self.busy_seconds, self._load_seconds, self._sleep_seconds
+        return {"work": work, "wait": max(0.0, held - work - load - sleep), "sleep": sleep, "load": load}
+
     def shrink(self) -> None:
         """Let go of actors above the minimum that are idle or not yet built."""
         idle = self._all_idle()
@@ -237,13 +264,21 @@ def require_scored(label: Labeling, what: str, failures: Sequence[Score], images
 class Scorers:
     """All scorers of a run, by the names their scores are stored under; see `ScorerPool`."""
 
-    def __init__(self, label: Labeling, cluster: Cluster) -> None:
-        self.pools = {name: ScorerPool(name, settings, cluster) for name, settings in label.scorers.items()}
+    def __init__(self, label: Labeling, cluster: Cluster, placement: Placement | None = None) -> None:
+        scorers = {
+            name: placement.scorer(name, settings) if placement else settings
+            for name, settings in label.scorers.items()
+        }
+        self.pools = {name: ScorerPool(name, settings, cluster) for name, settings in scorers.items()}
         self._watching: asyncio.Task[None] | None = None
 
     @property
     def busy_seconds(self) -> float:
         return sum(pool.busy_seconds for pool in self.pools.values())
+
+    @property
+    def spent(self) -> dict[Doing, float]:
+        return added(pool.spent for pool in self.pools.values())
 
     async def start(self) -> None:
         self._watching = asyncio.create_task(self._leave_drained())
@@ -275,6 +310,10 @@ class Scorers:
                     yield pool.score(batches.setdefault(lacking, samples.only(lacking)))
 
         return as_done(jobs())
+
+    async def sleep(self) -> None:
+        """Raises RayError where an actor cannot."""
+        await asyncio.gather(*(pool.sleep() for pool in self.pools.values()))
 
     def shrink(self) -> None:
         """Let go of idle actors above the minimum; the loop calls it when a round is sealed."""

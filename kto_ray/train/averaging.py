@@ -39,6 +39,9 @@ class Sampling(Protocol):
     def begin(self) -> None:
         """The policy has become another one, without a past."""
 
+    def on_device(self) -> list[Tensor]:
+        """What lies there besides the policy, for a `Sleeper`."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -65,6 +68,9 @@ class Copy:
 
     def begin(self) -> None:
         """Nothing is kept."""
+
+    def on_device(self) -> list[Tensor]:
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -101,6 +107,9 @@ class Average:
     @torch.no_grad()
     def _follow(self) -> None:
         torch._foreach_lerp_(self.weights, [p.detach() for p in self.policy.parameters()], 1 - self.decay)
+
+    def on_device(self) -> list[Tensor]:
+        return self.weights
 
     def state_dict(self) -> dict[str, Any]:
         return {"weights": list(self.weights)}

@@ -131,6 +131,12 @@ class Coordinator:
                 "the checkpoints of this run are missing or older than its policies"
             )
 
+    async def wait_turn(self) -> bool:
+        """Until a round is to be trained, and workers that share their cards may go there. False: there is none."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed or self.training)
+            return self.training
+
     async def give_up(self, why: str) -> None:
         """Called by every worker that finds what a restart would find again; the first reason stands.
 
@@ -152,6 +158,21 @@ class Coordinator:
         async with self._changed:
             self._working, self._failure = False, failure
             self._changed.notify_all()
+
+    # -- asked by generators that share their cards with the workers -----------------------------------------------
+
+    async def is_training(self) -> bool:
+        """Whether a round was handed over that there is no report of."""
+        return self.training
+
+    async def wait_others(self) -> None:
+        """Until no round is being trained."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self.training)
+
+    @property
+    def training(self) -> bool:
+        return not self._gave_up and any(index + 1 not in self._reports for index in self._tasks)
 
 
 def start_coordinator() -> Any:

@@ -18,6 +18,7 @@ from kto_ray.concurrency import cancelled, together
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
 from kto_ray.lost import last_words, taken_away
+from kto_ray.placement import Placement, as_configured
 from kto_ray.storage import Storage
 from kto_ray.train.checkpoints import use_good_ones
 from kto_ray.train.coordinator import Failure, GaveUp, RoundTask, TrainingReport, start_coordinator
@@ -57,22 +58,25 @@ class Training:
         UserError: the run has trained, and no checkpoint of it can be used.
     """
 
-    def __init__(self, config: RunConfig, run: Storage) -> None:
+    def __init__(self, config: RunConfig, run: Storage, placement: Placement | None = None) -> None:
         use_good_ones(run)
-        self.config, self.run = config, run
+        self.config, self.run, self.placement = config, run, placement or as_configured(config)
+        booked = self.placement.train_worker
         self.coordinator = start_coordinator()
         train = config.train
         storage_path, storage_filesystem = run.shared
         self._trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"config": config, "run": run, "coordinator": self.coordinator},
+            train_loop_config={
+                **{"config": config, "run": run, "coordinator": self.coordinator},
+                "by_turns": self.placement.by_turns,
+            },
             # Ray Train itself goes by the resources: with a GPU among them it takes NCCL.
             torch_config=TorchConfig(backend="gloo" if train.on_cpu else None),
             scaling_config=ScalingConfig(
                 num_workers=train.workers,
-                use_gpu=train.resources.num_gpus > 0,
-                resources_per_worker={"CPU": train.resources.num_cpus}
-                | ({"GPU": train.resources.num_gpus} if train.resources.num_gpus else {}),
+                use_gpu=booked.num_gpus > 0,
+                resources_per_worker={"CPU": booked.num_cpus} | ({"GPU": booked.num_gpus} if booked.num_gpus else {}),
             ),
             run_config=TrainRunConfig(
                 name="checkpoints",
@@ -128,7 +132,7 @@ class Training:
             failing = asyncio.create_task(_answer(self.coordinator.wait_failure.remote(self._told_of)))
             working = asyncio.create_task(_answer(self.coordinator.wait_workers.remote()))
             try:
-                async with noisily("train workers", self.config.cluster, train.resources, train.workers):
+                async with noisily("train workers", self.config.cluster, self.placement.train_worker, train.workers):
                     await asyncio.wait({failing, working}, return_when=asyncio.FIRST_COMPLETED)
                 failure: Failure = await failing
             finally:

@@ -31,6 +31,7 @@ from kto_ray.diffusion.sharding import whole
 from kto_ray.diffusion.texts import Texts
 from kto_ray.objectives.health import Health
 from kto_ray.objectives.protocol import Losses, Outputs, Rewards, Scale
+from kto_ray.sleeping import Sleeper
 from kto_ray.train.averaging import RunningReference, sampling_policy
 from kto_ray.train.batches import Batch, Batches, RoundBatches, RoundData
 from kto_ray.train.finite import NotFiniteError, require_finite_step, require_finite_weights
@@ -79,6 +80,7 @@ class Learner:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=total_steps,
         )
+        self._sleeper = Sleeper(device, self._on_device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a restarted worker needs to go on as if nothing had happened."""
@@ -117,6 +119,22 @@ class Learner:
             if self.policy.sharded
             else self.optimizer.state_dict()
         )
+
+    def sleep(self) -> None:
+        """Leave the device, with everything that is trained on and with; see `Sleeper`."""
+        self.optimizer.zero_grad(set_to_none=True)  # the last step's, which nobody wants any more
+        self._sleeper.sleep()
+
+    def wake(self) -> None:
+        """Be there again, to the last bit."""
+        self._sleeper.wake()
+
+    @property
+    def asleep(self) -> bool:
+        return self._sleeper.asleep
+
+    def _on_device(self) -> list[Any]:
+        return [*self.policy.on_device(), self.sampling.on_device(), self.optimizer.state, dict(self.memory)]
 
     def begin_from(self, tensors: Mapping[str, Tensor] | None) -> None:
         """Become a published policy, without its optimizer's state; None: the base."""

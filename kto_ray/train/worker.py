@@ -40,6 +40,7 @@ from kto_ray.errors import UserError
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.rounds import RoundStore, by_sample
 from kto_ray.ruling import values_of
+from kto_ray.stopwatch import Doing, Spent, added, as_figures
 from kto_ray.storage import Storage
 from kto_ray.train import checkpointing
 from kto_ray.train.batches import RoundData, StoredLatents
@@ -52,15 +53,19 @@ from kto_ray.train.moving import Looks, Moving
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """The train loop that Ray Train calls on every worker, with "config", "run" and "coordinator"."""
+    """The train loop that Ray Train calls on every worker, with the arguments of `train_rounds` by name."""
     try:
-        train_rounds(arguments["config"], arguments["run"], arguments["coordinator"])
+        train_rounds(**arguments)
     except (UserError, DigestError) as error:
         ray.get(arguments["coordinator"].give_up.remote(str(error)))
 
 
-def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
+def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bool = False) -> None:
     """Round after round, until there are no more.
+
+    Args:
+        by_turns: others have the card while no round is trained: nothing is on it before the first one is, and between
+            rounds.
 
     Raises:
         UserError, DigestError: what a restart would not mend.
@@ -71,7 +76,10 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
     if resources.threads or config.train.on_cpu:
         torch.set_num_threads(resources.threads or max(1, torch.multiprocessing.cpu_count() // ranks))
 
+    spent, said = Spent(), dict[Doing, float]()
     run.require_seen()
+    if by_turns and not ray.get(coordinator.wait_turn.remote()):
+        return
     learner = build_learner(config, run, rank, ranks, distributed=True)
     store, rounds = PolicyStore(run), RoundStore(run)
     base = source.resolve(config.model), config.model
@@ -87,9 +95,15 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
         if report:
             publish(store, learner, version)
         again = trained_before(rounds, version)
+        if by_turns and report and not again:
+            learner.sleep()
+            everybody_sleeps(ranks)
+        spent.turn_to("sleep" if learner.asleep else "wait")
         task = again or moving.next_round(version, report)
         if task is None:
             return
+        spent.turn_to("load")
+        learner.wake()
         began = time.monotonic()
         ids, data = read_round(rounds, task, version, config)
         loaded = time.monotonic()
@@ -106,24 +120,35 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any) -> None:
         def on_left_out(samples: list[int], ids: list[str] = ids, left_out: list[str] = left_out) -> None:
             left_out += [ids[sample] for sample in samples]
 
+        spent.turn_to("work")
         reference = reference_of(learner, store, rounds, task.round_index, version)
         try:
             figures, draws = learner.train_round(data, on_step, on_left_out) if data else ({}, np.zeros(0, np.int64))
         except NotFiniteError as error:
             raise UserError(not_finite_sentence(error, task.round_index, ids, run)) from error
         version += 1
+        spent.turn_to("load")
+        now = added([spent.so_far()] * ranks)  # one rank is as busy as the other
         reading = data.latents.seconds if data and isinstance(data.latents, StoredLatents) else 0.0
         report = TrainingReport(
             version=version,
             figures={f"objective/{name}": value for name, value in figures.items()}
-            | {"seconds/load": loaded - began + reading, "seconds/train": time.monotonic() - loaded - reading},
+            | {"seconds/load": loaded - began + reading, "seconds/train": time.monotonic() - loaded - reading}
+            | as_figures("train_workers", now, said),
             draws={sample_id: int(count) for sample_id, count in zip(ids, draws, strict=True)},
             left_out=left_out,
             reference=(reference.version, reference.digest) if reference else None,
         )
+        said = now
         if again:
             require_same_policy(store, learner, version, run)
         commit_checkpoint(learner, version, report, run)
+
+
+def everybody_sleeps(ranks: int) -> None:
+    """Until every rank has left its card: only then is the first one's report the end of this turn."""
+    if ranks > 1:
+        torch.distributed.barrier()
 
 
 def trained_before(rounds: RoundStore, version: int) -> RoundTask | None:

@@ -1,4 +1,4 @@
-"""That a cluster for tests leaves no process behind; what it does otherwise, `end_to_end/test_breathing.py` relies on."""
+"""That a cluster for tests leaves no process behind; what else it does, `end_to_end/test_breathing.py` relies on."""
 
 import subprocess
 import sys

@@ -257,7 +257,7 @@ async def test_requests_are_of_as_many_images_as_a_replica_found(monkeypatch: py
             sizes.append("asked")
             return 3
 
-    async def deployed(*_: Any) -> Handle:
+    async def deployed(*_: Any, **__: Any) -> Handle:
         return handle
 
     handle.found_batch_size = Asking()  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from kto_ray.objectives import DiffusionKTO
 from kto_ray.people.address import database_url
 from kto_ray.people.desk import Desk
 from kto_ray.people.labeler import HumanLabeler
+from kto_ray.placement import Placement, as_configured
 from kto_ray.preflight import Preflight
 from kto_ray.prompts import round_requests
 from kto_ray.records import Prompt, Sample, Score, Verdict
@@ -109,8 +111,8 @@ def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         label: Mapping[str, Any], more: Mapping[str, Any] | None = None, **values: Value
     ) -> tuple[_Loop, InProcess]:
         workers = InProcess(values)
-        for part in ("Caretaker", "Training"):
-            monkeypatch.setattr(f"kto_ray.loop.{part}", lambda *_: None)
+        monkeypatch.setattr(loop, "Caretaker", lambda *_: None)
+        monkeypatch.setattr(loop, "Training", lambda *_: SimpleNamespace(coordinator=None))
         for part in ("Generators", "Scorers"):
             monkeypatch.setattr(f"kto_ray.loop.{part}", lambda *_: workers)
         config = RunConfig.model_validate(
@@ -123,7 +125,8 @@ def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         )
         prompts = [Prompt(f"p{place}", f"prompt {place}") for place in range(IMAGES)]
         preflight = Preflight(Storage(str(tmp_path)), prompts, prompts, "b" * 64, {"unet": "b" * 64})
-        return _Loop(config, preflight, Console(file=io.StringIO(), width=1000)), workers
+        console = Console(file=io.StringIO(), width=1000)
+        return _Loop(config, preflight, console, as_configured(config)), workers
 
     return make
 
@@ -848,7 +851,7 @@ def test_a_run_holds_its_folder_while_it_works(tmp_path: Path, monkeypatch: pyte
     said: list[str] = []
 
     class Work:
-        def __init__(self, config: RunConfig, preflight: Preflight, console: Console) -> None:
+        def __init__(self, config: RunConfig, preflight: Preflight, console: Console, placement: Placement) -> None:
             self.run_storage = preflight.run
 
         async def run(self) -> dict[str, Any]:
@@ -862,6 +865,7 @@ def test_a_run_holds_its_folder_while_it_works(tmp_path: Path, monkeypatch: pyte
             return {}
 
     monkeypatch.setattr(loop, "connected", contextlib.nullcontext)
+    monkeypatch.setattr(loop, "placed", as_configured)
     monkeypatch.setattr(loop, "_Loop", Work)
     with pytest.raises(UserError, match="was taken over by"):
         loop.run_online_kto(config)

@@ -45,14 +45,15 @@ def test_importing_is_cheap() -> None:
 
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "identity", "images", "pictures", "records", "stage", "stopwatch"),
+    ("errors", "identity", "images", "pictures", "records", "sleeping", "stage", "stopwatch"),
     ("concurrency", "draining", "lost", "plugins", "secrets", "shapes", "stalls", "storage", "text"),
     ("section",),
     ("objectives",),
     ("lease", "naming", "outbox", "parts", "prompt_files", "sharing", "verdicts"),
     ("config",),
     ("cluster", "serving", "policies", "rounds", "ruling", "samples", "prompts", "tracking", "diffusion"),
-    ("caretaker", "generate", "score", "train"),
+    ("caretaker", "placement"),
+    ("generate", "score", "train", "turns"),
     ("holdings", "label"),
     ("people", "evaluate", "relabel"),
     ("labelers", "making", "retention", "telling"),

@@ -56,3 +56,32 @@ async def test_who_is_refused_has_no_turn() -> None:
     assert not stage.roles
     async with stage.turn("making"):
         assert stage.roles == {"making"}
+
+
+async def test_who_shares_cards_by_turns_waits_for_the_other() -> None:
+    stage, order = Stage(apart=True), list[str]()
+
+    async def turn(role: Role, enough: asyncio.Event) -> None:
+        async with stage.turn(role):
+            order.append(role)
+            await enough.wait()
+        order.append(f"{role} is over")
+
+    drawn, trained = asyncio.Event(), asyncio.Event()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        group.create_task(turn("making", drawn))
+        group.create_task(turn("evaluating", drawn))
+        await asyncio.sleep(0)
+        group.create_task(turn("training", trained))
+        async with stage.turn("judging"):  # people need no card
+            await asyncio.sleep(0.01)
+            assert order == ["making", "evaluating"]
+        drawn.set()
+        await asyncio.sleep(0.01)
+        assert stage.roles == {"training"}
+        group.create_task(turn("making", drawn))
+        await asyncio.sleep(0.01)
+        assert stage.roles == {"training"}
+        trained.set()
+    assert order[-2:] == ["making", "making is over"]
+    assert not stage.roles

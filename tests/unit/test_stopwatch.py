@@ -1,0 +1,34 @@
+"""On what a process spends its seconds."""
+
+import time
+
+from kto_ray.evaluate.summary import shares_of
+from kto_ray.stopwatch import Spent, added, as_figures
+
+
+def test_every_second_is_spent_on_one_thing() -> None:
+    began = time.monotonic()
+    spent = Spent()
+    time.sleep(0.02)
+    spent.turn_to("wait")
+    with spent.on("work"):
+        time.sleep(0.02)
+    before = spent.so_far()
+    spent.turn_to("sleep")
+    time.sleep(0.02)
+    seconds = spent.so_far()
+    whole = time.monotonic() - began
+    assert whole - 0.01 < sum(seconds.values()) <= whole
+    assert all(seconds[doing] >= 0.02 for doing in ("load", "work", "sleep"))
+    figures = as_figures("generators", seconds, before)
+    assert figures["spent/generators/load"] == 0
+    assert figures["spent/generators/sleep"] == seconds["sleep"]
+
+
+def test_a_run_s_shares_are_those_of_its_rounds() -> None:
+    one, other = {"work": 1.0, "wait": 2.0, "load": 1.0}, {"work": 1.0}
+    assert added([one, other]) == {"work": 2.0, "wait": 2.0, "sleep": 0.0, "load": 1.0}  # type: ignore[list-item]
+    rows = [{f"spent/scorers/{doing}": seconds for doing, seconds in spent.items()} for spent in (one, other)]
+    shares = {"work": 0.4, "wait": 0.4, "sleep": 0.0, "load": 0.2}
+    assert shares_of(rows) == {"scorers": shares}
+    assert shares_of([{"loss": 1.0}]) == {}  # a run of an earlier version
