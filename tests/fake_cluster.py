@@ -30,6 +30,8 @@ from typing import Any
 
 import psutil
 
+from tests.ports import free_ports
+
 REPOSITORY = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD = "f" * 51 + "00000"
@@ -164,7 +166,7 @@ def fake_cluster(
         head: resources of the head; None: no CPU, which keeps actors that ask for one off it.
         idle_s: after so long without work a node is given back.
     """
-    gcs, dashboard, agent, client = _free_ports(4)
+    gcs, dashboard, agent, client = free_ports(4)
     head = {"CPU": 0} if head is None else head
     config = folder / "autoscaler.json"
     config.write_text(json.dumps(_autoscaling(f"127.0.0.1:{gcs}", types, head, idle_s)))
@@ -191,7 +193,8 @@ def fake_cluster(
     command += ["--object-store-memory=200000000"]
     with (folder / "head.log").open("ab") as log:
         guardian = subprocess.Popen(
-            [sys.executable, __file__, *command],
+            [sys.executable, "-m", "tests.fake_cluster", *command],
+            cwd=REPOSITORY,
             env=of_head,
             stdin=subprocess.PIPE,
             stdout=log,
@@ -226,7 +229,7 @@ def _autoscaling(gcs: str, types: Mapping[str, NodeType], head: Mapping[str, flo
         "max_workers": sum(kind.max_workers for kind in types.values()),
         "provider": {
             "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "module": "tests.fake_provider.Provider",
             "gcs_address": gcs,
             "head_node_id": HEAD,
             "use_node_id_as_ip": True,
@@ -269,14 +272,6 @@ def lives(process: psutil.Process) -> bool:
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def guard(command: list[str]) -> None:

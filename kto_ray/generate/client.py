@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TRIES = 8  # of one batch that was lost, or whose replica had no room
 BACK_OFF_S = 0.5  # after the first try; doubles
+FINISHES_S = 60  # that a replica which is let go may take to finish what it draws
 
 
 class Generators:
@@ -53,6 +54,7 @@ class Generators:
             max_queued_requests=self.config.max_queued_requests,
             ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
             health_check_timeout_s=120,
+            graceful_shutdown_timeout_s=FINISHES_S,
             logging_config=QUIET,
         ).bind(config, run)
         self._handle: DeploymentHandle[Generator] | None = None
@@ -123,9 +125,11 @@ class Generators:
                     if not waits:
                         what, waits = f"{len(batch)} images that are asked for again", True
                         await waiting.enter_async_context(noisily(what, self.cluster, self.config.resources))
-                    tries += not taken_away(error)
-                    what = "went with a node that was drained" if taken_away(error) else "died, or its node"
-                    problem = f"a generator replica {what} ({type(error).__name__}: {last_words(error)})"
+                    problem = f"a generator replica died, or its node ({type(error).__name__}: {last_words(error)})"
+                    if taken_away(error):
+                        problem = "a generator replica went with its node, which was drained"
+                    else:
+                        tries += 1
                     logger.warning("%s; its %d images are asked for again", problem, len(batch))
                 else:
                     if drawn.drawing != self.drawing:
