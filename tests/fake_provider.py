@@ -1,6 +1,5 @@
 """Ray's fake nodes, so that many of them live on a machine that is busy; the autoscaler's own process imports this."""
 
-import functools
 from typing import Any
 from unittest import mock
 
@@ -22,5 +21,5 @@ class Provider(FakeMultiNodeProvider):  # type: ignore[misc]
         def parameters(**given: Any) -> RayParams:
             return RayParams(**given | dict(zip(PORTS, free_ports(len(PORTS)), strict=True)), include_log_monitor=False)
 
-        with mock.patch("ray._private.parameter.RayParams", functools.wraps(RayParams)(parameters)):
+        with mock.patch("ray._private.parameter.RayParams", parameters):
             super()._create_node_with_resources_and_labels(*arguments)
