@@ -3,8 +3,8 @@
     the test --stdin--> guardian (this file as a program) --> ray start --head --> autoscaler --> raylets and workers
 
 Scheduling, scaling, idle nodes and draining are the real thing; what is fake is only that a new node is a raylet more.
-The guardian adopts whatever its descendants leave behind, and kills all of it when its stdin is closed: by the end of
-the block, by an interrupt, or because the test's process was killed.
+The guardian adopts whatever its descendants leave behind, and kills all of it when its stdin is closed (by the end of
+the block, by an interrupt, or because the test's process was killed), or when the head has died.
 
 What one had better know: nodes have ids that end in 00001, 00002, ..., which are never used again. All nodes see the
 environment of the head, and share one session folder, where a job's working directory would be unpacked by each of them
@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -38,6 +39,8 @@ HEAD = "f" * 51 + "00000"
 ID_VARIABLE = "RAY_OVERRIDE_NODE_ID_FOR_TESTING"
 PATIENCE_S = 300  # on a machine where everything takes ten times as long
 PR_SET_CHILD_SUBREAPER = 36
+READY = "This command will now block"
+"""What `ray start` says once its node is up."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def fake_cluster(
     command += [f"--dashboard-agent-listen-port={agent}", f"--autoscaling-config={config}"]
     command += [f"--num-cpus={head.get('CPU', 0):g}", f"--num-gpus={head.get('GPU', 0):g}"]
     command += ["--object-store-memory=200000000"]
-    with (folder / "head.log").open("ab") as log:
+    with (folder / "head.log").open("wb") as log:
         guardian = subprocess.Popen(
             [sys.executable, "-m", "tests.fake_cluster", *command],
             cwd=REPOSITORY,
@@ -204,7 +207,7 @@ def fake_cluster(
     joining = {"RAY_ADDRESS": f"127.0.0.1:{gcs}", "COLUMNS": "300"}
     cluster = FakeCluster(env | joining, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", folder, guardian)
     try:
-        cluster.wait_until(lambda: _answers(gcs) and _answers(dashboard), "the head is up")
+        cluster.wait_until(lambda: READY in cluster.log() and _answers(dashboard), "the head is up")
         yield cluster
     finally:
         cluster.end()
@@ -275,12 +278,13 @@ def _answers(port: int) -> bool:
 
 
 def guard(command: list[str]) -> None:
-    """Run a command until stdin is closed, and then end it and everything that ever came of it."""
+    """Run a command until it or stdin ends, and then end everything that ever came of it."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    sys.stdin.buffer.read()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    while process.poll() is None and not select.select([sys.stdin], [], [], 1)[0]:
+        pass
     while family := psutil.Process().children(recursive=True):
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
