@@ -61,7 +61,7 @@ def connected(config: Cluster, run: Storage | None = None) -> Iterator[None]:
     """
     # Workers of Ray Train poll at this pace; its controller reads it from the driver's environment.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(config.health_check_s))
-    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # see train/moving.py
     join = joins(config)
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)

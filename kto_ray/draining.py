@@ -21,21 +21,23 @@ POLL_S = 1.0
 
 
 def draining_nodes() -> dict[str, float | None]:
-    """Ids of the nodes that are taken away, each with the seconds that are left; None: nobody said when."""
+    """Ids of the nodes that are taken away, each with the seconds that are left; None: nobody said when.
+
+    Says so where Ray cannot tell, and gives none: whoever asks will ask again.
+    """
     source: Any = state
-    deadlines_ms: Mapping[str, int] = source.get_draining_nodes()  # 0 where there is none
+    try:
+        deadlines_ms: Mapping[str, int] = source.get_draining_nodes()  # 0 where there is none
+    except RayError:
+        logger.exception("whether nodes are taken away is not known for the moment")
+        return {}
     return {node: ms / 1000 - time.time() if ms else None for node, ms in deadlines_ms.items()}
 
 
 async def drained() -> AsyncIterator[dict[str, float | None]]:
     """Gives `draining_nodes` about once a second, while there are any."""
     while True:
-        nodes = {}
-        try:
-            nodes = await asyncio.to_thread(draining_nodes)
-        except RayError:
-            logger.exception("whether nodes are taken away is not known; asked again in a moment")
-        if nodes:
+        if nodes := await asyncio.to_thread(draining_nodes):
             yield nodes
         await asyncio.sleep(POLL_S)
 

@@ -3,8 +3,8 @@
     the test --stdin--> guardian (this file as a program) --> ray start --head --> autoscaler --> raylets and workers
 
 Scheduling, scaling, idle nodes and draining are the real thing; what is fake is only that a new node is a raylet more.
-The guardian adopts whatever its descendants leave behind, and kills all of it when its stdin is closed: by the end of
-the block, by an interrupt, or because the test's process was killed.
+The guardian adopts whatever its descendants leave behind, and kills all of it when its stdin is closed (by the end of
+the block, by an interrupt, or because the test's process was killed), or when the head has died.
 
 What one had better know: nodes have ids that end in 00001, 00002, ..., which are never used again. All nodes see the
 environment of the head, and share one session folder, where a job's working directory would be unpacked by each of them
@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -30,12 +31,16 @@ from typing import Any
 
 import psutil
 
+from tests.ports import free_ports
+
 REPOSITORY = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD = "f" * 51 + "00000"
 ID_VARIABLE = "RAY_OVERRIDE_NODE_ID_FOR_TESTING"
 PATIENCE_S = 300  # on a machine where everything takes ten times as long
 PR_SET_CHILD_SUBREAPER = 36
+READY = "This command will now block"
+"""What `ray start` says once its node is up."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ def fake_cluster(
         head: resources of the head; None: no CPU, which keeps actors that ask for one off it.
         idle_s: after so long without work a node is given back.
     """
-    gcs, dashboard, agent, client = _free_ports(4)
+    gcs, dashboard, agent, client = free_ports(4)
     head = {"CPU": 0} if head is None else head
     config = folder / "autoscaler.json"
     config.write_text(json.dumps(_autoscaling(f"127.0.0.1:{gcs}", types, head, idle_s)))
@@ -189,9 +194,10 @@ def fake_cluster(
     command += [f"--dashboard-agent-listen-port={agent}", f"--autoscaling-config={config}"]
     command += [f"--num-cpus={head.get('CPU', 0):g}", f"--num-gpus={head.get('GPU', 0):g}"]
     command += ["--object-store-memory=200000000"]
-    with (folder / "head.log").open("ab") as log:
+    with (folder / "head.log").open("wb") as log:
         guardian = subprocess.Popen(
-            [sys.executable, __file__, *command],
+            [sys.executable, "-m", "tests.fake_cluster", *command],
+            cwd=REPOSITORY,
             env=of_head,
             stdin=subprocess.PIPE,
             stdout=log,
@@ -201,7 +207,7 @@ def fake_cluster(
     joining = {"RAY_ADDRESS": f"127.0.0.1:{gcs}", "COLUMNS": "300"}
     cluster = FakeCluster(env | joining, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", folder, guardian)
     try:
-        cluster.wait_until(lambda: _answers(gcs) and _answers(dashboard), "the head is up")
+        cluster.wait_until(lambda: READY in cluster.log() and _answers(dashboard), "the head is up")
         yield cluster
     finally:
         cluster.end()
@@ -226,7 +232,7 @@ def _autoscaling(gcs: str, types: Mapping[str, NodeType], head: Mapping[str, flo
         "max_workers": sum(kind.max_workers for kind in types.values()),
         "provider": {
             "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "module": "tests.fake_provider.Provider",
             "gcs_address": gcs,
             "head_node_id": HEAD,
             "use_node_id_as_ip": True,
@@ -271,21 +277,14 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def guard(command: list[str]) -> None:
-    """Run a command until stdin is closed, and then end it and everything that ever came of it."""
+    """Run a command until it or stdin ends, and then end everything that ever came of it."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    sys.stdin.buffer.read()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    while process.poll() is None and not select.select([sys.stdin], [], [], 1)[0]:
+        pass
     while family := psutil.Process().children(recursive=True):
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TRIES = 8  # of one batch that was lost, or whose replica had no room
 BACK_OFF_S = 0.5  # after the first try; doubles
+FINISHES_S = 60  # that a replica which is let go may take to finish what it draws
 
 
 class Generators:
@@ -73,6 +74,7 @@ class Generators:
                 **({"runtime_env": {"env_vars": SEES_ALL}} if self.placement.by_turns and booked.num_gpus else {}),
             },
             health_check_timeout_s=120,
+            graceful_shutdown_timeout_s=FINISHES_S,
             logging_config=QUIET,
         ).bind(*(config, run), *([coordinator] if self.placement.by_turns else []))
         self._handle: DeploymentHandle[Generator] | None = None
@@ -169,9 +171,11 @@ class Generators:
                     if not waits:
                         what, waits = f"{len(batch)} images that are asked for again", True
                         await waiting.enter_async_context(noisily(what, self.cluster, self.placement.generator))
-                    tries += not taken_away(error)
-                    what = "went with a node that was drained" if taken_away(error) else "died, or its node"
-                    problem = f"a generator replica {what} ({type(error).__name__}: {last_words(error)})"
+                    problem = f"a generator replica died, or its node ({type(error).__name__}: {last_words(error)})"
+                    if taken_away(error):
+                        problem = "a generator replica went with its node, which was drained"
+                    else:
+                        tries += 1
                     logger.warning("%s; its %d images are asked for again", problem, len(batch))
                 else:
                     if drawn.drawing != self.drawing:

@@ -188,7 +188,8 @@ class ScorerPool:
                 what = "died" if is_lost(error) else "failed"
                 failure = f"scorer actor {what}: {last_words(error)}"
                 if taken_away(error) or actor in self._leaving:
-                    tried -= 1  # no fault of the scorer, nor of its images
+                    # No fault of the scorer, nor of its images.
+                    tried, failure = tried - 1, "the actor went with its node, which was drained"
             except asyncio.CancelledError:
                 self._replace(actor)  # it may be at it for long
                 raise

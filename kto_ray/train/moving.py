@@ -1,28 +1,28 @@
 """Train workers whose node is taken away: they commit what they can, and begin again elsewhere before it goes.
 
-    Ray's drained nodes --Ray Train's watcher--> `get_preemption_info`, on every rank
-                                                   |
-                              the round ends in time: train on, commit, and leave
-                              it does not, or there is none: leave now   --TakenAway--> Ray Train, which restarts them
+    Ray's drained nodes --the first rank asks, for all--> the round ends in time: train on, commit, and leave
+                                                          it does not, or there is none: leave now
+                                                            |
+                                                            +--TakenAway--> Ray Train, which starts all ranks elsewhere
 
-`worker.py` asks between rounds and, `LOOKS` times, within one. Ray Train restarts workers that were taken away where
-there is room, without counting it as a failure, at the latest when the deadline has passed: also those that did not
-leave by themselves.
+`worker.py` asks between rounds and, `LOOKS` times, within one. By its kind of error Ray Train tells workers that were
+taken away, also by a node that went with them, from such that failed. Its own watcher of drained nodes is not used
+(`cluster.py`): that is an actor on any node, which then cannot be given back, and it restarts workers at the deadline.
 """
 
 import time
 from typing import Any
 
 import ray
-import ray.train
 import ray.train.collective
+import torch.distributed
 from ray.exceptions import RayActorError
 
-from kto_ray.draining import seconds_left
+from kto_ray.draining import draining_nodes, seconds_left
 from kto_ray.train.coordinator import RoundTask, TrainingReport
 
 LOOKS = 32
-"""About how often in a round at most; every time costs two calls of an actor."""
+"""About how often in a round at most; every time costs a question to Ray."""
 LOOK_S = 2.0
 """Between two looks while there is nothing to train on."""
 COMMIT_S = 5.0
@@ -30,7 +30,7 @@ COMMIT_S = 5.0
 
 
 class TakenAway(RayActorError):  # noqa: N818  it is no error of anybody
-    """What Ray Train takes for workers that a node took along: by this it tells them from such that failed.
+    """What Ray Train takes for workers that a node took along.
 
     Args:
         why: for the user.
@@ -44,22 +44,29 @@ class TakenAway(RayActorError):  # noqa: N818  it is no error of anybody
 class Moving:
     """Whether the workers have to leave. Every rank asks the same questions, and all get the first one's answers."""
 
-    def __init__(self, rank: int, coordinator: Any) -> None:
-        self.rank, self.coordinator = rank, coordinator
+    def __init__(self, rank: int, ranks: int, coordinator: Any) -> None:
+        self.rank, self.ranks, self.coordinator = rank, ranks, coordinator
+        self._nodes: list[Any] = [ray.get_runtime_context().get_node_id()] * ranks  # by rank
+        if ranks > 1:
+            torch.distributed.all_gather_object(self._nodes, self._nodes[0])
 
     def look(self, needed_s: float | None = None) -> None:
         """Raises TakenAway when the node of a worker goes before so many more seconds have passed; None: at any time.
 
         The first rank's seconds count.
         """
-        info = ray.train.get_preemption_info()
-        if info is None:
-            return
-        left_s = info.deadline_ms / 1000 - time.time() if info.deadline_ms else None
-        stays = needed_s is not None and (left_s is None or needed_s + COMMIT_S < left_s)
-        if not ray.train.collective.broadcast_from_rank_zero(stays):
-            ranks, nodes = (", ".join(map(str, those)) for those in (info.preempted_ranks, info.preempted_node_ids))
-            raise TakenAway(f"the node of rank {ranks} is taken away {seconds_left(left_s)}: {nodes}")
+        if why := self._agreed(self._why(needed_s) if self.rank == 0 else ""):
+            raise TakenAway(why)
+
+    def _why(self, needed_s: float | None) -> str:
+        """They have to leave; "": they need not."""
+        for node, left_s in draining_nodes().items():
+            if node in self._nodes and (needed_s is None or (left_s is not None and left_s < needed_s + COMMIT_S)):
+                return f"the node of rank {self._nodes.index(node)} is taken away {seconds_left(left_s)} ({node})"
+        return ""
+
+    def _agreed(self, value: Any) -> Any:
+        return ray.train.collective.broadcast_from_rank_zero(value) if self.ranks > 1 else value
 
     def next_round(self, version: int, report: TrainingReport | None) -> RoundTask | None:
         """See `Coordinator.next_round`; raises TakenAway meanwhile."""
@@ -67,7 +74,7 @@ class Moving:
         while True:
             answered, _ = ray.wait([asked], timeout=LOOK_S)
             self.look()
-            if ray.train.collective.broadcast_from_rank_zero(bool(answered)):
+            if self._agreed(bool(answered)):
                 task: RoundTask | None = ray.get(asked)
                 return task
 

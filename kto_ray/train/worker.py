@@ -90,7 +90,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
     elif version:
         learner.begin_from(store.load(store.resolve(version)))
 
-    moving = Moving(rank, coordinator)
+    moving = Moving(rank, ranks, coordinator)
     while True:
         if report:
             publish(store, learner, version)

@@ -141,17 +141,19 @@ def test_what_is_on_a_node_that_is_drained_moves_and_nothing_counts_as_failed(
         run.reached(SCORE)
         run.release(SCORE)
         run.reached(TRAIN)
-        (tmp_path / TRAIN).write_text("2")  # seconds a step, of which there are 12: the round does not end in time
         draining = cluster.drain(run.node(WORKER), 20)
+        (tmp_path / TRAIN).write_text("2")  # seconds a step, of which there are 12: the round does not end in time
         run.said("the train workers move")
         run.release(TRAIN)
         draining.join()
         said = run.ends_well()
-    print(said)
     assert "scorer HeldScorer: the node of an actor is taken away in " in said
+    assert "scorer HeldScorer: the actor went with its node, which was drained" in said
     assert "the train workers move, from the last checkpoint: the node of rank 0 is taken away in " in said
     assert "the train workers failed" not in said
+    assert "a generator replica went with its node, which was drained" in said
     assert "a generator replica died" not in said
+    assert "scorer actor died" not in said
 
 
 def test_a_new_head_takes_up_the_run_of_one_that_died(tmp_path: Path, tiny_sd1_folder: Path) -> None:

@@ -6,13 +6,13 @@ import time
 
 import psutil
 
-from tests import fake_cluster
-from tests.fake_cluster import lives
+from tests.fake_cluster import REPOSITORY, lives
 
 KILLED = f"""
 import subprocess, sys, time
-command = [sys.executable, {fake_cluster.__file__!r}, "bash", "-c", "setsid sleep 1000 & sleep 1000"]
-print(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True).pid, flush=True)
+command = [sys.executable, "-m", "tests.fake_cluster", "bash", "-c", "setsid sleep 1000 & sleep 1000"]
+guardian = subprocess.Popen(command, stdin=subprocess.PIPE, cwd={str(REPOSITORY)!r}, start_new_session=True)
+print(guardian.pid, flush=True)
 time.sleep(1000)
 """
 """A test with a head that has started a process in a session of its own, as Ray does."""

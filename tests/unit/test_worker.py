@@ -2,7 +2,6 @@
 
 import pickle
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +11,16 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import ray.train
-import ray.train.collective
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, PreemptionInfo
+from ray.train import Checkpoint
 
 from kto_ray.config import RunConfig
 from kto_ray.policies import PolicyStore, digest_of
 from kto_ray.records import PolicyRef
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.storage import Storage
+from kto_ray.train import moving
 from kto_ray.train.averaging import RunningReference
 from kto_ray.train.checkpoints import BEGINNING
 from kto_ray.train.coordinator import RoundTask, TrainingReport
@@ -46,11 +45,11 @@ class Office:
         self.next_round, self.give_up = remote(self._next_round), remote(self._give_up)
         self.set_progress = remote(lambda *_: None)
         context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-        self.preemption: PreemptionInfo | None = None
+        self.drained: dict[str, float | None] = {}
         monkeypatch.setattr(ray, "get", lambda value: value)
         monkeypatch.setattr(ray, "wait", lambda references, **_: (references, []))
-        monkeypatch.setattr(ray.train, "get_preemption_info", lambda: self.preemption)
-        monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", lambda value: value)
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "n7"))
+        monkeypatch.setattr(moving, "draining_nodes", lambda: self.drained)
         monkeypatch.setattr(ray.train, "get_context", lambda: context)
         monkeypatch.setattr(ray.train, "get_checkpoint", self._latest)
         monkeypatch.setattr(ray.train, "report", self._report)
@@ -284,17 +283,12 @@ def test_a_rewound_run_without_checkpoint_begins_from_the_published_policy(
     assert list(office.checkpoints) == [2]
 
 
-def preempted(left_s: float | None) -> PreemptionInfo:
-    deadline_ms = None if left_s is None else round((time.time() + left_s) * 1000)
-    return PreemptionInfo(deadline_ms=deadline_ms, preempted_node_to_ranks={"n7": [0]})
-
-
 def test_workers_whose_node_is_taken_away_leave_between_rounds(
     run: Storage, office: Office, tiny_sd1_folder: Path
 ) -> None:
     """Although there is time for another one: elsewhere it can be trained whole."""
-    office.preemption = preempted(3600)
-    with pytest.raises(TakenAway, match=r"the node of rank 0 is taken away in 3\d\d\d s: n7") as left:
+    office.drained = {"n1": 1, "n7": 3600}
+    with pytest.raises(TakenAway, match=r"the node of rank 0 is taken away in 3600 s \(n7\)") as left:
         work(run, office, tiny_sd1_folder)
     assert left.value.preempted  # by which Ray Train tells it from a failure
     assert pickle.loads(pickle.dumps(left.value)).preempted
@@ -309,7 +303,7 @@ def test_a_round_that_ends_in_time_is_committed_and_another_one_left_at_once(
 
     def on_progress(*progress: int) -> None:
         steps.append(progress[1])
-        office.preemption = preempted(left_s)
+        office.drained = {"n7": left_s}
 
     office.set_progress = remote(on_progress)
     with pytest.raises(TakenAway):
@@ -318,18 +312,18 @@ def test_a_round_that_ends_in_time_is_committed_and_another_one_left_at_once(
     assert steps == ([1, 2, 3, 4] if committed else [1])
 
     # Elsewhere they go on, to the same bytes as undisturbed ones.
-    office.preemption, office.set_progress = None, remote(lambda *_: None)
+    office.drained, office.set_progress = {}, remote(lambda *_: None)
     work(run, office, tiny_sd1_folder, epochs=2)
     assert PolicyStore(run).versions() == [0, 1, 2]
 
 
 def test_it_is_asked_so_often_and_no_more() -> None:
     asked = list[int]()
-    moving = SimpleNamespace(look=lambda needed_s: asked.append(round(needed_s)))
-    looks = Looks(cast(Moving, moving))
+    told = SimpleNamespace(look=lambda needed_s: asked.append(round(needed_s)))
+    looks = Looks(cast(Moving, told))
     for step in range(1, 101):
         looks.after_step(step, 100)
     assert len(asked) == 33
-    looks = Looks(cast(Moving, moving))
+    looks = Looks(cast(Moving, told))
     looks.after_step(1, 1)
     assert len(asked) == 33  # after the last step there is only the commit
