@@ -64,6 +64,8 @@ class Generators:
         }
         if self.placement.kind == "elastic":
             number = {"num_replicas": max(1, least)}
+        if self.placement.per_node:
+            number |= {"max_replicas_per_node": self.placement.per_node}
         self._application = deployment.options(
             **number,
             max_ongoing_requests=self.config.max_ongoing_requests,
