@@ -10,6 +10,7 @@ from pathlib import Path
 import kto_step
 import labeling
 import operator_page
+import pulling
 import rounds
 import scale
 import scorers
@@ -32,7 +33,7 @@ def main() -> None:
     console.print(machine(), highlight=False)
     quick = "A quick run, too short for conclusions: " if args.quick else ""
     sections = [f"{quick}{machine()}."]
-    for benchmark in (kto_step, true_size, rounds, storage, scale, scorers, labeling, operator_page):
+    for benchmark in (kto_step, true_size, rounds, storage, pulling, scale, scorers, labeling, operator_page):
         tables = benchmark.measure(args.quick)
         for table in [tables] if isinstance(tables, Table) else tables:
             console.print(table.rich())

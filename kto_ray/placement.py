@@ -53,12 +53,14 @@ class Machines:
     Args:
         has: it has so much.
         most: it can come to have so much; infinite where nobody knows.
-        largest: its largest node has, or can have, so much.
+        largest: its largest node has, or can have, so much; infinite where nobody knows.
+        cards: of its largest node that is known.
     """
 
     has: Room
     most: Room
     largest: Room
+    cards: float = 1
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Placement:
     scorers: Mapping[str, Resources] = field(default_factory=dict)
     most_actors: Mapping[str, int] = field(default_factory=dict)
     """Of each scorer."""
+    per_node: int | None = None
+    """Replicas, at most: more would find no card of their own. None: Ray's books say how many."""
 
     def scorer(self, name: str, settings: ScorerSettings) -> ScorerSettings:
         """A scorer's settings, with what is booked for it."""
@@ -131,8 +135,12 @@ def as_configured(config: RunConfig, kind: Kind = "separate") -> Placement:
     )
 
 
-def by_turns(config: RunConfig, room: Room) -> Placement:
+def by_turns(config: RunConfig, room: Room, cards: float = 1) -> Placement:
     """Shares by which everybody finds a place at once, and as many replicas as there is room for in a turn.
+
+    Args:
+        room: of the cluster.
+        cards: of a node.
 
     Raises:
         UserError: a role wants more than a card to itself.
@@ -171,6 +179,7 @@ def by_turns(config: RunConfig, room: Room) -> Placement:
         booked(training, TRAIN_SHARE),
         dict(zip(names, shares[1:], strict=True)),
         {name: config.label.scorers[name].min_actors for name in names},
+        max(1, int(cards) * int(1 / generators.resources.num_gpus)) if generators.resources.num_gpus else None,
     )
 
 
@@ -215,7 +224,7 @@ def choose(config: RunConfig, machines: Machines) -> Placement:
             "the cluster has %s, and the run takes at least %s: it waits until what is missing comes",
             *(machines.has, need),
         )
-    return by_turns(config, reach) if asked == "colocated" else as_configured(config, asked)
+    return by_turns(config, reach, machines.cards) if asked == "colocated" else as_configured(config, asked)
 
 
 def require_one_a_card(config: RunConfig) -> None:
@@ -243,16 +252,17 @@ def machines(config: RunConfig) -> Machines:
     nodes = [_room(resources) for resources in alive]
     has, unknown = _total(nodes), Room(UNKNOWN, UNKNOWN)
     if not joins(config.cluster):
-        return Machines(has, has, _largest(nodes))  # its own, which nothing is added to
+        return Machines(has, has, _largest(nodes), _largest(nodes).gpus)  # its own, which nothing is added to
     if (scaling := autoscaling()) is None:
-        return Machines(has, unknown, unknown)
+        return Machines(has, unknown, unknown, _largest(nodes).gpus)
     head = [_room(resources) for resources in alive if "node:__internal_head__" in resources]
     kinds = [_room(kind.get("resources", {})) for kind in scaling["available_node_types"].values()]
     counts = [kind.get("max_workers", 0) for kind in scaling["available_node_types"].values()]
     grown = Room(*(_most(sizes, counts, scaling["max_workers"]) for sizes in zip(*kinds, strict=True)))
     most = Room(*(max(both) for both in zip(has, _total([*head, grown]), strict=True)))
     there_can_be = [kind for kind, count in zip(kinds, counts, strict=True) if count]
-    return Machines(has, most, _largest([*nodes, *there_can_be]))
+    largest = _largest([*nodes, *there_can_be])
+    return Machines(has, most, largest, largest.gpus)
 
 
 def autoscaling() -> dict[str, Any] | None:

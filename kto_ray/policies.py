@@ -169,7 +169,7 @@ class PolicyStore:
                 "older than the last so many policies; use one that is still there"
             ) from None
 
-    def weights_of(self, policy: PolicyRef, data: bytes) -> "dict[str, Tensor]":
+    def weights_of(self, policy: PolicyRef, data: bytes | memoryview) -> "dict[str, Tensor]":
         """What is in the file of a policy. Raises DigestError: it is another one's, or damaged."""
         import safetensors.torch
 
@@ -177,7 +177,7 @@ class PolicyStore:
             raise DigestError(
                 f"policy {policy.version} of {self.storage} has digest {digest}, asked for {policy.digest}"
             )
-        return safetensors.torch.load(data)
+        return safetensors.torch.load(bytes(data))  # of bytes, no copy
 
 
 def digest_of(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> str:

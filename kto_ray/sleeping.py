@@ -12,6 +12,7 @@ last may live in another environment: this module needs torch alone, and only of
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def held_by(thing: Any, depth: int = DEPTH) -> list[Any]:
 
     if isinstance(thing, torch.nn.Module | torch.Tensor):
         return [thing]
-    if not depth:
+    if not depth or isinstance(thing, type | ModuleType | FunctionType | MethodType):
         return []
     if isinstance(thing, Mapping):
         parts = list(thing.values())

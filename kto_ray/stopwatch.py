@@ -50,9 +50,10 @@ class Spent:
             self.turn_to(before)
 
     def so_far(self) -> dict[Doing, float]:
-        """Seconds by what they were spent on."""
-        self.turn_to(self._doing)
-        return dict(self._seconds)
+        """Seconds by what they were spent on; may be asked by another thread than the one that tells."""
+        seconds, doing, since = dict(self._seconds), self._doing, self._since
+        seconds[doing] += time.monotonic() - since
+        return seconds
 
 
 def added(all_spent: Iterable[Mapping[Doing, float]]) -> dict[Doing, float]:

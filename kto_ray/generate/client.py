@@ -65,6 +65,8 @@ class Generators:
         }
         if self.placement.kind == "elastic":
             number = {"num_replicas": max(1, least)}
+        if self.placement.per_node:
+            number |= {"max_replicas_per_node": self.placement.per_node}
         self._application = deployment.options(
             **number,
             max_ongoing_requests=self.config.max_ongoing_requests,
@@ -88,7 +90,7 @@ class Generators:
         self.name = application_name(self._run, "generators")
         booked, (least, _) = self.placement.generator, self.placement.replicas
         began = time.monotonic()
-        async with noisily("generator replicas", self.cluster, booked, least):
+        async with noisily("generator replicas", self.cluster, booked, max(1, least)):
             by_loop = self.placement.kind == "elastic"
             self._handle = await deploy("generate: a replica", self._application, self.name, scaled_by_us=by_loop)
             self.came_s = time.monotonic() - began

@@ -72,5 +72,5 @@ def pulled(store: PolicyStore, policy: PolicyRef, offered: Sequence[Any]) -> "di
         except RayError as error:
             logger.warning("policy %d is read from storage: Ray has lost it (%s)", policy.version, error)
         else:
-            return store.weights_of(policy, data.tobytes())
+            return store.weights_of(policy, memoryview(data))
     return store.load(policy)

@@ -114,7 +114,8 @@ class Generator:
         if self._coordinator is not None and not self._sleeper.asleep:
             with contextlib.suppress(RayError):  # it is being started anew
                 if await self._coordinator.is_training.remote():
-                    await self.sleep()
+                    # Not waited for: it may be drawing for somebody who has given up, and is in good health.
+                    self._falling_asleep = self._pipeline_thread.submit(self._sleep)
 
     async def draw(
         self, requests: Sequence[SampleRequest], policy: PolicyRef, folder: str, offered: Sequence[Any] = ()

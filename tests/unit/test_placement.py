@@ -99,6 +99,14 @@ def test_shares_leave_room_on_every_card_for_one_train_worker_and_no_second(gpus
         assert share == round(share, 4) > 0
 
 
+@pytest.mark.parametrize(("cards", "share", "replicas"), [(1, 1, 1), (8, 1, 8), (8, 0.75, 8), (4, 0.5, 8), (0, 1, 1)])
+def test_no_node_gets_more_replicas_than_its_cards_take(cards: int, share: float, replicas: int) -> None:
+    machines = Machines(Room(64, 8), UNKNOWN, UNKNOWN, cards)
+    generate = {"max_replicas": 16, "resources": {"num_gpus": share}}
+    assert choose(make("colocated", generate), machines).per_node == replicas
+    assert choose(make("separate", generate), machines).per_node is None
+
+
 def test_cpus_are_shared_too_where_they_are_scarce() -> None:
     chosen = choose(make("colocated"), own(2, 1))
     booked = chosen.generator.num_cpus + chosen.scorers["shapes"].num_cpus + chosen.train_worker.num_cpus

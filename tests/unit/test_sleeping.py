@@ -131,6 +131,7 @@ def test_a_replica_that_nobody_told_finds_out_that_others_have_their_turn(
     assert not generator._sleeper.asleep
     office.training = True
     asyncio.run(generator.check_health())
+    generator._falling_asleep.result()
     assert generator._sleeper.asleep
 
 
