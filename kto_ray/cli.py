@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kto_ray.cli_export import export
+from kto_ray.cli_plan import plan
 from kto_ray.cli_runs import runs
 from kto_ray.errors import UserError
 
@@ -39,6 +40,7 @@ def main() -> None:
 
 
 main.add_command(export)
+main.add_command(plan)
 main.add_command(runs)
 
 

@@ -57,8 +57,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("holdings", "label"),
     ("people", "evaluate", "relabel"),
     ("labelers", "making", "retention", "telling"),
-    ("bake_off", "check", "export", "preflight", "rewind"),
-    ("cli_export", "cli_runs", "loop"),
+    ("bake_off", "check", "export", "planning", "preflight", "rewind"),
+    ("cli_export", "cli_plan", "cli_runs", "loop"),
     ("cli",),
 )
 """The rooms of the house, ground floor first: who stands higher may know who stands lower, and nobody else."""
