@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kto_ray.cli_export import export
+from kto_ray.cli_run import run
 from kto_ray.cli_runs import runs
 from kto_ray.errors import UserError
 
@@ -38,6 +39,7 @@ def main() -> None:
     """Online Diffusion-KTO on Ray."""
 
 
+main.add_command(run)
 main.add_command(export)
 main.add_command(runs)
 
@@ -204,7 +206,7 @@ def relabel(run: str, name: str, threshold: str, overrides: tuple[str, ...]) -> 
     console = Console(soft_wrap=True)
     console.print(table)
     console.print(
-        f"train on it with: python jobs/online_kto.py ... replay.run={run} replay.labels={name}",
+        f"train on it with: kto-ray run ... replay.run={run} replay.labels={name}",
         markup=False,
         highlight=False,
     )

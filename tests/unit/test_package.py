@@ -17,7 +17,15 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 HEAVY = ("torch", "ray", "diffusers", "transformers", "matplotlib")
-CHEAP = ("kto_ray", "kto_ray.config", "kto_ray.records", "kto_ray.prompts", "kto_ray.rounds", "kto_ray.policies")
+CHEAP = (
+    "kto_ray",
+    "kto_ray.config",
+    "kto_ray.records",
+    "kto_ray.prompts",
+    "kto_ray.rounds",
+    "kto_ray.policies",
+    "kto_ray.cli",
+)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -58,7 +66,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("labelers", "making", "retention", "telling"),
     ("bake_off", "check", "export", "preflight", "rewind"),
     ("cli_export", "cli_runs", "loop"),
+    ("cli_run",),
     ("cli",),
+    ("__main__",),
 )
 """The rooms of the house, ground floor first: who stands higher may know who stands lower, and nobody else."""
 
@@ -112,8 +122,8 @@ def test_objectives_know_neither_ray_nor_diffusers(module: str) -> None:
     assert not {name.split(".")[0] for name in names} & {"ray", "diffusers", "transformers", "peft"}
 
 
-def test_nobody_knows_the_loop() -> None:
-    assert [name for name, path in MODULES.items() if "kto_ray.loop" in imports_of(path)] == []
+def test_nobody_knows_the_loop_but_the_command_that_runs_it() -> None:
+    assert [name for name, path in MODULES.items() if "kto_ray.loop" in imports_of(path)] == ["kto_ray.cli_run"]
 
 
 def test_imports_point_one_way() -> None:
