@@ -11,9 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kto_ray.cli_compare import compare
+from kto_ray.cli_doctor import doctor
 from kto_ray.cli_export import export
 from kto_ray.cli_run import run
 from kto_ray.cli_runs import runs
+from kto_ray.cli_sample import sample
 from kto_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ def main() -> None:
 
 
 main.add_command(run)
+main.add_command(doctor)
+main.add_command(compare)
+main.add_command(sample)
 main.add_command(export)
 main.add_command(runs)
 

@@ -7,12 +7,15 @@ the libraries below say goes where `console.py` puts it. The exit codes are docu
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from kto_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from kto_ray.config import RunConfig
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -28,10 +31,13 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.command("run", context_settings={"help_option_names": ["-h", "--help"]})
 @RECIPE
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration and what it implies.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what Ray, its actors and libraries print, too.")
 @GPU
 @OVERRIDES
 @click.pass_context
-def run(context: click.Context, recipe: str, dry_run: bool, gpu: float | None, overrides: tuple[str, ...]) -> None:
+def run(
+    context: click.Context, recipe: str, dry_run: bool, verbose: bool, gpu: float | None, overrides: tuple[str, ...]
+) -> None:
     """Run, or continue, online Diffusion-KTO. The same run name continues the run, whatever ended it.
 
     \b
@@ -40,15 +46,24 @@ def run(context: click.Context, recipe: str, dry_run: bool, gpu: float | None, o
     kto-ray run --recipe sd15_lora --dry-run --gpu 24
     kto-ray run --recipe mine.yaml runs_folder=s3://bucket/runs
 
-    It joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine. Exit codes: 0 done, 1 a failure that
-    nobody foresaw (with its traceback), 2 an error of the user's (a sentence), 130 interrupted.
+    It joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine. What Ray, its actors and libraries
+    print goes to logs/ in the run's folder. Exit codes: 0 done, 1 a failure that nobody foresaw (with its traceback),
+    2 an error of the user's (a sentence), 130 interrupted.
     """
+    from kto_ray import config
+
     here = str(Path.cwd())
     if here not in sys.path:  # unlike `python`, a command does not look for plug-ins where it is called
         sys.path.append(here)
     console = Console(soft_wrap=True)
     try:
-        _run(recipe, [*overrides, *card(gpu)], dry_run, console)
+        settings = config.load(recipe, [*overrides, *card(gpu)])
+        if dry_run:
+            from kto_ray.preflight import describe
+
+            console.print(describe(settings), markup=False, highlight=False)
+        else:
+            _run(settings, verbose)
     except UserError as error:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         context.exit(USER_ERROR)
@@ -62,26 +77,25 @@ def card(gpu: float | None) -> list[str]:
     return [f"cluster.gpu_gb={gpu}"] if gpu is not None else []
 
 
-def _run(recipe: str, overrides: list[str], dry_run: bool, console: Console) -> None:
-    import logging
-
+def _run(settings: "RunConfig", verbose: bool) -> None:
     from kto_ray import config
+    from kto_ray.console import only_own_lines
+    from kto_ray.storage import Storage
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    settings = config.load(recipe, overrides)
-    if dry_run:
-        from kto_ray.preflight import describe
+    with only_own_lines(Storage(settings.runs_folder) / settings.run, verbose) as (console, elsewhere):
+        for name, value in config.implied(settings).items():
+            console.print(f"{name}: {value}", highlight=False)
 
-        console.print(describe(settings), markup=False, highlight=False)
-        return
-    for name, value in config.implied(settings).items():
-        console.print(f"{name}: {value}", highlight=False)
+        from kto_ray.loop import run_online_kto
 
-    from kto_ray.loop import run_online_kto
-
-    summary = run_online_kto(settings, console)
-    console.print(in_a_sentence(summary), highlight=False)
-    console.print(f"{settings.runs_folder}/{settings.run}/report.html", highlight=False)
+        try:
+            summary = run_online_kto(settings, console)
+        except BaseException:
+            if elsewhere.place:
+                console.print(f"what others than the run printed: {elsewhere.place}", markup=False, highlight=False)
+            raise
+        console.print(in_a_sentence(summary), highlight=False)
+        console.print(f"{settings.runs_folder}/{settings.run}/report.html", highlight=False)
 
 
 def in_a_sentence(summary: Mapping[str, Any]) -> str:
