@@ -41,8 +41,11 @@ def sample(
     """
     if out is not None and Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out: {out} is none of .png, .jpg, .jpeg and .webp")
-    from kto_ray.export import picturing, published
+    from kto_ray.console import hush
     from kto_ray.storage import Storage
+
+    hush()
+    from kto_ray.export import picturing, published
 
     console = Console(soft_wrap=True)
     with console.status("proving policy and base model"):

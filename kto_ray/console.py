@@ -37,6 +37,12 @@ SETTINGS = {
 }
 
 
+def hush() -> None:
+    """Ask libraries to be quiet that can be asked, before they are imported."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
 class Elsewhere(io.TextIOBase):
     """A text stream whose lines go to a file that is made when there is a first one.
 
@@ -142,8 +148,7 @@ def only_own_lines(run: Storage, verbose: bool = False) -> Iterator[tuple[Consol
     Args:
         verbose: everybody else's are shown, too, and what this package logs as information.
     """
-    for name, value in SETTINGS.items():  # read when Ray and transformers are imported
-        os.environ.setdefault(name, value)
+    hush()
     output, errors = sys.stdout, sys.stderr
     console, elsewhere = Console(file=output, soft_wrap=True), Elsewhere(run, errors, verbose)
     others: logging.Handler = logging.StreamHandler(cast(TextIO, elsewhere))

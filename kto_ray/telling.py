@@ -11,7 +11,7 @@ from kto_ray.evaluate.statistics import EvaluationSummary
 
 
 def progress_bars(console: Console) -> Progress:
-    """Bars that go away once they are full. They leave the process's streams alone, see `console.py`."""
+    """Bars that go away once they are full, on a terminal. They leave the process's streams alone, see `console.py`."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -21,6 +21,7 @@ def progress_bars(console: Console) -> Progress:
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
+        disable=not console.is_terminal,  # elsewhere they would leave an empty line
     )
 
 

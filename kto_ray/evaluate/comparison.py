@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kto_ray.evaluate.charts import MISSING, STYLES, Row, data_uri, number, numbers, percents
+from kto_ray.evaluate.charts import MISSING, STYLES, Row, data_uri, number, numbers, percent, percents
 from kto_ray.evaluate.plots import BLUE, GRAY, GREEN, GRID, INK, MUTED, ORANGE, PURPLE, RED
 from kto_ray.evaluate.statistics import Interval
 
@@ -25,7 +25,7 @@ COLORS = (GREEN, ORANGE, BLUE, PURPLE, RED, GRAY)
 DRAWN = ("desirable", "undesirable", "abstained", "failed", "pending")
 """Columns of a round's row that add up to its images."""
 FIGURES: dict[str, tuple[str, bool]] = {
-    "pass_rate": ("held-out images that pass", True),
+    "pass_rate": ("pass rate", True),
     "win_rate": ("win rate vs base", True),
     "mean_score": ("mean score", False),
 }
@@ -77,8 +77,8 @@ def _figures(row: Row) -> dict[str, Interval]:
 
 def figure_names(points: Sequence[Point]) -> list[str]:
     """Of all figures that any point has; those of `FIGURES` come first."""
-    there = dict.fromkeys(name for point in points for name in point.figures)
-    return [name for name in (*FIGURES, *there) if name in there]
+    there = {name for point in points for name in point.figures}
+    return [*(name for name in FIGURES if name in there), *sorted(there - FIGURES.keys())]
 
 
 def shown(point: Point, name: str) -> str:
@@ -86,9 +86,11 @@ def shown(point: Point, name: str) -> str:
     interval = point.figures.get(name)
     if interval is None:
         return MISSING
+    share = name in FIGURES and FIGURES[name][1]
+    value = percent(interval.value) if share else number(interval.value)
     if math.isnan(interval.low):
-        return number(interval.value)
-    return percents(interval) if name in FIGURES and FIGURES[name][1] else numbers(interval)
+        return value
+    return f"{value} ({percents(interval) if share else numbers(interval)})"
 
 
 def chart(points: Sequence[Point], kind: Literal["svg", "png"]) -> bytes:

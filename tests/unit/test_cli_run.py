@@ -66,3 +66,18 @@ def test_a_summary_is_said_with_what_is_known() -> None:
     )
     asked = {"people": {"answers": 7}, "base": {}, "final": {}}
     assert in_a_sentence(known | asked) == "7 answers of people; 48 images drawn in 61 s"
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_command_has_help_and_is_documented(name: str) -> None:
+    assert f"kto-ray {name}" in (ROOT / "docs/cli.md").read_text()
+    said = CliRunner().invoke(main, [name, "--help"])
+    assert said.exit_code == 0
+    assert main.commands[name].help
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_shells_are_told_how_to_complete(shell: str) -> None:
+    said = CliRunner().invoke(main, ["completion", shell])
+    assert said.exit_code == 0
+    assert f"_KTO_RAY_COMPLETE={shell}_complete" in said.stdout

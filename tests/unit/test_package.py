@@ -64,9 +64,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("holdings", "label"),
     ("people", "evaluate", "relabel"),
     ("labelers", "making", "retention", "run_folder", "telling"),
-    ("bake_off", "check", "doctor", "export", "preflight", "rewind"),
-    ("cli_compare", "cli_doctor", "cli_export", "cli_runs", "cli_sample", "loop"),
+    ("bake_off", "beginning", "check", "doctor", "export", "preflight", "rewind", "submitting"),
+    ("cli_compare", "cli_completion", "cli_doctor", "cli_export", "cli_init", "cli_report", "cli_runs", "cli_sample"),
+    ("loop",),
     ("cli_run",),
+    ("cli_submit",),
     ("cli",),
     ("__main__",),
 )
