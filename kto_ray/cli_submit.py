@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.option(
     "--address", metavar="URL", help="Of the head's dashboard. [default: RAY_API_SERVER_ADDRESS, or loopback]"
 )
+@click.option("--dry-run", is_flag=True, help="Have everything checked there, and end.")
 @click.option("--follow", is_flag=True, help="Show what it prints until it ends, and end with its exit code.")
 @click.option("--id", "id_", help="Of the job; by default the run's name and the time.")
 @click.option(
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 def submit(
     recipe: str,
     address: str | None,
+    dry_run: bool,
     follow: bool,
     id_: str | None,
     working_dir: Path | None,
@@ -51,7 +53,7 @@ def submit(
     from kto_ray.submitting import Submission, connect, send
 
     console = Console(soft_wrap=True)
-    submission = Submission.of(recipe, [*overrides, *card(gpu)], id_, working_dir, variables)
+    submission = Submission.of(recipe, [*overrides, *card(gpu)], id_, working_dir, variables, dry_run)
     client, where = connect(address)
     send(submission, client)
     console.print(f"{submission.id}: {submission.command}", markup=False, highlight=False)

@@ -56,12 +56,14 @@ class Submission:
         id_: str | None = None,
         folder: Path | None = None,
         variables: Sequence[str] = (),
+        dry_run: bool = False,
     ) -> "Submission":
         """Work out everything; the configuration is read, so that what is wrong with it is said here.
 
         Args:
             folder: to upload; None: the checkout, where this is called in one, and else recipe and prompts alone.
             variables: NAME=VALUE, or NAME of one that this process has.
+            dry_run: see `kto-ray run`; where the cluster's machines and files are, rather than here.
 
         Raises:
             UserError: see `config.load`; or a variable that is not there.
@@ -79,9 +81,10 @@ class Submission:
         if "://" not in config.runs_folder and not Path(config.runs_folder).expanduser().is_absolute():
             # There it would lie in a folder that goes with the job.
             words.append(f"runs_folder={Path(config.runs_folder).absolute()}")
+        checked = ["--dry-run"] if dry_run else []
         return cls(
             id_ or f"{config.run}-{time.strftime('%Y%m%d-%H%M%S')}",
-            shlex.join(["python", "-m", "kto_ray", "run", "--recipe", recipe, *words]),
+            shlex.join(["python", "-m", "kto_ray", "run", "--recipe", recipe, *checked, *words]),
             folder,
             files,
             dict(map(_variable, variables)),

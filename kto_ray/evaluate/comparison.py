@@ -66,10 +66,12 @@ def points_of(run: str, rounds: Sequence[Row], evaluations: Sequence[Row]) -> li
 
 
 def _figures(row: Row) -> dict[str, Interval]:
+    def end(name: str) -> float:
+        return math.nan if row.get(name) is None else float(row[name])
+
     names = [name for name in row if name in FIGURES or name.startswith("score/")]
-    ends = {name: [row.get(f"{name}{end}") for end in ("_low", "_high")] for name in names}
     return {
-        name: Interval(row[name], *(math.nan if end is None else end for end in ends[name]))
+        name: Interval(float(row[name]), end(f"{name}_low"), end(f"{name}_high"))
         for name in names
         if row[name] is not None
     }

@@ -137,7 +137,8 @@ def test_runs_are_compared(run: Path, tmp_path: Path) -> None:
     assert "data:image/svg+xml" in page
     rows = json.loads(invoke("compare", str(run), str(other), "--json", "--out", str(tmp_path / "c.png")).stdout)
     assert [(row["run"], row["images"]) for row in rows] == [("first", 0), ("first", 10), ("second", 0), ("second", 10)]
-    assert Image.open(tmp_path / "c.png").width > 400
+    with Image.open(tmp_path / "c.png") as drawn:
+        assert drawn.width > 400
     assert invoke("compare", str(run), str(run)).exit_code == 2
     assert invoke("compare", str(run), "--out", "chart.pdf").exit_code == 2
 
