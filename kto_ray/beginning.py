@@ -128,7 +128,7 @@ def _judged(tree: dict[str, Any], answers: Answers) -> None:
             tree["train"] |= {"global_batch": 30, "micro_batch": 30}
     else:
         name = answers.judge.rpartition(":")[2].lower() if ":" in answers.judge else answers.judge
-        settings = {"scorer": answers.judge} if ":" in answers.judge else {}
+        settings: dict[str, Any] = {"scorer": answers.judge} if ":" in answers.judge else {}
         settings |= {"env": answers.judge} if answers.judge in OWN_ENVIRONMENT else {}
         settings |= on_card if answers.gpus and answers.judge not in NEEDS_NO_CARD else small
         watching.pop(name, None)
