@@ -1,7 +1,7 @@
 """A crowd that is not there: simulated people who judge a run's images on its page, over HTTP as real ones would.
 
     python jobs/simulated_crowd.py --write-gold runs/gold --taste red
-    python jobs/online_kto.py --recipe shapes_human run=human label.human.gold.file=runs/gold/gold.jsonl &
+    kto-ray run --recipe shapes_human run=human label.human.gold.file=runs/gold/gold.jsonl &
     python jobs/simulated_crowd.py --run runs/human --taste red --good 3 --noisy 1 --lazy 1 --hostile 1
 
 A taste says what somebody likes; a temperament, how far the answers follow from that and how the work is done. Now

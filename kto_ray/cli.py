@@ -11,9 +11,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kto_ray.cli_compare import compare
+from kto_ray.cli_completion import completion
+from kto_ray.cli_doctor import doctor
 from kto_ray.cli_export import export
+from kto_ray.cli_init import init
 from kto_ray.cli_plan import plan
+from kto_ray.cli_report import report
+from kto_ray.cli_run import run
 from kto_ray.cli_runs import runs
+from kto_ray.cli_sample import sample
+from kto_ray.cli_submit import submit
 from kto_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,9 +47,17 @@ def main() -> None:
     """Online Diffusion-KTO on Ray."""
 
 
+main.add_command(run)
+main.add_command(submit)
+main.add_command(init)
+main.add_command(doctor)
+main.add_command(report)
+main.add_command(compare)
+main.add_command(sample)
 main.add_command(export)
 main.add_command(plan)
 main.add_command(runs)
+main.add_command(completion)
 
 
 # -- kto-ray env ------------------------------------------------------------------------------------------------------
@@ -206,7 +222,7 @@ def relabel(run: str, name: str, threshold: str, overrides: tuple[str, ...]) -> 
     console = Console(soft_wrap=True)
     console.print(table)
     console.print(
-        f"train on it with: python jobs/online_kto.py ... replay.run={run} replay.labels={name}",
+        f"train on it with: kto-ray run ... replay.run={run} replay.labels={name}",
         markup=False,
         highlight=False,
     )

@@ -11,7 +11,7 @@ from kto_ray.evaluate.statistics import EvaluationSummary
 
 
 def progress_bars(console: Console) -> Progress:
-    """Bars that go away once they are full."""
+    """Bars that go away once they are full, on a terminal. They leave the process's streams alone, see `console.py`."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -19,6 +19,9 @@ def progress_bars(console: Console) -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not console.is_terminal,  # elsewhere they would leave an empty line
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from kto_ray.config import Model
 from kto_ray.diffusion import base_adapters, source
@@ -42,7 +43,8 @@ def load_family(
     """
     source.check(folder, model)
     family = family_of(folder, model)
-    diffusers_logging.disable_progress_bar()  # several components, loaded by every actor: no news
+    for quiet in (diffusers_logging, transformers_logging):
+        quiet.disable_progress_bar()  # several components, loaded by every actor: no news
     unused = _unused(folder, family, parts)
     pipeline = DiffusionPipeline.from_pretrained(
         folder,

@@ -5,8 +5,8 @@ Made by the loop at its end, from the metrics rows, the ledger and the stored ev
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from kto_ray.config import RunConfig, to_yaml
@@ -15,8 +15,9 @@ from kto_ray.evaluate.evaluation import FRESH_STAGE, STAGE, Evaluation
 from kto_ray.evaluate.hacking import suspicion_of
 from kto_ray.evaluate.hints import hints_in_all
 from kto_ray.evaluate.people import people_summary
-from kto_ray.evaluate.report import ReportData, render_report, save_png_grid
+from kto_ray.evaluate.report import Pair, ReportData, render_report, save_png_grid
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval
+from kto_ray.outbox import Row
 from kto_ray.rounds import RoundStore
 from kto_ray.stopwatch import Doing
 from kto_ray.storage import Storage
@@ -55,6 +56,15 @@ def _bounds(interval: Interval) -> dict[str, float]:
     return {name: value for name, value in bounds.items() if not math.isnan(value)}
 
 
+@dataclass(frozen=True)
+class Results:
+    """What is known of a run: `summary.json`, `report.html`, and the pairs of `before_after.png`."""
+
+    summary: dict[str, Any]
+    report: str
+    pairs: Sequence[Pair]
+
+
 def write_results(
     config: RunConfig,
     run: Storage,
@@ -64,12 +74,33 @@ def write_results(
     fresh: Evaluation | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Write summary and report; returns the summary.
+    """Write summary and report of a run that has ended; returns the summary."""
+    results = results_of(config, metrics.of, rounds, evaluation, fresh, seconds)
+    run.write_json("summary.json", results.summary)
+    run.write("report.html", results.report.encode())
+    if results.pairs:
+        picture = io.BytesIO()
+        save_png_grid(results.pairs, picture)
+        run.write("before_after.png", picture.getvalue())
+    return results.summary
 
-    Base and last policy are reported by their `fresh` evaluation, if there is one. `seconds` are this process's; the
-    roles' seconds are added up from the rounds, whoever ran them.
+
+def results_of(
+    config: RunConfig,
+    rows_of: Callable[[str], Sequence[Row]],
+    rounds: RoundStore,
+    evaluation: Evaluation,
+    fresh: Evaluation | None,
+    seconds: Mapping[str, float],
+    finished: bool = True,
+) -> Results:
+    """Base and last policy are reported by their `fresh` evaluation, if there is one.
+
+    Args:
+        rows_of: of `metrics.jsonl`, by kind, in the order of their steps; one evaluation at least.
+        seconds: of the whole run; the roles' seconds are added up from the rounds, whoever ran them.
     """
-    round_rows, evaluation_rows, fresh_rows = (metrics.of(kind) for kind in ("round", STAGE, FRESH_STAGE))
+    round_rows, evaluation_rows, fresh_rows = (rows_of(kind) for kind in ("round", STAGE, FRESH_STAGE))
     reported, rows = (fresh, fresh_rows) if fresh else (evaluation, evaluation_rows)
     last = int(evaluation_rows[-1]["step"])
     evaluations = [evaluation.summary(int(row["step"])) for row in evaluation_rows]
@@ -113,14 +144,13 @@ def write_results(
         "hints": hints,
         "people": asdict(people) if people else None,
     }
-    run.write_json("summary.json", summary)
     pairs = reported.pairs(last, PICTURED_PROMPTS)
     report = render_report(
         ReportData(
             run=config.run,
             model=config.model.name,
             config_yaml=to_yaml(config),
-            finished=True,
+            finished=finished,
             rounds=round_rows,
             evaluations=evaluations,
             fresh=fresh_evaluations,
@@ -135,9 +165,4 @@ def write_results(
             people=people,
         )
     )
-    run.write("report.html", report.encode())
-    if pairs:
-        picture = io.BytesIO()
-        save_png_grid(pairs, picture)
-        run.write("before_after.png", picture.getvalue())
-    return summary
+    return Results(summary, report, pairs)

@@ -1,19 +1,40 @@
 """Whole runs, as processes: any diffusers folder by name, every mode of training, and what a run leaves behind."""
 
 import json
+import re
 from pathlib import Path
 
+from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 
+from kto_ray.cli import main
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from tests.end_to_end import jobs
+
+OWN = re.compile(
+    r"(images|optimizer steps|effective batch|draws of a sample): "  # what the configuration implies
+    r"|round \d+: |  policy \d+: |held-out images that pass: |.*/report\.html$"
+    r"|WARNING: (still waiting for |round \d+: )"  # of a busy machine, and of a round of few verdicts
+)
+"""How the lines begin that a run says itself, where nothing goes wrong."""
+
+
+def foreign_lines(job: jobs.Job) -> list[str]:
+    """Those of everybody else, an empty one among them."""
+    summary = jobs.summary(job.run)
+    opinions = (*summary["hints"], *summary["doubts"])
+    lines = [line for line in job.output().splitlines() if not OWN.match(line)]
+    return [line for line in lines if not line or not any(opinion.endswith(line) for opinion in opinions)]
 
 
 def test_a_run_leaves_report_summary_metrics_rounds_and_policies(tmp_path: Path, tiny_sd1_folder: Path) -> None:
     job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "evaluate.every=1"])
     assert job.wait() == 0, job.output()
     assert job.output().rstrip().endswith("run/report.html")
+    assert foreign_lines(job) == []
+    (log,) = (job.run / "logs").iterdir()
+    assert "(TrainController pid=" in log.read_text()
 
     summary = jobs.summary(job.run)
     assert summary["images"] == 48
@@ -35,6 +56,11 @@ def test_a_run_leaves_report_summary_metrics_rounds_and_policies(tmp_path: Path,
         tiny_sd1_folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipeline.load_lora_weights(job.run / "policies/00002", weight_name="policy.safetensors")
+
+    report = tmp_path / "again.html"
+    said = CliRunner().invoke(main, ["report", str(job.run), "--out", str(report)])
+    assert said.exit_code == 0, said.output
+    assert report.read_text() == (job.run / "report.html").read_text()
 
     again = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "evaluate.every=1"])
     assert again.wait() == 0
