@@ -13,6 +13,7 @@ from kto_ray.config.generate import ALIGNED_STEPS, DRAWING, LATER, Generate, Oth
 from kto_ray.config.label import Labeling, as_scorers
 from kto_ray.config.machines import Cluster
 from kto_ray.config.people import as_route
+from kto_ray.config.prompts import Prompts, as_prompt_set
 from kto_ray.config.train import Train, as_sampling_policy, steps_for
 from kto_ray.config.watching import as_watch
 from kto_ray.errors import UserError
@@ -63,16 +64,6 @@ class Model(Section):
 def as_model(value: Any) -> Any:
     """A name stands for the model of that name."""
     return {"name": value} if isinstance(value, str) else value
-
-
-class Prompts(Section):
-    """Where prompts come from: text with a prompt a line, or CSV, TSV, JSON or JSON lines with a column of texts (see
-    `prompt_files.py`)."""
-
-    train: ByContent[str] = "shapes:train"
-    """A file, or "shapes:train"."""
-    held_out: ByContent[str] = "shapes:held_out"
-    """A file whose prompts are never trained on, or "shapes:held_out"."""
 
 
 HELD_OUT_STAGES = "evaluation", "fresh_evaluation"
@@ -256,6 +247,8 @@ class RunConfig(Section):
 
 SHORT_FORMS: dict[str, Callable[[Any], Any]] = {
     "model": as_model,
+    "prompts.train": as_prompt_set,
+    "prompts.held_out": as_prompt_set,
     "label.scorers": as_scorers,
     "label.scorers.*.threshold": as_threshold,
     "label.threshold": as_threshold,

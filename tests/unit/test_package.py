@@ -47,9 +47,9 @@ def test_importing_is_cheap() -> None:
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "identity", "images", "pictures", "records", "stage", "stopwatch"),
     ("concurrency", "lost", "plugins", "secrets", "shapes", "stalls", "storage", "text"),
-    ("section",),
+    ("prompt_files", "section"),
     ("objectives",),
-    ("lease", "naming", "outbox", "parts", "prompt_files", "verdicts"),
+    ("lease", "naming", "outbox", "parts", "prompt_templates", "verdicts"),
     ("config",),
     ("cluster", "serving", "policies", "rounds", "ruling", "samples", "prompts", "tracking", "diffusion"),
     ("caretaker", "generate", "score", "train"),
