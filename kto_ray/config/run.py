@@ -94,8 +94,11 @@ class Tracking(Section):
     """Where metrics go besides `metrics.jsonl`. A server that is away is sent later what it missed."""
 
     tensorboard: Free[bool] = True
+    """Write `tensorboard/` in the run's folder."""
     wandb_project: Free[str | None] = None
+    """Project of Weights & Biases that figures are sent to (`pip install 'kto-ray[wandb]'`); None: not sent."""
     mlflow_uri: Free[str | None] = None
+    """Server or folder of MLflow that figures are sent to (`pip install 'kto-ray[mlflow]'`); None: not sent."""
 
 
 class Replay(Section):
@@ -135,7 +138,9 @@ class RunConfig(Section):
     runs_folder: Free[str] = "runs"
     """Local path, or URI that pyarrow or fsspec opens (s3://..., gs://..., memory://...)."""
     seed: Fixed[int] = 0
+    """Seeds of images, batches and noise follow from it."""
     rounds: Free[Count] = 10
+    """How many rounds there are in all; a run that is continued may have more."""
     max_policy_lag: Fixed[Annotated[int, Field(ge=0)]] = 0
     """How many versions older than the policy being trained a sample's may be. 0: strictly on-policy. From 1 on, the
     next round is generated while this one is trained; more lets verdicts that people gave late be trained on, too."""
