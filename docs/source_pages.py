@@ -1,7 +1,7 @@
 """A hook of the site's: pages link to files of the repository, and the site has a page of each such file.
 
-`../kto_ray/loop.py` in a page leads to the file where the repository is browsed, and to `source/kto_ray/loop.py.html` on
-the site, which needs nobody's server. A Markdown file becomes a page like others, a folder one with all of its modules.
+`../kto_ray/loop.py` in a page leads to the file where the repository is browsed, and to `source/kto_ray/loop.py.html`
+on the site, which needs nobody's server. A Markdown file becomes a page like others, a folder one with all its modules.
 """
 
 import posixpath
@@ -34,11 +34,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
     uri = page.file.src_uri
     path = uri.removeprefix(SOURCE) if uri.startswith(SOURCE) else DOCS + uri
-    if (uri.startswith(SOURCE) and not path.endswith((".md",))) or path.endswith(".py.md"):
-        return markdown  # code
+    if uri.startswith(SOURCE) and not (ROOT / path).exists():
+        return markdown  # code, whose page has an ending more
 
     def led(found: re.Match[str]) -> str:
         target = _resolved(path, found["target"])

@@ -13,6 +13,7 @@ import contextlib
 import pickle
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -137,7 +138,7 @@ def check_prompts(of: PromptSet, *, wait_s: float = 600) -> list[Finding]:
         if findings[-1].last:
             return findings
     for name, check in (PROMPTS_CHECKS if is_own(of.source) else FILE_CHECKS).items():
-        findings.append(find(name, lambda check=check: check(trial), essential=name == "gives prompts"))
+        findings.append(find(name, partial(check, trial), essential=name == "gives prompts"))
         if findings[-1].last:
             break
     return findings

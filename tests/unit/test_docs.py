@@ -5,6 +5,7 @@ says so in a comment before it: `<!-- not checked: WHY -->`.
 """
 
 import argparse
+import ast
 import itertools
 import json
 import os
@@ -20,7 +21,6 @@ from typing import Any, get_args, get_origin
 import click
 import pytest
 
-import kto_ray.loop
 from kto_ray import config
 from kto_ray.cli import main
 from kto_ray.config import RunConfig, yaml12
@@ -125,19 +125,18 @@ def check_json(code: str) -> None:
 
 def commands(code: str) -> Iterator[list[str]]:
     """The words of each, without variables that are set before it, and without what it writes to."""
-    lexer = shlex.shlex(code.replace("\\\n", " ").replace("\n", " ;\n"), posix=True, punctuation_chars="|&;<>")
-    lexer.whitespace_split = True
-    words: list[str] = []
-    for word in [*lexer, ";"]:
-        if set(word) <= set("|&;"):
-            words = words[: words.index(">")] if ">" in words else words
-            while words and re.match(r"[A-Z_]+=", words[0]):
-                words = words[1:]
+    for line in code.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if not set(word) <= set("|&;"):
+                words.append(word)
+                continue
+            words = list(itertools.dropwhile(re.compile(r"[A-Z_]+=").match, itertools.takewhile(">".__ne__, words)))
             if words:
                 yield words
             words = []
-        else:
-            words.append(word)
 
 
 def check_command(words: list[str]) -> None:
@@ -177,7 +176,7 @@ def check_job(job: str, *words: str) -> None:
     assert (ROOT / job).is_file()
     if job != "jobs/online_kto.py":
         source = (ROOT / job).read_text()
-        assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
+        assert [word for word in words if word.startswith("--") and word.removeprefix("--") not in source] == []
         return
     if "run" in main.commands:  # the same
         check_kto_ray(["run", *words])
@@ -222,6 +221,8 @@ def has_field(annotation: Any, keys: list[str]) -> bool:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         field = annotation.model_fields.get(keys[0])
         return field is not None and has_field(field.annotation, keys[1:])
+    if get_origin(annotation) is tuple:
+        return keys[0] == "*" and has_field(get_args(annotation)[0], keys[1:])
     if get_origin(annotation) is dict:
         return get_args(annotation)[1] is Any or has_field(get_args(annotation)[1], keys[1:])
     return any(has_field(part, keys) for part in get_args(annotation))
@@ -234,8 +235,7 @@ FIELD = re.compile(r"`([a-z_]+(?:\.[a-zA-Z_*]+)+)(?:=[^`]*|: [^`]*)?`")
 def test_fields_that_prose_names_are_there(name: str) -> None:
     text = FENCED.sub("", (ROOT / name).read_text())
     named = {field for field in FIELD.findall(text) if field.split(".")[0] in RunConfig.model_fields}
-    endings = (".py", ".json", ".jsonl", ".yaml", ".sqlite")
-    # `train.watch` is a field, `train.job` no module's name in prose: files have their ending.
+    endings = (".py", ".json", ".jsonl", ".yaml", ".sqlite", ".txt")  # of files
     assert [f for f in sorted(named) if not f.endswith(endings) and not has_field(RunConfig, f.split("."))] == []
 
 
@@ -248,7 +248,8 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_concepts_show_the_diagram_of_the_loop() -> None:
-    diagram = (kto_ray.loop.__doc__ or "").partition("\n\n")[2].partition("\n\nTwo tasks")[0]
+    docstring = ast.get_docstring(ast.parse((ROOT / "kto_ray" / "loop.py").read_text()), clean=False) or ""
+    diagram = docstring.partition("\n\n")[2].partition("\n\nTwo tasks")[0]
     assert diagram.strip() in (DOCS / "concepts.md").read_text()
 
 
@@ -270,12 +271,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_site_needs_nobodys_server(site: Path) -> None:
     loads = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=["']?(?:https?:)?//[^"'>\s]+""")
-    found = {
-        match
-        for page in site.rglob("*.html")
-        for match in loads.findall(page.read_text())
-        if 'rel="canonical"' not in match
-    }
+    found = {match for page in site.rglob("*.html") for match in loads.findall(page.read_text())}
     assert found == set()
 
 
