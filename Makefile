@@ -39,6 +39,9 @@ bench: .venv/installed-dev system
 bake-off: .venv/installed
 	$(BIN)/python jobs/bake_off.py
 
+release: .venv/installed-dev
+	$(BIN)/python .ci/release.py $(VERSION)
+
 clean:
 	rm -rf .venv runs
 

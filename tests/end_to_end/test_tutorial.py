@@ -11,10 +11,8 @@ from pathlib import Path
 from tests.end_to_end.jobs import REPOSITORY
 
 TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
-STEP = re.compile(
-    r"(?:[Ss]ave(?: it)? as `(?P<name>[\w.]+)`[^`]*(?:\([^)]*\))?[^`]*)?```(?P<language>sh|python|yaml)\n(?P<text>.*?)```",
-    re.DOTALL,
-)
+NAMED = r"[Ss]ave(?: it)? as `(?P<name>[\w.]+)`[^`]*(?:\([^)]*\))?[^`]*"
+STEP = re.compile(rf"(?:{NAMED})?```(?:sh|python|yaml)\n(?P<text>.*?)```", re.DOTALL)
 
 
 def steps() -> list[tuple[str, str]]:
