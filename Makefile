@@ -4,7 +4,7 @@ RUN ?= demo
 BIN := .venv/bin
 export KTO_RAY_ENVS ?= $(CURDIR)/.envs
 
-.PHONY: demo test unit lint types bench bake-off clean system
+.PHONY: demo test unit lint types docs bench bake-off release clean system
 
 demo: .venv/installed
 	$(BIN)/python jobs/online_kto.py --recipe shapes_demo run=$(RUN)
@@ -27,12 +27,20 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
+docs: .venv/installed-dev
+	$(BIN)/python -m kto_ray.config.reference > docs/configuration.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo build/site/index.html
+
 bench: .venv/installed-dev system
 	$(BIN)/kto-ray env build --all
 	$(BIN)/python benchmarks/run.py
 
 bake-off: .venv/installed
 	$(BIN)/python jobs/bake_off.py
+
+release: .venv/installed-dev
+	$(BIN)/python .ci/release.py $(VERSION)
 
 clean:
 	rm -rf .venv runs

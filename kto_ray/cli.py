@@ -130,7 +130,7 @@ def env_list() -> None:
 
 @main.group("check")
 def check() -> None:
-    """Try a scorer or labeler of one's own against its protocol, before a run does."""
+    """Try a scorer, a labeler or prompts of one's own against their protocol, before a run does."""
     # Unlike `python`, a command does not look for modules where it is called.
     sys.path.insert(0, str(Path.cwd()))
 
@@ -198,6 +198,28 @@ def check_labeler(
     console = Console(soft_wrap=True)
     with console.status(f"trying {path}"):
         findings = contract.check_labeler(path, arguments, scorers=scorers, wait_s=wait_s, size=size)
+    sys.exit(0 if contract.show(findings, console) else 1)
+
+
+@check.command("prompts")
+@click.argument("source")
+@ARGUMENTS
+@click.option("--wait", "wait_s", default=600.0, show_default=True, help="Seconds after which a check has hung.")
+@click.argument("settings", nargs=-1, metavar="[FIELD=VALUE]...")
+def check_prompts(source: str, arguments: dict[str, Any], wait_s: float, settings: tuple[str, ...]) -> None:
+    """Read the prompts of SOURCE: a file, a folder, a URI, or package.module:Name of a source of one's own.
+
+    FIELD is one of `prompts.train`, for instance text=Prompt or split=train.
+    """
+    from kto_ray import config
+    from kto_ray.check import contract
+
+    given = [f"prompts.train.{setting}" for setting in settings]
+    named = config.from_tree({"prompts": {"train": {"source": source, "args": arguments}}})
+    of = config.override(named, given).prompts.train
+    console = Console(soft_wrap=True)
+    with console.status(f"reading {source}"):
+        findings = contract.check_prompts(of, wait_s=wait_s)
     sys.exit(0 if contract.show(findings, console) else 1)
 
 

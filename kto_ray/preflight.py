@@ -30,7 +30,7 @@ from kto_ray.errors import UserError
 from kto_ray.identity import marks_of
 from kto_ray.labelers import labeler_class
 from kto_ray.policies import PolicyStore
-from kto_ray.prompts import load_prompts, trained_on
+from kto_ray.prompts import trained_on
 from kto_ray.records import Prompt
 from kto_ray.relabel import Replayed, saved_config
 from kto_ray.score.scorers import scorer_marks
@@ -71,8 +71,8 @@ class Preflight:
         _check_kept(config.runs_folder)
         run = Storage(config.runs_folder) / config.run
         _check_rewound(run)
-        train = load_prompts("prompts.train", config.prompts.train)
-        held_out = load_prompts("prompts.held_out", config.prompts.held_out)
+        train = prompts.prompts_of(run, "prompts.train", config.prompts.train)
+        held_out = prompts.prompts_of(run, "prompts.held_out", config.prompts.held_out)
         _require_unseen(trained_on(held_out, [prompt.text for prompt in train]))
         tracking.check(config.tracking)
         kto_ray.score.checks.check(config.label.scorers)
@@ -118,6 +118,8 @@ def _check_credentials(config: RunConfig) -> None:
     """These addresses are said in messages, and handed to libraries that say them."""
     addresses = {
         "runs_folder": config.runs_folder,
+        "prompts.train.source": config.prompts.train.source,
+        "prompts.held_out.source": config.prompts.held_out.source,
         "replay.run": config.replay.run if config.replay else "",
         "tracking.mlflow_uri": config.tracking.mlflow_uri or "",
     }
@@ -175,9 +177,11 @@ def _check_texts(folder: Path, model: Model, train: Sequence[Prompt], held_out: 
     read, limit = {}, 0
     for name, texts in (("prompts.train", train), ("prompts.held_out", held_out)):
         read[name], limit = read_by(folder, model, [prefix + prompt.text for prompt in texts])
-        if cut := sum(text.cut for text in read[name]):
+        if cut := [(prompt, text.lost) for prompt, text in zip(texts, read[name], strict=True) if text.cut]:
+            prompt, lost = max(cut, key=lambda pair: len(pair[1]))
             logger.warning(
-                "%s: of %d of %d prompts the model reads only the first %d tokens", *(name, cut, len(texts), limit)
+                "%s: of %d of %d prompts the model reads only the first %d tokens; most is lost of %r: %r",
+                *(name, len(cut), len(texts), limit, prompt.id, lost),
             )
     known = {text.tokens for text in read["prompts.train"]}
     pairs = zip(held_out, read["prompts.held_out"], strict=True)

@@ -212,6 +212,14 @@ class Storage:
             found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return sorted(info.base_name for info in found if info.base_name.endswith(suffix))
 
+    def files(self) -> list[str]:
+        """Names of all files in this folder and below, "data/train.parquet", sorted."""
+        with self._told("read", "") as (filesystem, path):
+            _forget_listings(filesystem)
+            found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+        inside = path.rstrip("/") + "/"
+        return sorted(info.path.removeprefix(inside) for info in found if info.type == pafs.FileType.File)
+
     def write_json(self, name: str, value: Any) -> None:
         """See `to_json`."""
         self.write(name, (to_json(value, indent=1) + "\n").encode())

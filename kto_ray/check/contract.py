@@ -1,5 +1,6 @@
-"""`kto-ray check`: tries a scorer or labeler of one's own against its protocol, and says in words what failed.
+"""`kto-ray check`: tries a scorer, labeler or prompts of one's own against the protocol, and says in words what failed.
 
+`check_prompts` reads prompts and tries a source of one's own, by `prompts_trial.py`, here and in another process.
 `check_scorer` builds the scorer in an actor of its own, as the loop does, and asks for the checks of `scorer_trial.py`
 one after the other, so that a crash or a hang is a finding, too. `check_labeler` does those of `labeler_trial.py` on an
 event loop in a thread of its own: a labeler that blocks its loop could not be watched from within. `show` prints what
@@ -12,6 +13,7 @@ import contextlib
 import pickle
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -20,8 +22,11 @@ from rich.text import Text
 
 from kto_ray.check.finding import Broken, Finding, Size, find, shorten
 from kto_ray.check.labeler_trial import CANCEL_S, LABELER_CHECKS, LABELER_ESSENTIAL, LabelerTrial
+from kto_ray.check.prompts_trial import FILE_CHECKS, PROMPTS_CHECKS, PromptsTrial
 from kto_ray.check.scorer_trial import SCORER_CHECKS, ScorerTrial
+from kto_ray.config import PromptSet
 from kto_ray.labelers import labeler_class
+from kto_ray.prompts import is_own
 from kto_ray.score.scorers import load_scorer
 
 
@@ -117,6 +122,25 @@ def check_labeler(
             findings.append(_watch(loop, name, check(trial), wait_s))
             if findings[-1].last:
                 break
+    return findings
+
+
+def check_prompts(of: PromptSet, *, wait_s: float = 600) -> list[Finding]:
+    """Try a prompt set: files, or a source of one's own.
+
+    Args:
+        wait_s: another process that takes longer to make the same counts as hung.
+    """
+    trial = PromptsTrial(of, wait_s)
+    findings: list[Finding] = []
+    if is_own(of.source):
+        findings = _specification(of.source, of.args, trial.find)
+        if findings[-1].last:
+            return findings
+    for name, check in (PROMPTS_CHECKS if is_own(of.source) else FILE_CHECKS).items():
+        findings.append(find(name, partial(check, trial), essential=name == "gives prompts"))
+        if findings[-1].last:
+            break
     return findings
 
 

@@ -12,9 +12,10 @@ from kto_ray.config.generate import Generate, Otherwise, shaping
 from kto_ray.config.label import Labeling, ScorerSettings
 from kto_ray.config.machines import Cluster, Device, Dtype, Resources
 from kto_ray.config.people import Human
+from kto_ray.config.prompts import Prompts, PromptSet
 from kto_ray.config.reading import from_tree, load, override, public, recipe_names, to_yaml
 from kto_ray.config.resuming import Change, require_same
-from kto_ray.config.run import HELD_OUT_STAGES, BaseAdapter, Evaluate, Model, Prompts, Replay, RunConfig, Tracking
+from kto_ray.config.run import HELD_OUT_STAGES, BaseAdapter, Evaluate, Model, Replay, RunConfig, Tracking
 from kto_ray.config.train import Adapter, SamplingPolicy, Train, held_dtype, steps_for
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Labeling",
     "Model",
     "Otherwise",
+    "PromptSet",
     "Prompts",
     "Replay",
     "Resources",

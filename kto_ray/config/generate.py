@@ -28,11 +28,13 @@ class Generate(Section):
     """How images are sampled, and by how many Serve replicas."""
 
     images_per_round: Fixed[Count] = 512
+    """Over all prompts; a multiple of `images_per_prompt`."""
     images_per_prompt: Fixed[Count] = 1
     """Images of one prompt in a round."""
     guidance_scale: Fixed[Guidance] = 7.5
     """Classifier-free guidance; 1 is none."""
     steps: Fixed[Count] = 50
+    """Of the scheduler: calls of the denoiser an image, as a rule."""
     scheduler: ByContent[str | None] = None
     """A diffusers scheduler that can sample the model, by class name; None: the pipeline's own."""
     scheduler_args: Fixed[dict[str, Any]] = {}
@@ -47,10 +49,13 @@ class Generate(Section):
     """Draw, before the first round, as many images at once as a replica's card has room for: the largest power of two
     that is at most `batch_size` and `images_per_round`."""
     height: Fixed[Count | None] = None
+    """Pixels; None: what the model was trained on."""
     width: Fixed[Count | None] = None
     """Pixels; None: what the model was trained on."""
     device: Noted[Device] = "auto"
+    """Of replicas; "auto": a GPU where `resources` asks for one."""
     dtype: Fixed[Dtype] = "float32"
+    """Precision in which images are drawn."""
     compile: Noted[bool] = False
     """torch.compile the denoiser of every replica, by the blocks that it repeats where it says which, before the first
     request. Wants a C++ compiler on every node."""
@@ -59,7 +64,7 @@ class Generate(Section):
     that, too, all but the layer that does, and the next (the autoencoder stays). Slower, for cards that have no room;
     was not tried on one yet."""
     min_replicas: Free[Annotated[int, Field(ge=0)]] = 1
-    """0: of a run whose `cluster.placement` is elastic."""
+    """So many Serve replicas are always there. 0: of a run whose `cluster.placement` is elastic."""
     max_replicas: Free[Count] = 1
     """Serve autoscales between the two; the loop does where `cluster.placement` is elastic."""
     max_ongoing_requests: Free[Count] = 3
@@ -111,7 +116,9 @@ class Otherwise(Section):
     """How held-out images are sampled where it is not as in `generate`, which is what None stands for."""
 
     guidance_scale: Fixed[Guidance | None] = None
+    """Classifier-free guidance; 1 is none."""
     steps: Fixed[Count | None] = None
+    """Of the scheduler."""
     scheduler: ByContent[str | None] = None
     """By class name, the pipeline's own, too."""
     scheduler_args: Fixed[dict[str, Any] | None] = None

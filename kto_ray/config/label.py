@@ -28,11 +28,13 @@ class ScorerSettings(Section):
     weight: Fixed[Positive] = 1
     """In a weighted sum."""
     mean: Fixed[float] = 0
+    """Of its scores, see `std`."""
     std: Fixed[Positive] = 1
     """A weighted sum with calibration "fixed" takes (score - mean) / std."""
     threshold: Fixed[Threshold | None] = None
     """Of this scorer's vote, when scorers vote; None: `label.threshold`."""
     min_actors: Free[Count] = 1
+    """So many actors are always there."""
     max_actors: Free[Count] = 2
     """The pool grows while samples wait and shrinks when it idles."""
     resources: Resources = Resources(num_cpus=0.25, threads=1)

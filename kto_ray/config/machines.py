@@ -15,6 +15,7 @@ class Resources(Section):
     """What one actor of a role asks of the cluster."""
 
     num_cpus: Free[NonNegative] = 1
+    """Fractions share one core."""
     num_gpus: Free[NonNegative] = 0
     """Fractions share one GPU."""
     threads: Noted[Annotated[int, Field(ge=0)]] = 0

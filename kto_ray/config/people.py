@@ -51,6 +51,7 @@ class RouteRandom(Section):
 
     kind: Literal["random"] = "random"
     share: Fixed[InnerShare] = 0.5
+    """Of a round."""
 
 
 class RouteNearThreshold(Section):
@@ -58,6 +59,7 @@ class RouteNearThreshold(Section):
 
     kind: Literal["near_threshold"] = "near_threshold"
     share: Fixed[InnerShare] = 0.25
+    """Of a round."""
 
 
 class RouteDisagreement(Section):
@@ -65,6 +67,7 @@ class RouteDisagreement(Section):
 
     kind: Literal["disagreement"] = "disagreement"
     share: Fixed[Share] = 1
+    """At most so large a share of a round."""
 
 
 Route = Annotated[
@@ -101,6 +104,7 @@ class Human(Section):
     host: Free[str] = "127.0.0.1"
     """Address that the page listens on; another than loopback is for a machine behind a proxy with HTTPS."""
     port: Free[Annotated[int, Field(ge=1, le=65535)]] = 8000
+    """Port that the page listens on."""
     public_url: Free[str | None] = None
     """What links begin with, for instance https://labels.example.org; None: http://host:port."""
     link_days: Free[Positive] = 30

@@ -13,6 +13,7 @@ from kto_ray.config.generate import ALIGNED_STEPS, DRAWING, LATER, Generate, Oth
 from kto_ray.config.label import Labeling, as_scorers
 from kto_ray.config.machines import Cluster
 from kto_ray.config.people import as_route
+from kto_ray.config.prompts import Prompts, as_prompt_set
 from kto_ray.config.train import Train, as_sampling_policy, steps_for
 from kto_ray.config.watching import as_watch
 from kto_ray.errors import UserError
@@ -65,16 +66,6 @@ def as_model(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-class Prompts(Section):
-    """Where prompts come from: text with a prompt a line, or CSV, TSV, JSON or JSON lines with a column of texts (see
-    `prompt_files.py`)."""
-
-    train: ByContent[str] = "shapes:train"
-    """A file, or "shapes:train"."""
-    held_out: ByContent[str] = "shapes:held_out"
-    """A file whose prompts are never trained on, or "shapes:held_out"."""
-
-
 HELD_OUT_STAGES = "evaluation", "fresh_evaluation"
 """Stages of what is drawn to evaluate a policy; the second, of other seeds than those by which the run is ended."""
 
@@ -103,8 +94,11 @@ class Tracking(Section):
     """Where metrics go besides `metrics.jsonl`. A server that is away is sent later what it missed."""
 
     tensorboard: Free[bool] = True
+    """Write `tensorboard/` in the run's folder."""
     wandb_project: Free[str | None] = None
+    """Project of Weights & Biases that figures are sent to (`pip install 'kto-ray[wandb]'`); None: not sent."""
     mlflow_uri: Free[str | None] = None
+    """Server or folder of MLflow that figures are sent to (`pip install 'kto-ray[mlflow]'`); None: not sent."""
 
 
 class Replay(Section):
@@ -144,7 +138,9 @@ class RunConfig(Section):
     runs_folder: Free[str] = "runs"
     """Local path, or URI that pyarrow or fsspec opens (s3://..., gs://..., memory://...)."""
     seed: Fixed[int] = 0
+    """Seeds of images, batches and noise follow from it."""
     rounds: Free[Count] = 10
+    """How many rounds there are in all; a run that is continued may have more."""
     max_policy_lag: Fixed[Annotated[int, Field(ge=0)]] = 0
     """How many versions older than the policy being trained a sample's may be. 0: strictly on-policy. From 1 on, the
     next round is generated while this one is trained; more lets verdicts that people gave late be trained on, too."""
@@ -265,6 +261,8 @@ class RunConfig(Section):
 
 SHORT_FORMS: dict[str, Callable[[Any], Any]] = {
     "model": as_model,
+    "prompts.train": as_prompt_set,
+    "prompts.held_out": as_prompt_set,
     "label.scorers": as_scorers,
     "label.scorers.*.threshold": as_threshold,
     "label.threshold": as_threshold,

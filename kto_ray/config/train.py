@@ -18,7 +18,9 @@ class Adapter(Section):
     """What is trained: low-rank adapters of the denoiser's attention, or all of it."""
 
     kind: Fixed[Literal["lora", "full"]] = "lora"
+    """Low-rank adapters, or full fine-tuning."""
     rank: Fixed[Count] = 16
+    """Of the low-rank adapters."""
     alpha: Fixed[Positive | None] = None
     """None: equal to the rank, which scales the adapter by 1."""
     target_modules: ByContent[tuple[str, ...] | None] = None
@@ -74,24 +76,32 @@ class Train(Section):
     """AdamW; with a quarter of the state; with the state in the host's memory where the card has no room for it (both
     of bitsandbytes); or Adafactor, with next to no state."""
     learning_rate: Fixed[Positive] = 1e-5
+    """The largest; `warmup_steps` leads up to it."""
     warmup_steps: Fixed[Annotated[int, Field(ge=0)]] = 0
+    """Optimizer steps over which the learning rate rises from 0."""
     decay: Fixed[Literal["constant", "cosine"]] = "constant"
     """How the learning rate goes on after the warm-up; "cosine" falls to 0 over `rounds` (and is stretched
     when a run is continued with more of them)."""
     weight_decay: Fixed[NonNegative] = 0
+    """Of AdamW and Adafactor."""
     max_grad_norm: Fixed[Positive] = 1
+    """Gradients of a greater norm are scaled down to it."""
     adapter: Adapter = Adapter()
     sampling_policy: Annotated[SamplingPolicy, BeforeValidator(as_sampling_policy)] = SamplingPolicy()
     """Which weights are published, to draw the next round: the trained ones, or a running average."""
     device: Noted[Device] = "auto"
+    """Of train workers; "auto": a GPU where `resources` asks for one."""
     dtype: Fixed[Literal["float32", "bfloat16"]] = "float32"
     """Precision of the forward passes (autocast); weights, errors and optimizer stay float32. Not float16: its small
     gradients underflow without loss scaling."""
     base_dtype: Fixed[Literal["float32", "bfloat16"] | None] = None
     """Precision in which a frozen base is held, under adapters that stay float32; None: that of the forward passes."""
     compile: Noted[bool] = False
+    """torch.compile the denoiser of every worker, by the blocks that it repeats where it says which."""
     gradient_checkpointing: Noted[bool] = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     workers: Noted[Count] = 1
+    """Ray Train workers, one a card; each takes its share of `global_batch`."""
     strategy: Fixed[Literal["ddp", "fsdp"]] = "ddp"
     """What each worker holds: all of what is trained, or, of full fine-tuning, its share of weights, gradients,
     optimizer and reference (FSDP2), which is gathered block by block."""
@@ -103,6 +113,7 @@ class Train(Section):
     max_failures: Free[int] = 3
     """How often Ray Train restarts the workers after a crash; -1: always."""
     keep_checkpoints: Free[Annotated[int, Field(ge=2)]] = 2
+    """The last so many checkpoints stay, to go on from when the newest is damaged."""
     watch: Annotated[CollapseWatch, BeforeValidator(as_watch)] = CollapseWatch()
     """Whether training takes the policy apart."""
 

@@ -122,7 +122,12 @@ class Read:
     """What of a text reaches the model."""
 
     tokens: tuple[int, ...]
-    cut: bool
+    lost: str = ""
+    """What does not, as the tokenizer writes it."""
+
+    @property
+    def cut(self) -> bool:
+        return bool(self.lost)
 
 
 def read_by(folder: Path, model: Model, texts: Sequence[str]) -> tuple[list[Read], int]:
@@ -138,8 +143,11 @@ def read_by(folder: Path, model: Model, texts: Sequence[str]) -> tuple[list[Read
 
     def read(tokens: Sequence[int]) -> Read:
         ends = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
-        kept = (*tokens[: limit - 1], tokens[-1]) if ends else tokens[:limit]
-        return Read(tuple(kept) if len(tokens) > limit else tuple(tokens), len(tokens) > limit)
+        if len(tokens) <= limit:
+            return Read(tuple(tokens))
+        kept, lost = (tokens[: limit - 1], tokens[limit - 1 : -1]) if ends else (tokens[:limit], tokens[limit:])
+        words = tokenizer.decode(lost).strip() or f"{len(lost)} tokens"
+        return Read((*kept, tokens[-1]) if ends else tuple(kept), words)
 
     return [read(tokens) for tokens in tokenizer(text=list(texts), verbose=False).input_ids], limit
 

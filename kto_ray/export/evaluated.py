@@ -3,7 +3,6 @@
 `card.py` shows it. Read from where the loop keeps evaluations; those with fresh seeds come first, as in the report.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.report import Pair
 from kto_ray.evaluate.statistics import EvaluationSummary
-from kto_ray.prompts import FILES, load_prompts
+from kto_ray.prompts import FILES, kept, load_prompts
 from kto_ray.records import Prompt
 from kto_ray.storage import Storage
 
@@ -34,9 +33,8 @@ class Evaluated:
 
 def held_out_prompts(run: Storage, config: RunConfig) -> list[Prompt]:
     """Those that the run began with; [] where they cannot be had any more."""
-    file = FILES["prompts.held_out"]
-    if run.exists(file):
-        return [Prompt(**json.loads(line)) for line in run.read(file).decode().splitlines()]
+    if run.exists(FILES["prompts.held_out"]):
+        return kept(run, "prompts.held_out")
     try:
         return load_prompts("prompts.held_out", config.prompts.held_out)
     except UserError as error:

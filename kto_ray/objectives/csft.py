@@ -25,7 +25,9 @@ class CSFT(ObjectiveSection):
 
     kind: Literal["csft"] = "csft"
     desirable_prefix: Fixed[Prefix] = "good image, "
+    """Goes before the prompts of desirable images, and before all that are drawn once the model has learned it."""
     undesirable_prefix: Fixed[Prefix] = "bad image, "
+    """Goes before the prompts of undesirable images."""
 
     @model_validator(mode="after")
     def _verdicts_differ(self) -> "CSFT":

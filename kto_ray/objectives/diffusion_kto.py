@@ -92,7 +92,9 @@ class DiffusionKTO(Referring, ObjectiveSection):
     margin_memory: Fixed[Annotated[float, Field(ge=0, lt=1)]] = 0.98
     """Share of the median that `target_margin` goes by that stays from step to step."""
     desirable_weight: Fixed[Positive] = 1
+    """Factor of the loss of desirable samples."""
     undesirable_weight: Fixed[Positive] = 1
+    """Factor of the loss of undesirable samples."""
     safeguard: Fixed[bool] = False
     """Scale the gradient of undesirable samples down, step by step, so far that to first order it makes no desirable
     sample worse explained. Takes a second backward pass."""

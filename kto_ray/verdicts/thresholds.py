@@ -135,6 +135,7 @@ class Absolute(BaseThreshold):
     compares = "nothing"
     kind: Literal["absolute"] = "absolute"
     value: Fixed[float]
+    """The cut."""
     dead_band: Fixed[NonNegative] = 0
     """Scores closer to `value` than this abstain."""
 
@@ -190,7 +191,9 @@ class TopBottom(BaseThreshold):
     version = "2"
     kind: Literal["top_bottom"] = "top_bottom"
     top: Fixed[InnerShare] = 0.5
+    """Share of a round that is desirable."""
     bottom: Fixed[InnerShare] = 0.5
+    """Share of a round that is undesirable."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> "TopBottom":
@@ -211,6 +214,7 @@ class RunningMean(BaseThreshold):
     version = "2"
     kind: Literal["running_mean"] = "running_mean"
     z: Fixed[float] = 0
+    """Standard deviations above the mean where the cut lies."""
     decay: Fixed[Share] = 0.9
     """Weight of the past in the averages; 0 forgets it."""
     dead_band: Fixed[NonNegative] = 0

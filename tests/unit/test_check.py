@@ -3,19 +3,24 @@
 import asyncio
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from click.testing import CliRunner, Result
 from rich.console import Console
 
-from kto_ray.check.contract import ask_all, check_labeler, check_scorer, show
+from kto_ray.check.contract import ask_all, check_labeler, check_prompts, check_scorer, show
 from kto_ray.check.finding import Finding
 from kto_ray.check.labeler_trial import LABELER_CHECKS
+from kto_ray.check.prompts_trial import PROMPTS_CHECKS
 from kto_ray.check.scorer_trial import SCORER_CHECKS, ScorerTrial
+from kto_ray.cli import main
+from kto_ray.config import PromptSet
 from kto_ray.errors import UserError
 from kto_ray.label.protocol import Labeler
 from kto_ray.labelers import labeler_class
@@ -687,6 +692,92 @@ def test_a_labeler_that_is_not_there_is_named() -> None:
     last = check_labeler(f"{__name__}:Nobody")[-1]
     assert (last.name, last.passed) == ("is found", False)
     assert "'Nobody'" in last.words
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+class Steady:
+    """Gives the same whenever it is asked."""
+
+    def __init__(self, animals: Sequence[str] = ("cat", "dog")) -> None:
+        self.animals = animals
+
+    def __iter__(self) -> Iterator[str | dict[str, str]]:
+        yield {"prompt": "a cow", "style": "oil"}
+        yield from (f"a {animal}" for animal in self.animals)
+
+
+class Unsteady(Steady):
+    """Sets of texts have another order in another process."""
+
+    def __iter__(self) -> Iterator[str | dict[str, str]]:
+        return iter({f"a {animal} {number}" for animal in self.animals for number in range(20)})
+
+
+class Drained(Steady):
+    """An iterator that all of its instances share."""
+
+    left = iter(["a cat", "a dog"])
+
+    def __iter__(self) -> Iterator[str | dict[str, str]]:
+        return iter([next(self.left)])
+
+
+class Raises(Steady):
+    def __iter__(self) -> Iterator[str | dict[str, str]]:
+        raise KeyError("animals")
+
+
+def prompts_findings(source: type, **args: Any) -> dict[str, Finding]:
+    of = PromptSet(source=f"{__name__}:{source.__name__}", args=args)
+    return {finding.name: finding for finding in check_prompts(of, wait_s=60)}
+
+
+def test_good_prompts_pass_every_check() -> None:
+    findings = prompts_findings(Steady, animals=["cat", "Cow"])
+    assert failed(findings) == []
+    assert list(findings) == ["is found", "its arguments pickle", *PROMPTS_CHECKS]
+    assert findings["gives prompts"].words == "3 prompts; the first is 'a cow'; metadata: style"
+    assert findings["its texts differ"].words == "1 texts are there several times, 'a cow' 2 times"
+
+
+@pytest.mark.parametrize(
+    ("source", "check", "words"),
+    [
+        (Unsteady, "gives the same in another process", "the order of a set?"),
+        (Drained, "gives the same when it is built again", "number 1 is first 'a cat' and then 'a dog'"),
+        (Raises, "gives prompts", "raised KeyError: 'animals' (test_check.py line"),
+    ],
+)
+def test_a_broken_promise_of_prompts_is_found(source: type, check: str, words: str) -> None:
+    findings = prompts_findings(source)
+    assert failed(findings)[0] == check
+    assert words in findings[check].words
+
+
+def test_prompts_that_are_not_there_are_named() -> None:
+    last = check_prompts(PromptSet(source=f"{__name__}:Nobody"))[-1]
+    assert (last.name, last.passed, last.last) == ("is found", False, True)
+
+
+def test_files_are_read_by_the_command(tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text("de,prompt\neine Katze,a cat\neine Katze,a dog\n")
+
+    def checked(*words: str) -> Result:
+        return CliRunner().invoke(main, ["check", "prompts", str(file), *words], env={"COLUMNS": "400"})
+
+    outcome = checked("text=de")
+    assert outcome.exit_code == 0, outcome.output
+    assert "2 prompts; the first is 'eine Katze'; metadata: prompt" in outcome.output
+    assert "1 texts are there several times, 'eine katze' 2 times" in outcome.output
+    outcome = checked("text=fr")
+    assert outcome.exit_code == 1
+    assert "has no column 'fr'; it has 'de', 'prompt'" in outcome.output
+    outcome = checked("txt=fr")
+    assert outcome.exit_code == 2
+    assert "unknown field 'prompts.train.txt', did you mean 'text'?" in outcome.output
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ from PIL import Image
 from scipy import ndimage
 
 import kto_ray
-from examples import csv_people, my_taste
-from kto_ray.check.contract import ask_all, check_labeler
+from examples import csv_people, my_prompts, my_taste
+from kto_ray.check.contract import ask_all, check_labeler, check_prompts
 from kto_ray.check.finding import Finding
 from kto_ray.check.scorer_trial import ScorerTrial
-from kto_ray.config import RunConfig
+from kto_ray.config import PromptSet, RunConfig
 from kto_ray.records import Prompt
 from kto_ray.samples import Samples
 from kto_ray.score.scorers import load_scorer
@@ -146,9 +146,16 @@ def test_the_csv_labeler_passes_its_checks(tmp_path: Path) -> None:
     assert [finding for finding in findings if not finding.passed] == []
 
 
-@pytest.mark.parametrize("module", [my_taste, csv_people])
-def test_the_documentation_shows_the_examples_whole(module: ModuleType) -> None:
-    page = (ROOT / "docs" / "plugins.md").read_text()
+def test_the_prompts_pass_their_checks() -> None:
+    of = PromptSet(source="examples.my_prompts:Scenes", args={"things": ["cat", "car"], "count": 20})
+    findings = {finding.name: finding for finding in check_prompts(of)}
+    assert [finding for finding in findings.values() if not finding.passed] == []
+    assert "20 prompts" in findings["gives prompts"].words
+
+
+@pytest.mark.parametrize(("module", "page"), [(my_taste, "plugins"), (csv_people, "plugins"), (my_prompts, "prompts")])
+def test_the_documentation_shows_the_examples_whole(module: ModuleType, page: str) -> None:
+    page = (ROOT / "docs" / f"{page}.md").read_text()
     tree = ast.parse(inspect.getsource(module))
     shown = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     assert shown

@@ -55,9 +55,9 @@ def test_importing_is_cheap() -> None:
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "identity", "images", "pictures", "records", "sleeping", "stage", "stopwatch"),
     ("concurrency", "draining", "lost", "plugins", "secrets", "shapes", "stalls", "storage", "text"),
-    ("section",),
+    ("prompt_files", "section"),
     ("objectives",),
-    ("console", "lease", "naming", "outbox", "parts", "prompt_files", "sharing", "verdicts"),
+    ("console", "lease", "naming", "outbox", "parts", "prompt_templates", "sharing", "verdicts"),
     ("config",),
     ("cluster", "serving", "policies", "rounds", "ruling", "samples", "prompts", "tracking", "diffusion"),
     ("caretaker", "placement"),

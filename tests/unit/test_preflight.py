@@ -23,6 +23,7 @@ from kto_ray.diffusion.geometry import image_size
 from kto_ray.errors import UserError
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight, describe, disk_bytes
+from kto_ray.prompts import FILES, keep
 from kto_ray.records import Prompt
 from kto_ray.relabel import relabel, saved_config
 from kto_ray.rounds import RoundStore
@@ -121,6 +122,7 @@ def test_held_out_prompts_that_the_model_reads_as_one_it_is_trained_on(
     held_out = write_prompts(tmp_path / "held.jsonl", [f"{long} two"])
     describe(load("shapes_demo", [*base, f"prompts.train={train}", f"prompts.held_out={held_out}"]))
     assert "prompts.train: of 1 of 2 prompts the model reads only the first 8 tokens" in caplog.text
+    assert f"most is lost of '{long} one': 'square and one'" in caplog.text
     assert "prompts.held_out: 1 of its prompts are in their first 8 tokens" in caplog.text
 
 
@@ -147,13 +149,27 @@ def test_prompts_that_changed_since_the_run_began(
     assert [words for words in [*said, "another `run` name"] if words not in text] == []
 
 
+def test_a_run_without_ids_goes_on_with_its_numbers(base: list[str], tmp_path: Path) -> None:
+    """Its prompts were named by their place in the file, which it has kept."""
+    file = tmp_path / "plain.txt"
+    file.write_text("a cat\na dog\n")
+    settings = load("shapes_demo", [*base, f"prompts.train={file}"])
+    run = begin(settings).run
+    numbered = [Prompt("1", "a cat"), Prompt("2", "a dog")]
+    run.delete(FILES["prompts.train"])
+    keep(run, "prompts.train", numbered)
+    assert begin(settings).train_prompts == numbered
+    run.local and shutil.rmtree(run.local / "prompts")  # as a run of release 0.1.0 has none
+    assert begin(settings).train_prompts == numbered
+
+
 def test_a_file_of_the_same_prompts_may_move(base: list[str], tmp_path: Path) -> None:
     run = begin(load("shapes_demo", base)).run
     moved = write_prompts(tmp_path / "moved.jsonl", ["a cat", "a dog"])
     begin(load("shapes_demo", [*base, f"prompts.train={moved}"]))
-    assert [row["field"] for row in changes_of(run)] == ["prompts.train"]
+    assert [row["field"] for row in changes_of(run)] == ["prompts.train.source"]
     run.local and shutil.rmtree(run.local / "prompts")  # as a run of release 0.1.0 has none
-    assert "prompts.train: the run has" in message(base)
+    assert "prompts.train.source: the run has" in message(base)
 
 
 # -- plug-ins ---------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_what_cannot_be_a_recipe_is_refused(tmp_path: Path, content: str, proble
 
 @pytest.mark.parametrize("name", ["2024 #1", "#1", "2026-11-25", 'the "best" # so far'])
 def test_an_override_is_taken_whole(name: str) -> None:
-    assert load(None, [f"prompts.train={name}"]).prompts.train == name
+    assert load(None, [f"prompts.train={name}"]).prompts.train.source == name
 
 
 @pytest.mark.parametrize("text", ["{", "7", "{a: 1, a: 2}"])
