@@ -55,6 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("caretaker", "generate", "score", "train"),
     ("holdings", "label"),
     ("people", "evaluate", "relabel"),
+    ("data",),
     ("labelers", "making", "retention", "telling"),
     ("bake_off", "check", "export", "preflight", "rewind"),
     ("cli_export", "cli_runs", "loop"),
