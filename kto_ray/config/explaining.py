@@ -1,5 +1,6 @@
 """Configurations in words: what is wrong with one, in the user's terms, and what a right one implies."""
 
+import builtins
 import difflib
 from collections.abc import Sequence
 from types import UnionType
@@ -37,8 +38,17 @@ def _resolve(location: list[str]) -> tuple[list[str], Any]:
             here = _kinds(here)[part]
             continue
         keys.append(part)
-        here = _bare(get_args(here)[1] if get_origin(here) is dict else here.model_fields[part].annotation)
+        here = _bare(_inside(here, part))
     return keys, here
+
+
+def _inside(here: Any, key: str) -> Any:
+    match get_origin(here):
+        case builtins.dict:
+            return get_args(here)[1]
+        case builtins.tuple:
+            return get_args(here)[0]
+    return here.model_fields[key].annotation
 
 
 def _kinds(union: Any) -> dict[str, type[Section]]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from kto_ray.config.data import Data, as_data
 from kto_ray.config.generate import ALIGNED_STEPS, DRAWING, LATER, Generate, Otherwise
 from kto_ray.config.label import Labeling, as_scorers
 from kto_ray.config.machines import Cluster
@@ -162,6 +163,8 @@ class RunConfig(Section):
     """Train on another run's rounds first."""
     model: Annotated[Model, BeforeValidator(as_model)] = Model()
     prompts: Prompts = Prompts()
+    data: Fixed[Annotated[Data | None, BeforeValidator(as_data)]] = None
+    """Labelled images that are there already, to train on; None: all images are drawn and judged by the run itself."""
     generate: Generate = Generate()
     label: Labeling = Labeling()
     train: Train = Train()
@@ -256,6 +259,7 @@ class RunConfig(Section):
 
 SHORT_FORMS: dict[str, Callable[[Any], Any]] = {
     "model": as_model,
+    "data": as_data,
     "label.scorers": as_scorers,
     "label.scorers.*.threshold": as_threshold,
     "label.threshold": as_threshold,
