@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.utils import glob_translate
@@ -23,6 +24,8 @@ from kto_ray.storage import open_uri
 WILD = re.compile(r"[*?\[]")
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
+TROUBLE = (OSError, EOFError, pa.ArrowException, httpx2.HTTPError)
+"""What reading may raise, from wherever a file is."""
 URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 """A scheme of two letters or more; one is a drive of Windows."""
 
@@ -117,7 +120,7 @@ def find(where: str, endings: Sequence[str], what: str) -> list[File]:
             names = _below(filesystem, path.removesuffix(f"/{pattern}"))
             if found := [name for name in names if re.match(glob_translate(pattern), name)]:
                 return [File(join(root, name), name) for name in found]
-    except (ValueError, ImportError, OSError, pa.ArrowException) as error:
+    except (ValueError, ImportError, *TROUBLE) as error:
         raise UserError(f"{what}: {where} cannot be read: {error}") from error
     raise UserError(f"{what}: there is nothing at {where}; give a file, a folder, or a pattern such as data/*.parquet")
 
@@ -134,7 +137,7 @@ def listed(where: str, what: str) -> list[str]:
     try:
         filesystem, path = open_uri(absolute(where))
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    except (ValueError, ImportError, OSError, pa.ArrowException) as error:
+    except (ValueError, ImportError, *TROUBLE) as error:
         if isinstance(error, NotADirectoryError):
             return []
         raise UserError(f"{what}: {where} cannot be read: {error}") from error

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kto_ray.data.files import File, open_random, open_stream
+from kto_ray.data.files import TROUBLE, File, open_random, open_stream
 from kto_ray.errors import UserError
 
 ROWS = 10_000
@@ -53,7 +53,7 @@ def _told(file: File) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{file.uri} is not UTF-8 text: {error}; save it as UTF-8") from error
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except TROUBLE as error:
         raise UserError(f"{file.uri} cannot be read: {error}") from error
 
 
@@ -145,7 +145,7 @@ class Json:
         with _told(file):
             gathered: list[list[str | None]] = []
             for row in self._objects(file):
-                gathered.append([_as_text(row.get(name)) for name in columns])
+                gathered.append([as_text(row.get(name)) for name in columns])
                 if len(gathered) == ROWS:
                     yield _texts(gathered, columns)
                     gathered = []
@@ -290,5 +290,5 @@ def _texts(rows: Sequence[Sequence[str | None]], columns: Sequence[str]) -> pa.R
     return pa.RecordBatch.from_arrays(arrays, list(columns))
 
 
-def _as_text(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -24,6 +24,8 @@ class Notes:
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    signs: set[str] = field(default_factory=set)
+    """Values of verdicts that cannot both mean no."""
 
     def add(self, what: str, number: int, examples: Iterable[str] = ()) -> None:
         if number:

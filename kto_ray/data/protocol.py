@@ -72,7 +72,7 @@ class Preview:
 
 
 class Source(Protocol):
-    """Labelled images. Built from its settings alone, without reading anything.
+    """Labelled images. Built from its settings alone, without reading anything. To be subclassed.
 
     Raises (from every method): UserError: what is wrong with the files or settings, and what would be right.
     """
@@ -87,4 +87,6 @@ class Source(Protocol):
         """Tables of `LABELLED`, of at most some dozens of megabytes each, at least one row."""
         ...
 
-    def tables(self) -> Iterator[pa.Table]: ...
+    def tables(self) -> Iterator[pa.Table]:
+        for part in self.parts():
+            yield from self.read(part)

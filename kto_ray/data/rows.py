@@ -24,8 +24,6 @@ class Rows(Protocol):
 
     where: str
     """For messages."""
-    base: str | None
-    """Folder that paths in it are relative to; None: that of each file."""
 
     def schema(self) -> pa.Schema: ...
 
@@ -51,7 +49,7 @@ class FileRows:
     def __init__(self, where: str, what: str, base: str | None = None) -> None:
         self.where, self.what, self.base = where, what, base
 
-    def __getstate__(self) -> dict[str, str | None]:
+    def __getstate__(self) -> dict[str, object]:
         return {"where": self.where, "what": self.what, "base": self.base}
 
     @cached_property

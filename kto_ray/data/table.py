@@ -20,18 +20,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kto_ray.config.data import UNLABELLED, HuggingFaceData, ImageFolderData, TableData
+from kto_ray.config.data import UNLABELLED, HuggingFaceData, ImageFolderData, TableData, WebDatasetData
 from kto_ray.data.columns import Columns, find_columns, is_image, is_text
 from kto_ray.data.files import absolute, is_missing
 from kto_ray.data.labelling import Images, as_metadata, holds_images, labelled, note_images, prompts_of
 from kto_ray.data.notes import BOTH, FILTERED, MISSING, NOT_UNDERSTOOD, REPEATED, Notes
-from kto_ray.data.protocol import LABELLED, Part, Preview
+from kto_ray.data.protocol import LABELLED, Part, Preview, Source
 from kto_ray.data.rows import FileRows, Rows
-from kto_ray.data.verdicts import Expression, Reading, are_numbers, connect, counted
+from kto_ray.data.verdicts import Expression, Reading, are_numbers, connect, counted, plain
 from kto_ray.errors import UserError
 
 FIRST = 5
 """Rows of a preview."""
+SIGNS = frozenset({"0", "-1"})
+"""Either means no, unless both are there."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Plan:
         return list(dict.fromkeys([*self.columns.of.values(), *self.looked_at, *more]))
 
 
-class TableSource:
+class TableSource(Source):
     """See the module.
 
     Args:
@@ -58,7 +60,10 @@ class TableSource:
     """
 
     def __init__(
-        self, settings: TableData | ImageFolderData | HuggingFaceData, rows: Rows | None = None, kind: str = "table"
+        self,
+        settings: TableData | ImageFolderData | WebDatasetData | HuggingFaceData,
+        rows: Rows | None = None,
+        kind: str = "table",
     ) -> None:
         self.settings, self.kind, self.field = settings, kind, f"data.sources ({kind})"
         self.rows: Rows = rows or files_of(settings, self.field)
@@ -70,14 +75,11 @@ class TableSource:
     def plan(self) -> Plan:
         """Raises UserError where a column is not there, or cannot be what it is taken for."""
         settings, schema = self.settings, self.rows.schema()
-        named = {"prompt": settings.prompt, "image": settings.image, "who": settings.who}
-        if not settings.expression and settings.verdict != UNLABELLED:
-            named["verdict"] = settings.verdict
-        columns = find_columns(schema, named, self.rows.where, self.field)
+        columns = find_columns(schema, self.named(schema), self.rows.where, self.field)
         if not holds_images(schema.field(columns["image"]).type):
             raise UserError(
                 f"{self.field}: image: {columns['image']!r} in {self.rows.where} is "
-                f"{schema.field(columns['image']).type}; give a column of paths, of URIs, or of the bytes of image files"
+                f"{schema.field(columns['image']).type}; give a column of paths, URIs, or bytes of image files"
             )
         for name in (*settings.keep, *([settings.id] if settings.id else [])):
             if name not in schema.names:
@@ -88,12 +90,14 @@ class TableSource:
         looked_at = [*(expression.columns(schema) if expression else []), *(where.columns(schema) if where else [])]
         return Plan(schema, columns, expression, where, tuple(looked_at))
 
+    def named(self, schema: pa.Schema) -> dict[str, str | None]:
+        """What is looked for among the columns, with its name where that is known."""
+        settings = self.settings
+        named = {"prompt": settings.prompt, "image": settings.image, "who": settings.who}
+        return named if settings.expression or settings.verdict == UNLABELLED else named | {"verdict": settings.verdict}
+
     def parts(self) -> Sequence[Part]:
         return self.rows.parts()
-
-    def tables(self) -> Iterator[pa.Table]:
-        for part in self.parts():
-            yield from self.read(part)
 
     def read(self, part: Part) -> Iterator[pa.Table]:
         plan, keep, named = self.plan, self.settings.keep, self.settings.id
@@ -139,6 +143,8 @@ class TableSource:
         if notes:
             strange = cells.filter(odd).to_pylist()
             notes.add(NOT_UNDERSTOOD, len(strange), map(repr, dict.fromkeys(strange)))
+            if not self.settings.desirable:
+                notes.signs |= SIGNS & set(pc.unique(plain(cells)).to_pylist())
         return verdicts
 
     def preview(self) -> Preview:
@@ -173,11 +179,16 @@ class TableSource:
         )
 
     def _require_sense(self, counts: Counter[str], notes: Notes) -> None:
+        if notes.signs == SIGNS:
+            raise UserError(
+                f"{self.field}: verdict: column {self.plan.columns['verdict']!r} in {self.rows.where} has both 0 and "
+                "-1 in it, and either could mean no; say which: {desirable: [1], undesirable: [-1]}"
+            )
         strange = notes.counts[NOT_UNDERSTOOD]
         if strange and not counts["desirable"] + counts["undesirable"]:
             column = self.plan.columns["verdict"]
             raise UserError(
-                f"{self.field}: verdict: no value of column {column!r} in {self.rows.where} is understood, for instance "
+                f"{self.field}: verdict: no value of column {column!r} in {self.rows.where} is understood, such as "
                 f"{', '.join(notes.examples[NOT_UNDERSTOOD])}; name those that mean yes and no, {{desirable: [...], "
                 f"undesirable: [...]}}, or give an expression: '{column} >= 4'"
             )
