@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kto_ray.cli_dataset import dataset
 from kto_ray.cli_export import export
 from kto_ray.cli_runs import runs
 from kto_ray.errors import UserError
@@ -38,6 +39,7 @@ def main() -> None:
     """Online Diffusion-KTO on Ray."""
 
 
+main.add_command(dataset)
 main.add_command(export)
 main.add_command(runs)
 

@@ -50,11 +50,12 @@ def load_prompts(field: str, source: str) -> list[Prompt]:
 
 def trained_on(held_out: Sequence[Prompt], trained: Iterable[str]) -> list[str]:
     """Those held-out texts that are trained on, too, but for case and spaces, which no tokenizer here sees."""
-    known = {_words(text) for text in trained}
-    return [prompt.text for prompt in held_out if _words(prompt.text) in known]
+    known = {words_of(text) for text in trained}
+    return [prompt.text for prompt in held_out if words_of(prompt.text) in known]
 
 
-def _words(text: str) -> str:
+def words_of(text: str) -> str:
+    """What makes two prompts the same: their words, whatever their case and the spaces between."""
     return " ".join(text.casefold().split())
 
 

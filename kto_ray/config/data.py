@@ -31,7 +31,7 @@ class Labelled(Section):
     undesirable: Fixed[tuple[str | float | bool, ...]] = ()
     """... and those that mean no; all others are no verdict then."""
     expression: Fixed[str | None] = None
-    """The verdict as an SQL expression over the columns, in the place of a column: "rating >= 4"; null is no verdict."""
+    """The verdict as an SQL expression over the columns, in the place of a column: "rating >= 4"; null: no verdict."""
     where: Fixed[str | None] = None
     """Only rows of which this SQL expression over the columns is true: "split = 'train'"."""
     who: Fixed[str | None] = None

@@ -34,7 +34,7 @@ PartOf = tuple[str, Mapping[str, Any], int | None]
 """Name, what the format has to know, rows if known."""
 
 
-class Format(Protocol):
+class TableFormat(Protocol):
     """How files of a kind are read.
 
     Raises (from every method): UserError: names the file, and what is wrong with it.
@@ -264,7 +264,7 @@ class Arrow:
         return pa.ipc.open_file(source) if magic == b"ARROW1" else pa.ipc.open_stream(source)
 
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, TableFormat] = {
     **dict.fromkeys((".csv", ".csv.gz", ".csv.bz2", ".csv.zst"), Csv(csv.excel)),
     **dict.fromkeys((".tsv", ".tsv.gz", ".tsv.bz2", ".tsv.zst"), Csv(csv.excel_tab)),
     **dict.fromkeys((".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.bz2", ".jsonl.zst"), Json(lines=True)),

@@ -24,6 +24,8 @@ class Notes:
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    """What else is worth knowing."""
     signs: set[str] = field(default_factory=set)
     """Values of verdicts that cannot both mean no."""
 

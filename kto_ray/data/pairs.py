@@ -26,7 +26,7 @@ from kto_ray.data.columns import find_columns
 from kto_ray.data.labelling import Images, prompts_of
 from kto_ray.data.notes import FILTERED, Notes
 from kto_ray.data.table import expressions, files_of
-from kto_ray.data.tally import KEY, TallySource, place
+from kto_ray.data.tally import KEY, TallySource, place, true_in
 from kto_ray.data.verdicts import Expression
 from kto_ray.errors import UserError
 
@@ -97,10 +97,10 @@ class PairsSource(TallySource):
         counts = pc.and_(pc.is_valid(labels[0]), pc.is_valid(labels[1]))
         if "has_label" in batch.schema.names:
             counts = pc.and_(counts, pc.fill_null(pc.cast(batch.column("has_label"), pa.bool_()), False))
-        notes.add(UNDECIDED, batch.num_rows - _true(counts))
+        notes.add(UNDECIDED, batch.num_rows - true_in(counts))
         if self._where:
             wanted = pc.fill_null(self._where(batch), False)
-            notes.add(FILTERED, batch.num_rows - _true(wanted))
+            notes.add(FILTERED, batch.num_rows - true_in(wanted))
             counts = pc.and_(counts, wanted)
         prompts = pa.array(prompts_of(batch.column(self._prompt), notes), pa.string())
         tables = []
@@ -115,7 +115,7 @@ class PairsSource(TallySource):
     def _labels(self, cells: pa.Array, notes: Notes) -> pa.Array:
         labels = pc.cast(cells, pa.float64())
         strange = pc.invert(pc.fill_null(pc.is_in(labels, pa.array([0.0, 0.5, 1.0])), True))
-        notes.add(STRANGE, _true(strange), map(str, pc.unique(labels.filter(strange)).to_pylist()))
+        notes.add(STRANGE, true_in(strange), map(str, pc.unique(labels.filter(strange)).to_pylist()))
         return pc.if_else(strange, pa.scalar(None, pa.float64()), labels)
 
     def count(self, votes: "DuckDBPyConnection", notes: Notes) -> pa.Table:
@@ -145,7 +145,3 @@ class PairsSource(TallySource):
 
     def prompts(self, batch: pa.RecordBatch, rows: pa.Array) -> list[str | None]:
         return prompts_of(batch.column(self._prompt).take(rows))
-
-
-def _true(mask: pa.Array) -> int:
-    return pc.sum(pc.cast(mask, pa.int64())).as_py() or 0

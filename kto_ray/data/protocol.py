@@ -69,6 +69,8 @@ class Preview:
     """What is left out or looks wrong, by sentence: how often, at least."""
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """A few cases, by the same sentences."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What else is worth knowing of it."""
 
 
 class Source(Protocol):

@@ -12,7 +12,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from kto_ray.data.files import File, find
-from kto_ray.data.formats import FORMATS, Format
+from kto_ray.data.formats import FORMATS, TableFormat
 from kto_ray.data.protocol import Part
 from kto_ray.errors import UserError
 
@@ -69,7 +69,7 @@ class FileRows:
         return known
 
     @property
-    def format(self) -> Format:
+    def format(self) -> TableFormat:
         found = _format_of(self.files[0].name)
         assert found
         return found
@@ -102,6 +102,6 @@ class FileRows:
         return self.base or File(part.of["uri"], part.of["name"]).folder
 
 
-def _format_of(name: str) -> Format | None:
+def _format_of(name: str) -> TableFormat | None:
     """By the ending, which may be in any case."""
     return next((reader for ending, reader in FORMATS.items() if name.lower().endswith(ending)), None)

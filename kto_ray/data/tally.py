@@ -124,7 +124,7 @@ class TallySource(Source):
         for number, part in enumerate(parts):
             first, end = of_part.searchsorted([number, number + 1])
             if first < end:
-                taken = verdicts.slice(first, end - first).combine_chunks()
+                taken = verdicts.take(pa.array(range(first, end)))  # a slice would pickle with all the others
                 found.append(Part(part.name, {**part.of, "taken": taken, "rows": part.rows}, int(end - first)))
         return found
 
@@ -163,7 +163,11 @@ class TallySource(Source):
 
     def preview(self) -> Preview:
         _, verdicts, known = self._counted
-        counts, notes, rows = Counter[str](), Notes(known.counts.copy(), dict(known.examples)), verdicts.num_rows
+        counts, notes, rows = (
+            Counter[str](),
+            Notes(known.counts.copy(), dict(known.examples), known.facts),
+            verdicts.num_rows,
+        )
         first = LABELLED.empty_table()
         counts.update(counted(verdicts["desirable"].combine_chunks()))
         first = next(self.tables(), first).slice(0, 5)
@@ -175,7 +179,14 @@ class TallySource(Source):
                 counts.update(counted(table["desirable"].combine_chunks()))
                 lost = [uri for uri in table["uri"].to_pylist() if uri and is_missing(uri)]
                 notes.add(MISSING, len(lost), lost)
-        return Preview(self.kind, self.where, self.columns, rows, counts, first, notes.counts, notes.examples)
+        return Preview(
+            self.kind, self.where, self.columns, rows, counts, first, notes.counts, notes.examples, notes.facts
+        )
+
+
+def true_in(mask: pa.Array) -> int:
+    """How often it is true."""
+    return pc.sum(pc.cast(mask, pa.int64())).as_py() or 0
 
 
 def figures(taken: pa.Table) -> list[str | None]:

@@ -134,6 +134,7 @@ def connect(folder: str | None = None) -> "DuckDBPyConnection":
     if folder is not None:
         settings |= {"temp_directory": f"{folder}/aside"}
     connection = duckdb.connect(f"{folder}/votes.duckdb" if folder else ":memory:", config=settings)
+    connection.execute("SET TimeZone = 'UTC'")
     connection.execute("SET enable_external_access = false")
     return connection
 

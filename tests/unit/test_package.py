@@ -17,7 +17,15 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 HEAVY = ("torch", "ray", "diffusers", "transformers", "matplotlib")
-CHEAP = ("kto_ray", "kto_ray.config", "kto_ray.records", "kto_ray.prompts", "kto_ray.rounds", "kto_ray.policies")
+CHEAP = (
+    "kto_ray",
+    "kto_ray.config",
+    "kto_ray.records",
+    "kto_ray.prompts",
+    "kto_ray.rounds",
+    "kto_ray.policies",
+    "kto_ray.data.sources",
+)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -58,7 +66,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("labelers", "making", "retention", "telling"),
     ("bake_off", "check", "export", "preflight", "rewind"),
-    ("cli_export", "cli_runs", "loop"),
+    ("cli_dataset", "cli_export", "cli_runs", "loop"),
     ("cli",),
 )
 """The rooms of the house, ground floor first: who stands higher may know who stands lower, and nobody else."""
