@@ -76,13 +76,12 @@ def find_columns(
                 raise UserError(f"{field}: {what}: {where} has no column {name!r}; it has: {there}")
             found[what] = name
             continue
-        likely = usual(schema, what)
-        if len(likely) == 1:
-            found[what] = likely[0]
+        fitting = usual(schema, what)
+        if len(fitting) == 1:
+            found[what] = fitting[0]
         elif what not in optional:
-            problem = (
-                f"could mean any of {', '.join(map(repr, likely))}" if likely else "is called none of the usual names"
-            )
+            several = ", ".join(map(repr, fitting))
+            problem = f"could be any of {several}" if fitting else "has none of the usual names"
             raise UserError(
                 f"{field}: {what}: its column in {where} {problem}; name it: {{{what}: COLUMN}}; there are: {there}"
             )

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from kto_ray.data.files import TROUBLE, read_bytes
 from kto_ray.data.protocol import Source
+from kto_ray.data.sources import Several
 from kto_ray.pictures import figures_of, look
 from kto_ray.records import derive_seed
 
@@ -65,9 +66,7 @@ def look_at(source: Source, each: int = 32) -> Look:
             try:
                 image = _opened(row)
             except UnidentifiedImageError:
-                found.unreadable[row["id"]] = (
-                    f"{row['uri'] or 'bytes in the row'}: no format that is known, or no image"
-                )
+                found.unreadable[row["id"]] = f"{row['uri'] or 'bytes in the row'}: no image of a known format"
                 continue
             except (*TROUBLE, ValueError, SyntaxError, Image.DecompressionBombWarning) as error:
                 found.unreadable[row["id"]] = f"{row['uri'] or 'bytes in the row'}: {error}"
@@ -111,6 +110,9 @@ def _sampled(source: Source, each: int, found: Look) -> dict[str, list[Row]]:
 
 
 def _tables(source: Source) -> Iterator[pa.Table]:
+    if isinstance(source, Several):
+        yield from (table for each in source.sources for table in _tables(each))
+        return
     parts = source.parts()
     first = next((table for part in parts for table in islice(source.read(part), 1)), None)
     if first is None:

@@ -5,7 +5,7 @@
 A new kind is a section in `config/data.py`, a file beside this one, and a line below.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -26,32 +26,28 @@ from kto_ray.config.data import (
 )
 from kto_ray.data.columns import usual
 from kto_ray.data.files import find, listed
-from kto_ray.data.folders import DISLIKED, LIKED, FoldersSource
+from kto_ray.data.folders import DISLIKED, LIKED
 from kto_ray.data.formats import FORMATS
-from kto_ray.data.hugging_face import HuggingFaceSource
-from kto_ray.data.imagefolder import NAMES, ImageFolderSource
-from kto_ray.data.pairs import LABELS, PairsSource
-from kto_ray.data.paper import BOTH, LOSE, SPELLINGS, WIN, PaperSource
+from kto_ray.data.imagefolder import NAMES
+from kto_ray.data.pairs import LABELS
+from kto_ray.data.paper import BOTH, LOSE, SPELLINGS, WIN
 from kto_ray.data.protocol import Part, Preview, Source
-from kto_ray.data.ratings import RatingsSource
 from kto_ray.data.rows import FileRows
-from kto_ray.data.runs import RunSource
-from kto_ray.data.table import TableSource
-from kto_ray.data.votes import VotesSource
-from kto_ray.data.webdataset import TARS, WebDatasetSource
+from kto_ray.data.webdataset import TARS
 from kto_ray.errors import UserError
+from kto_ray.plugins import load_plugin
 
-SOURCES: dict[str, Callable[[Any], Source]] = {
-    "table": TableSource,
-    "paper": PaperSource,
-    "pairs": PairsSource,
-    "ratings": RatingsSource,
-    "folders": FoldersSource,
-    "imagefolder": ImageFolderSource,
-    "webdataset": WebDatasetSource,
-    "hugging_face": HuggingFaceSource,
-    "votes": VotesSource,
-    "run": RunSource,
+SOURCES = {
+    "table": "kto_ray.data.table:TableSource",
+    "paper": "kto_ray.data.paper:PaperSource",
+    "pairs": "kto_ray.data.pairs:PairsSource",
+    "ratings": "kto_ray.data.ratings:RatingsSource",
+    "folders": "kto_ray.data.folders:FoldersSource",
+    "imagefolder": "kto_ray.data.imagefolder:ImageFolderSource",
+    "webdataset": "kto_ray.data.webdataset:WebDatasetSource",
+    "hugging_face": "kto_ray.data.hugging_face:HuggingFaceSource",
+    "votes": "kto_ray.data.votes:VotesSource",
+    "run": "kto_ray.data.runs:RunSource",
 }
 """What reads each kind."""
 
@@ -69,7 +65,8 @@ def source_of(data: Data) -> Source:
 def make_source(settings: Any) -> Source:
     """The source that a section of `config/data.py` describes."""
     known = kind_at(settings.path) if isinstance(settings, AutoData) else settings
-    return SOURCES[known.kind](known)
+    made: Source = load_plugin("data.sources", known.kind, SOURCES)(known)
+    return made
 
 
 def kind_at(path: str) -> Any:

@@ -9,7 +9,8 @@ expression: "rating >= 4". Expressions are DuckDB's SQL, over the columns of one
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -65,7 +66,7 @@ def plain(cells: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(cells.type):
         cells = cells.dictionary_decode()
     if pa.types.is_boolean(cells.type):
-        return pc.cast(cells, pa.string())
+        return pc.fill_null(pc.cast(cells, pa.string()), "")
     words = pc.utf8_lower(pc.utf8_trim_whitespace(pc.cast(cells, pa.string())))
     words = pc.replace_substring_regex(words, r"^([+-]?\d+)\.0+$", r"\1")
     return pc.fill_null(words, "")
@@ -82,6 +83,13 @@ class Expression:
 
     def __init__(self, text: str, field: str, numbers: Sequence[str] = ()) -> None:
         self.text, self.field, self.numbers = text, field, tuple(numbers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("text", "field", "numbers")}
+
+    @cached_property
+    def _connection(self) -> "DuckDBPyConnection":
+        return connect()
 
     def columns(self, schema: pa.Schema) -> list[str]:
         """Those of a table that it looks at.
@@ -107,17 +115,16 @@ class Expression:
         for name in set(self.numbers) & set(batch.schema.names):
             place = batch.schema.get_field_index(name)
             batch = batch.set_column(place, name, as_numbers(batch.column(place)))
-        with connect() as connection:
-            try:
-                truth = duckdb.SQLExpression(self.text).cast("BOOLEAN").alias("truth")
-                answer = connection.from_arrow(pa.Table.from_batches([batch])).select(truth).to_arrow_table()
-            except duckdb.Error as error:
-                known = ", ".join(map(repr, batch.schema.names))
-                why = str(error).splitlines()[0]
-                advice = "; write try_cast(COLUMN AS DOUBLE)" if "cast is required" in why else ""
-                raise UserError(
-                    f"{self.field}: {self.text!r} is no truth about the columns {known}: {why}{advice}"
-                ) from error
+        try:
+            truth = duckdb.SQLExpression(self.text).cast("BOOLEAN").alias("truth")
+            answer = self._connection.from_arrow(pa.Table.from_batches([batch])).select(truth).to_arrow_table()
+        except duckdb.Error as error:
+            known = ", ".join(map(repr, batch.schema.names))
+            why = str(error).splitlines()[0]
+            advice = "; write try_cast(COLUMN AS DOUBLE)" if "cast is required" in why else ""
+            raise UserError(
+                f"{self.field}: {self.text!r} is no truth about the columns {known}: {why}{advice}"
+            ) from error
         column = answer.column("truth").combine_chunks()
         return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
 
