@@ -3,7 +3,7 @@
     .csv .tsv         a header and rows; UTF-8, with or without byte order mark; a part a file
     .jsonl .ndjson    an object a line; a part a file
     .json             a list of objects, or objects one after the other; a part a file
-    .parquet          a part a row group
+    .parquet          a part a row group, or several small ones
     .arrow .feather   Arrow's stream or file format; a part a file
 
 CSV and JSON are read as texts, whatever stands in them: a column that begins with 1 may go on with 0.5. Texts may be
@@ -27,6 +27,8 @@ ROWS = 10_000
 """Of texts, in a batch."""
 BYTES = 2**25
 """About so much of a batch of anything else."""
+PART_ROWS, PART_BYTES = 50_000, 2**26
+"""Row groups of Parquet are joined up to this: they may have a hundred rows each."""
 FIRST = 100
 """Objects of a JSON file whose keys are its columns: later ones may have more, which nobody misses."""
 
@@ -205,13 +207,16 @@ class Parquet:
 
     def parts(self, file: File) -> list[PartOf]:
         with _told(file), open_random(file.uri) as source, pq.ParquetFile(source) as parquet:
-            rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-        firsts = [sum(rows[:group]) for group in range(len(rows))]
-        return [
-            (f"{file.name}#{group}", {"group": group, "first": firsts[group]}, number)
-            for group, number in enumerate(rows)
-            if number
-        ]
+            groups = [parquet.metadata.row_group(group) for group in range(parquet.num_row_groups)]
+            sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+        parts: list[PartOf] = []
+        begin = first = rows = size = 0
+        for number, (more_rows, more_size) in enumerate([*sizes, (0, PART_BYTES + 1)]):
+            if rows and (rows + more_rows > PART_ROWS or size + more_size > PART_BYTES):
+                parts.append((f"{file.name}#{begin}", {"groups": (begin, number), "first": first}, rows))
+                begin, first, rows, size = number, first + rows, 0, 0
+            rows, size = rows + more_rows, size + more_size
+        return parts
 
     def batches(self, file: File, of: Mapping[str, Any], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         # Buffered and not read ahead: of a row group of gigabytes only as much is held as a batch needs.
@@ -221,16 +226,17 @@ class Parquet:
             pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False) as parquet,
         ):
             _require(file, parquet.schema_arrow.names, columns)
-            group = parquet.metadata.row_group(of["group"])
-            wanted = [group.column(place) for place in range(group.num_columns)]
-            size = sum(column.total_uncompressed_size for column in wanted if _top(column.path_in_schema) in columns)
-            rows = max(1, min(ROWS, BYTES * group.num_rows // max(1, size)))
-            for batch in parquet.iter_batches(rows, row_groups=[of["group"]], columns=list(columns), use_threads=False):
+            groups = list(range(*of["groups"]))
+            rows = min(_rows_at_once(parquet.metadata.row_group(group), columns) for group in groups)
+            for batch in parquet.iter_batches(rows, row_groups=groups, columns=list(columns), use_threads=False):
                 yield batch.select(list(columns))
 
 
-def _top(path: str) -> str:
-    return path.split(".")[0]
+def _rows_at_once(group: Any, columns: Sequence[str]) -> int:
+    """By what rows of these columns take on average."""
+    wanted = (group.column(place) for place in range(group.num_columns))
+    size = sum(each.total_uncompressed_size for each in wanted if each.path_in_schema.split(".")[0] in columns)
+    return max(1, min(ROWS, BYTES * int(group.num_rows) // max(1, size)))
 
 
 class Arrow:

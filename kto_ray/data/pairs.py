@@ -114,7 +114,7 @@ class PairsSource(TallySource):
 
     def _labels(self, cells: pa.Array, notes: Notes) -> pa.Array:
         labels = pc.cast(cells, pa.float64())
-        strange = pc.invert(pc.fill_null(pc.is_in(labels, pa.array([0.0, 0.5, 1.0])), True))
+        strange = pc.and_(pc.is_valid(labels), pc.invert(pc.is_in(labels, pa.array([0.0, 0.5, 1.0]))))
         notes.add(STRANGE, true_in(strange), map(str, pc.unique(labels.filter(strange)).to_pylist()))
         return pc.if_else(strange, pa.scalar(None, pa.float64()), labels)
 

@@ -26,6 +26,11 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "PART_ROWS", 2)
+
+
 def table(path: Path, **settings: Any) -> TableSource:
     return TableSource(TableData(path=str(path), **settings))
 
