@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from kto_ray.config.people import DatabaseUrl
+from kto_ray.config.preparing import Prepare, Stream
 from kto_ray.identity import ByContent, Fixed
 from kto_ray.section import Count, InnerShare, Section, Share
 
@@ -245,6 +246,8 @@ class Data(Section):
     held_out_share: Fixed[Share] = 0
     """Share of their prompts that is set apart to evaluate on, in the place of `prompts.held_out`; by a hash of the
     prompt, whatever its case and spaces. Images of held-out prompts are never trained on."""
+    prepare: Prepare = Prepare()
+    stream: Stream = Stream()
 
 
 def as_data(value: Any) -> Any:
