@@ -10,7 +10,6 @@ that are missing and no others; each is named after what is in it. What another 
 """
 
 import hashlib
-import io
 import json
 import logging
 import time
@@ -20,16 +19,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kto_ray.config import RunConfig
 from kto_ray.config.preparing import Prepare
-from kto_ray.data.protocol import Part, Source
+from kto_ray.data.protocol import Source
 from kto_ray.errors import UserError
 from kto_ray.offline.encoding import (
     INDEX,

@@ -77,7 +77,7 @@ class Flux2(Family):
         return self._normalised(encode_upcast(self.pipeline.vae, images_B3HW, generators))
 
     def _normalised(self, raw_BCHW: Tensor) -> Tensor:
-        """What the autoencoder gives, as the denoiser was trained on it: in patches, less their mean, by their spread."""
+        """What the autoencoder gives, as the denoiser was trained on it: patches, less their mean, by their spread."""
         mean_1C11, std_1C11 = self._statistics(raw_BCHW)
         normalised_BCHW: Tensor = (self.pipeline._patchify_latents(raw_BCHW) - mean_1C11) / std_1C11
         return normalised_BCHW
