@@ -66,7 +66,8 @@ class Preflight:
         _check_credentials(config)
         run = Storage(config.runs_folder) / config.run
         _check_rewound(run)
-        train = load_prompts("prompts.train", config.prompts.train)
+        # Of a run on labelled images, `offline/loop.py` reads them.
+        train = load_prompts("prompts.train", config.prompts.train) if config.data is None else []
         held_out = load_prompts("prompts.held_out", config.prompts.held_out)
         _require_unseen(trained_on(held_out, [prompt.text for prompt in train]))
         tracking.check(config.tracking)
@@ -242,7 +243,7 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     evaluations = 2 + config.rounds // config.evaluate.every + 2 * (config.evaluate.stop_at_pass_rate is not None)
     a_round, kept = config.generate.images_per_round, config.keep_pixels
     an_evaluation = config.evaluate.prompts_of(held_out_prompts) * config.evaluate.images_per_prompt
-    drawn = config.rounds * a_round + evaluations * an_evaluation
+    drawn = (config.rounds * a_round if config.data is None else 0) + evaluations * an_evaluation
     # Besides the rounds that are kept, those in the making and in training; besides two evaluations, the one in work.
     with_pixels = min(drawn, (kept + 2) * a_round + 3 * an_evaluation) if kept != "all" else drawn
     adapter = config.train.adapter
@@ -270,7 +271,8 @@ def describe(config: RunConfig) -> str:
     """The resolved tree and what it implies, checked as a run's is, but for a model that is still to be downloaded."""
     found = Preflight.check(config, download=False)
     train, held_out = len(found.train_prompts), len(found.held_out_prompts)
-    facts = {"prompts": f"{train} for training, {held_out} held out", **implied(config, held_out)}
+    trained = f"{train} for training, " if config.data is None else ""
+    facts = {"prompts": f"{trained}{held_out} held out", **implied(config, held_out)}
     facts["disk"] = "unknown until the model is downloaded"
     if found.folder is not None:
         stored = disk_bytes(config, found.folder, held_out) / 1e6

@@ -173,3 +173,29 @@ def _write(storage: Storage, name: str, table: pa.Table) -> str:
     pq.write_table(table, sink, compression="zstd", row_group_size=2**17)
     storage.write(name, sink.getvalue())
     return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+OF_RUN = "set.json"
+"""In a run's folder: the set that it trains on."""
+
+
+def keep_set(run: Storage, prepared: PreparedSet) -> None:
+    """Write down that a run trains on this set."""
+    digest = hashlib.sha256(prepared.storage.read("set.json")).hexdigest()
+    run.write_json(OF_RUN, {"folder": prepared.folder.uri, "key": prepared.key, "digest": digest})
+
+
+def set_of(run: Storage) -> PreparedSet:
+    """The set that a run trains on.
+
+    Raises:
+        UserError: it is gone, or is another one now.
+        FileNotFoundError: there is none yet.
+    """
+    kept = run.read_json(OF_RUN)
+    prepared = PreparedSet(Storage(kept["folder"]), kept["key"])
+    if not prepared.sealed:
+        raise UserError(f"{run} trains on the prepared set {prepared.storage}, which is gone; bring it back to go on")
+    if hashlib.sha256(prepared.storage.read("set.json")).hexdigest() != kept["digest"]:
+        raise UserError(f"{run} trains on the prepared set {prepared.storage}, which is another one now")
+    return prepared

@@ -219,16 +219,38 @@ class RunConfig(Section):
                 "and those of replayed rounds are another run's: use diffusion_kto with reference: fixed or round, or "
                 "no replay"
             )
-        if needs.pairs and self.generate.images_per_prompt < 2:
+        if self.data is None and needs.pairs and self.generate.images_per_prompt < 2:
             raise ValueError(
                 f"train.objective ({kind}) learns from pairs of images of one prompt: generate.images_per_prompt "
                 f"({self.generate.images_per_prompt}) must be at least 2, better 4 or more"
             )
-        if needs.pairs == "scores" and not self.label.voting:
+        if self.data is None and needs.pairs == "scores" and not self.label.voting:
             raise ValueError(
                 "train.objective.pairs: scores makes pairs of what scorers say, and label.scorers names none that is "
                 "not held_out: name one, or use pairs: verdicts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _labelled_images_are_nobodys(self) -> "RunConfig":
+        if self.data is None:
+            return self
+        needs, kind = self.train.objective.needs, self.train.objective.kind
+        if needs.own_rounds or needs.reference in ("round", "ema"):
+            raise ValueError(
+                f"train.objective ({kind}, reference: {needs.reference}) goes by the policies that drew the images, and "
+                "those of `data` were drawn by none of this run's: use diffusion_kto or dpo with reference: fixed, sft "
+                "or csft"
+            )
+        if needs.pairs == "scores":
+            raise ValueError("train.objective.pairs: scores, but images of `data` have verdicts: use pairs: verdicts")
+        if self.train.own_noise:
+            raise ValueError(
+                f"train.own_noise ({self.train.own_noise:g}): the noise that images of `data` were drawn from is not "
+                "known; give 0"
+            )
+        if self.replay:
+            raise ValueError("replay and data: give one of them; a run is a source of `data`, too (kind: run)")
         return self
 
     def drawn(self, stage: str) -> Generate:
@@ -253,7 +275,9 @@ class RunConfig(Section):
 
     @property
     def optimizer_steps_per_round(self) -> int:
-        """If every image gets a verdict; fewer verdicts, fewer steps."""
+        """If every image gets a verdict; fewer verdicts, fewer steps. Of a stream, those of an interval."""
+        if self.data is not None:
+            return self.data.stream.steps
         return steps_for(self.generate.images_per_round, self.train)
 
 

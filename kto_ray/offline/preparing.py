@@ -14,15 +14,14 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kto_ray.config import RunConfig
 from kto_ray.config.preparing import Prepare
@@ -40,6 +39,7 @@ from kto_ray.offline.encoding import (
 )
 from kto_ray.offline.listing import LISTED, ListPart, name_of
 from kto_ray.offline.planning import LEFT_OUT, SHARD_BYTES, Plan, plan_set
+from kto_ray.offline.showing import counting, quietly
 from kto_ray.parts import AT_ONCE
 from kto_ray.prepared import PREPARED, PreparedSet, sample_id, write_set
 from kto_ray.records import Prompt
@@ -109,10 +109,10 @@ class Preparing:
         import ray.data
 
         stage = ListPart(self.source, missing, listed)
-        dataset = _quietly(ray.data.from_items([{"part": number} for number in missing])).map(stage)
+        dataset = quietly(ray.data.from_items([{"part": number} for number in missing])).map(stage)
         known = [part.rows for part in missing.values()]
         total = None if None in known else sum(rows or 0 for rows in known)
-        with _bar(self.console, "list images", total) as advance:
+        with counting(self.console, "list images", total, "images") as advance:
             for row in dataset.iter_rows():
                 advance(row["images"])
 
@@ -146,7 +146,7 @@ class Preparing:
         ]
         pool = ActorPoolStrategy(min_size=self.settings.min_encoders, max_size=self.settings.max_encoders)
         resources = self.settings.resources
-        dataset = _quietly(ray.data.from_items(items))
+        dataset = quietly(ray.data.from_items(items))
         # Stages that ask for the same would run as one: a part would be decoded and encoded by a single actor.
         dataset = dataset.map_batches(
             ReadPart(self.source, parts), batch_size=1, batch_format="pyarrow", memory=4 * SHARD_BYTES
@@ -160,7 +160,7 @@ class Preparing:
             num_gpus=resources.num_gpus or None,
         )
         began, images = time.monotonic(), 0
-        with _bar(self.console, "encode images", missing.num_rows) as advance:
+        with counting(self.console, "encode images", missing.num_rows, "images") as advance:
             for row in dataset.map(StoreShard(self.folder)).iter_rows():
                 images += row["images"]
                 advance(row["images"] + row["unreadable"])
@@ -173,8 +173,6 @@ class Preparing:
         new = sorted(set(there) - set(pc.unique(known["part"]).to_pylist()))
         if not new:
             return known
-        from concurrent.futures import ThreadPoolExecutor
-
         with ThreadPoolExecutor(AT_ONCE) as pool:
             tables = list(pool.map(lambda shard: index_of(self.folder, shard), new))
         index = pa.concat_tables([known, *tables])
@@ -232,34 +230,3 @@ def _reasons(left_out: pa.Table) -> str:
         for why, those in sorted(ids.items(), key=lambda item: -len(item[1]))[:10]
     ]
     return ": " + "; ".join(said)
-
-
-def _quietly(dataset: Any) -> Any:
-    """Ray Data says nothing itself, and hands on every row by itself: each is a lot of work."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    context = dataset.context
-    context.enable_progress_bars = False
-    context.target_max_block_size = 1
-    return dataset
-
-
-@contextmanager
-def _bar(console: Console, what: str, total: int | None) -> Iterator[Any]:
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[pace]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task, began, done = progress.add_task(what, total=total, pace=""), time.monotonic(), 0
-
-        def advance(images: int) -> None:
-            nonlocal done
-            done += images
-            pace = f"{done / max(1e-9, time.monotonic() - began):.1f} images/s"
-            progress.update(task, advance=images, pace=pace)
-
-        yield advance
