@@ -30,6 +30,8 @@ from kto_ray.records import Place, PolicyRef, Prompt, SampleRecord
 from kto_ray.storage import Storage
 
 FORMAT = 1
+HELD_OUT = "held_out.json"
+"""In a set's folder: prompts of its source that were set apart."""
 STAGE = "data"
 """Of the samples of a set, which no policy of the run has drawn."""
 NOBODY = PolicyRef(0, "")
@@ -140,6 +142,10 @@ class PreparedSet:
         """All texts, each once."""
         texts: list[str] = pc.unique(self.table["prompt"].cast(pa.string())).to_pylist()
         return texts
+
+    def held_out(self) -> list[Prompt]:
+        """Prompts of the source that were set apart to evaluate on."""
+        return [Prompt(**one) for one in self.storage.read_json(HELD_OUT)]
 
     def records(self, rows_B: npt.NDArray[np.int64]) -> list[SampleRecord]:
         """Samples by their number in the set."""

@@ -238,9 +238,9 @@ class RunConfig(Section):
         needs, kind = self.train.objective.needs, self.train.objective.kind
         if needs.own_rounds or needs.reference in ("round", "ema"):
             raise ValueError(
-                f"train.objective ({kind}, reference: {needs.reference}) goes by the policies that drew the images, and "
-                "those of `data` were drawn by none of this run's: use diffusion_kto or dpo with reference: fixed, sft "
-                "or csft"
+                f"train.objective ({kind}, reference: {needs.reference}) goes by the policies that drew the images, "
+                "and those of `data` were drawn by none of this run's: use diffusion_kto or dpo with reference: fixed, "
+                "sft or csft"
             )
         if needs.pairs == "scores":
             raise ValueError("train.objective.pairs: scores, but images of `data` have verdicts: use pairs: verdicts")

@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kto_ray.data.held_out import Apart
 from kto_ray.offline.decoding import bucket_of, buckets
-from kto_ray.prompts import trained_on
-from kto_ray.records import Prompt
 
 SHARD_BYTES = 2**26
 """Of a shard's decoded pixels: that much goes from task to task at once."""
@@ -27,6 +26,8 @@ LEFT_OUT = pa.schema(
 HELD_OUT, NO_VERDICT = "its prompt is held out", "it has no verdict"
 CONTRARY = "it is liked and disliked by as many, for one prompt"
 ONCE = "it is there more than once; one is kept"
+IN_WORDS_NO_VERDICT = (HELD_OUT, NO_VERDICT, CONTRARY, ONCE)
+"""Reasons that are no fault of the image; all others are that it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def plan_set(
     size: tuple[int, int],
     multiple: int,
     resize: str,
-    held_out: Sequence[Prompt],
+    held_out: Apart,
     encoded: Set[str],
 ) -> Plan:
     """See `Plan`.
@@ -69,10 +70,7 @@ def plan_set(
     left = [table.filter(pc.is_valid(table["why"])).select(["id", "why"])]
     table = table.filter(pc.is_null(table["why"])).drop_columns(["why"])
 
-    # Held-out prompts, but for case and spaces.
-    texts = [Prompt(text, text) for text in pc.unique(table["prompt"]).to_pylist()]
-    taboo = pa.array(trained_on(texts, (prompt.text for prompt in held_out)), pa.string())
-    table = _without(table, pc.is_in(table["prompt"], value_set=taboo), HELD_OUT, left)
+    table = _without(table, held_out.of(table["prompt"].combine_chunks()), HELD_OUT, left)
     table = _without(table, pc.is_null(table["desirable"]), NO_VERDICT, left)
 
     rows, more = _once(table)

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from kto_ray.config import RunConfig
-from kto_ray.config.preparing import Prepare
+from kto_ray.config import RunConfig, public
+from kto_ray.data.held_out import Apart, held_out_prompts
 from kto_ray.data.protocol import Source
 from kto_ray.errors import UserError
 from kto_ray.offline.encoding import (
@@ -41,8 +41,7 @@ from kto_ray.offline.listing import LISTED, ListPart, name_of
 from kto_ray.offline.planning import LEFT_OUT, SHARD_BYTES, Plan, plan_set
 from kto_ray.offline.showing import counting, quietly
 from kto_ray.parts import AT_ONCE
-from kto_ray.prepared import PREPARED, PreparedSet, sample_id, write_set
-from kto_ray.records import Prompt
+from kto_ray.prepared import HELD_OUT, PREPARED, PreparedSet, sample_id, write_set
 from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -60,8 +59,8 @@ class Preparing:
     """Prepares one set; see the module.
 
     Args:
-        folder: where encoded images of all encodings are kept.
-        held_out: prompts whose images are left out.
+        held_out: prompts whose images are left out, besides those that `data.held_out_share` sets apart.
+        folder: of the encoding.
     """
 
     def __init__(
@@ -69,16 +68,16 @@ class Preparing:
         config: RunConfig,
         source: Source,
         encoding: Encoding,
-        held_out: Sequence[Prompt],
+        held_out: Sequence[str],
         folder: Storage,
         console: Console,
     ) -> None:
         assert config.data is not None
         self.config, self.source, self.encoding, self.held_out = config, source, encoding, held_out
-        self.settings: Prepare = config.data.prepare
-        self.folder, self.console = folder / encoding.key, console
+        self.settings, self.share = config.data.prepare, config.data.held_out_share
+        self.folder, self.console = folder, console
         self.parts = list(source.parts())
-        named = [[part.name for part in self.parts], sorted(prompt.text for prompt in held_out)]
+        named = [public(config.data)["sources"], [part.name for part in self.parts], sorted(held_out), self.share]
         self.set = PreparedSet(self.folder, hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16])
 
     def prepare(self) -> PreparedSet:
@@ -123,7 +122,10 @@ class Preparing:
             lists = lists or [LISTED.empty_table()]
             known = set(self._index()["content"].to_pylist())
             size, multiple, resize = self.encoding.size, self.encoding.multiple, self.encoding.resize
-            plan = plan_set(lists, size, multiple, resize, self.held_out, known)
+            plan = plan_set(lists, size, multiple, resize, Apart(self.held_out, self.share), known)
+            if self.share:
+                texts = pc.unique(pa.concat_tables(lists)["prompt"]).to_pylist()
+                storage.write_json(HELD_OUT, [asdict(prompt) for prompt in held_out_prompts(texts, self.share)])
             files = {name: storage.write_table(f"plan/{name}.parquet", table) for name, table in vars(plan).items()}
             storage.write_json("plan.json", files)
         return Plan(*(storage.read_table(f"plan/{name}.parquet") for name in ("rows", "left_out", "to_encode")))

@@ -170,20 +170,18 @@ def _some(ids: Sequence[str], most: int = 20) -> str:
     return ", ".join(ids[:most]) + more
 
 
-def reader_of(
-    config: RunConfig, run: Storage
-) -> Callable[[RoundTask, int], tuple[list[str], TrainingData | None]]:
+def reader_of(config: RunConfig, run: Storage) -> Callable[[RoundTask, int], tuple[list[str], TrainingData | None]]:
     """What gives a round's samples to train on, by their ids, to whoever has this policy version; see `read_round`."""
     if config.data is None:
         rounds = RoundStore(run)
         return lambda task, version: read_round(rounds, task, version, config)
     stream = Stream(set_of(run), config.train, config.data.stream, config.seed)
 
-    def read_interval(task: RoundTask, version: int) -> tuple[list[str], TrainingData | None]:
-        interval = stream.interval(task.round_index)
+    def read_interval(index: int) -> tuple[list[str], TrainingData]:
+        interval = stream.interval(index)
         return interval.ids, interval
 
-    return read_interval
+    return lambda task, version: read_interval(task.round_index)
 
 
 def read_round(
