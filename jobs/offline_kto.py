@@ -56,9 +56,8 @@ def main() -> int:
     if "win_rate" in final:
         found.append(f"win rate vs base {final['win_rate']:.1%}")
     ledger = summary["ledger"]
-    found.append(
-        f"trained on {ledger['trained']} of {ledger['generated']} labelled images in {summary['seconds']['total']:.0f} s"
-    )
+    seconds = summary["seconds"]["total"]
+    found.append(f"trained on {ledger['trained']} of {ledger['generated']} labelled images in {seconds:.0f} s")
     console.print("; ".join(found), highlight=False)
     console.print(f"{settings.runs_folder}/{settings.run}/report.html", highlight=False)
     return 0

@@ -9,13 +9,12 @@ import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kto_ray.data.files import read_bytes
 from kto_ray.data.protocol import Part, Source
 from kto_ray.offline.decoding import UnreadableError, upright_size
 from kto_ray.storage import Storage
@@ -48,17 +47,12 @@ def fetch(row: Mapping[str, Any]) -> bytes:
     if row["image"] is not None:
         data: bytes = row["image"]
         return data
-    uri = row["uri"]
     try:
-        if "://" not in uri:
-            return Path(uri).read_bytes()
-        with fsspec.open(uri, "rb") as file:
-            read: bytes = file.read()
-            return read
+        return read_bytes(row["uri"])
     except FileNotFoundError as error:
-        raise UnreadableError(f"there is no such file: {uri}") from error
-    except (OSError, ValueError, ImportError) as error:
-        raise UnreadableError(f"{uri} cannot be read: {error}") from error
+        raise UnreadableError("there is no such file") from error
+    except OSError as error:
+        raise UnreadableError(f"the file cannot be read: {error.strerror or error}") from error
 
 
 def fetched(table: pa.Table) -> Iterator[tuple[dict[str, Any], bytes | UnreadableError]]:
