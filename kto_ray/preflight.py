@@ -68,7 +68,10 @@ class Preflight:
         _check_rewound(run)
         # Of a run on labelled images, `offline/loop.py` reads them.
         train = load_prompts("prompts.train", config.prompts.train) if config.data is None else []
-        held_out = load_prompts("prompts.held_out", config.prompts.held_out)
+        if config.data is not None and config.data.held_out_share:
+            held_out = prompts.kept(run, "prompts.held_out")  # those of the data, once they were looked at
+        else:
+            held_out = load_prompts("prompts.held_out", config.prompts.held_out)
         _require_unseen(trained_on(held_out, [prompt.text for prompt in train]))
         tracking.check(config.tracking)
         kto_ray.score.checks.check(config.label.scorers)

@@ -69,6 +69,13 @@ def keep(run: Storage, field: str, prompts: Sequence[Prompt]) -> None:
         run.write(FILES[field], "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts).encode())
 
 
+def kept(run: Storage, field: str) -> list[Prompt]:
+    """The prompt set that a run began with; none where it has kept none."""
+    if not run.exists(FILES[field]):
+        return []
+    return [Prompt(**json.loads(line)) for line in run.read(FILES[field]).decode().splitlines()]
+
+
 def require_kept(run: Storage, field: str, prompts: Sequence[Prompt]) -> bool:
     """Whether the run has kept the set, which is this one then; False: it is new, or of a version that kept none.
 
@@ -77,8 +84,7 @@ def require_kept(run: Storage, field: str, prompts: Sequence[Prompt]) -> bool:
     """
     if not run.exists(FILES[field]):
         return False
-    began = [Prompt(**json.loads(line)) for line in run.read(FILES[field]).decode().splitlines()]
-    for number, (old, new) in enumerate(zip_longest(began, prompts), start=1):
+    for number, (old, new) in enumerate(zip_longest(kept(run, field), prompts), start=1):
         if old != new:
             raise UserError(
                 f"{field}: the run began with other prompts: number {number} was {_said(old)} and is {_said(new)} now; "

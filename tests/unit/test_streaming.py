@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -17,17 +16,13 @@ from kto_ray.config import Train
 from kto_ray.config.preparing import Stream as Settings
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.texts import Texts
-from kto_ray.parts import write_latents
-from kto_ray.prepared import NOBODY, PREPARED, STAGE, PreparedSet, sample_id, write_set
-from kto_ray.records import Prompt, SampleRecord
-from kto_ray.storage import Storage
+from kto_ray.prepared import PreparedSet
 from kto_ray.train import streaming
 from kto_ray.train.batches import Batch
 from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.streaming import IntervalBatches, Strand, Stream
 from tests.counting import counted
-
-SIZES = ((16, 16), (16, 24))
+from tests.factories import make_set
 
 
 def encode_prompts(prompts: Sequence[str]) -> Conditioning:
@@ -43,38 +38,6 @@ FAMILY = cast(
         noise_dtype=None,
     ),
 )
-
-
-def make_set(
-    folder: Path, desirable: Sequence[bool], sizes: Sequence[int] = (), prompts: Sequence[str] = (), shard: int = 8
-) -> PreparedSet:
-    """Images whose latents are their number in the set, in shards of one size."""
-    storage = Storage(str(folder))
-    sizes, prompts = sizes or [0] * len(desirable), prompts or [f"prompt {n}" for n in range(len(desirable))]
-    rows: list[dict[str, Any]] = [{} for _ in desirable]
-    for size in set(sizes):
-        members = [n for n, its in enumerate(sizes) if its == size]
-        height, width = SIZES[size]
-        for start in range(0, len(members), shard):
-            group, part = members[start : start + shard], f"shard-{size}-{start}"
-            records = [SampleRecord(f"c{n}", STAGE, Prompt("", prompts[n]), 0, 0, NOBODY) for n in group]
-            latents = np.stack([np.full((4, height // 8, width // 8), n, np.float32) for n in group])
-            for n, record in zip(
-                group, write_latents(storage, part, records, latents, {"unreadable": "{}"}), strict=True
-            ):
-                assert record.place
-                rows[n] = {
-                    "sample_id": sample_id(f"c{n}", prompts[n]),
-                    "prompt": prompts[n],
-                    "desirable": desirable[n],
-                    "source_id": f"row {n}",
-                    "height": height,
-                    "width": width,
-                    "part": part,
-                    "row": record.place.row,
-                    "latents_digest": record.place.latents_digest,
-                }
-    return write_set(storage, "set", pa.Table.from_pylist(rows, PREPARED), pa.table({"id": [], "why": []}), {})
 
 
 def stream_of(prepared: PreparedSet, steps: int = 5, shuffle: int = 16, **train: Any) -> Stream:
