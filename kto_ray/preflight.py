@@ -158,6 +158,9 @@ def _check_texts(folder: Path, model: Model, train: Sequence[Prompt], held_out: 
     """
     read, limit = {}, 0
     for name, texts in (("prompts.train", train), ("prompts.held_out", held_out)):
+        if not texts:  # of a run on labelled images, which are looked at later
+            read[name] = []
+            continue
         read[name], limit = read_by(folder, model, [prefix + prompt.text for prompt in texts])
         if cut := sum(text.cut for text in read[name]):
             logger.warning(
