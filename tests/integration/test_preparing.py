@@ -101,9 +101,6 @@ def test_the_same_shards_come_whatever_dies_and_stops(
     made = shards(folder)
 
     # What is in it, and what is not.
-    left_out = {
-        row["id"].rpartition("/")[2]: row["why"] for row in whole.storage.read_table("left_out.parquet").to_pylist()
-    }
     assert len(whole) == IMAGES - 3
     assert whole.manifest["left_out"][ONCE] == whole.manifest["left_out"][HELD_OUT] == 1
     assert [why for why in whole.manifest["left_out"] if "empty" in why or "truncated" in why]

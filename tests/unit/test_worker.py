@@ -227,19 +227,19 @@ def test_intervals_of_a_prepared_set_are_trained_as_rounds_are_and_again_to_the_
     prepared = make_set(tmp_path / "set", [n % 2 == 0 for n in range(32)], [n // 16 for n in range(32)], prompts, 64)
     keep_set(run, prepared)
     data = {"sources": "not asked any more", "stream": {"steps": 3}}
+    settings = {"objective": objective, "global_batch": 4, "micro_batch": 4, "adapter": {"rank": 2}}
+    config = RunConfig.model_validate(
+        {"model": str(tiny_sd1_folder), "rounds": ROUNDS, "data": data, "train": settings}
+    )
 
     def train() -> None:
-        config = config_of(tiny_sd1_folder, objective=objective, global_batch=4, micro_batch=4, epochs=9)
-        config = RunConfig.model_validate(config.model_dump() | {"data": data})
         train_worker({"config": config, "run": run, "coordinator": office})
 
     train()
     assert office.why is None
     before, reports = digests(run), dict(office.reports)
     assert len(set(before)) == 3
-    stream = Stream(
-        prepared, config_of(tiny_sd1_folder, objective=objective, global_batch=4).train, Streaming(steps=3), 0
-    )
+    stream = Stream(prepared, config.train, Streaming(steps=3), 0)
     for version, report in reports.items():
         interval = stream.interval(version - 1)
         assert report.draws == dict(zip(interval.ids, interval.draws_N.tolist(), strict=True))
