@@ -49,6 +49,7 @@ from kto_ray.cluster import connected, noisily
 from kto_ray.concurrency import all_closed, together
 from kto_ray.config import RunConfig
 from kto_ray.diffusion.sampling import drawing_digest
+from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.summary import write_results
 from kto_ray.generate.client import Generators
@@ -83,6 +84,11 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
         UserError: something in the configuration or around it is not as it must be; found before machine time is spent
             where it can be.
     """
+    if config.data is not None:
+        raise UserError(
+            "data: this job draws its own images; to train on labelled ones that are there already, give the same to "
+            "jobs/offline_kto.py"
+        )
     preflight = Preflight.check(config)
     with held(preflight.run, config.cluster.lease_renew_s, config.cluster.lease_stale_s) as (lease, run):
         preflight = replace(preflight, run=run)
