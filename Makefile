@@ -4,10 +4,14 @@ RUN ?= demo
 BIN := .venv/bin
 export KTO_RAY_ENVS ?= $(CURDIR)/.envs
 
-.PHONY: demo test unit lint types docs bench bake-off release clean system
+.PHONY: demo demo-offline test unit lint types docs bench bake-off release clean system
 
 demo: .venv/installed
 	$(BIN)/python jobs/online_kto.py --recipe shapes_demo run=$(RUN)
+
+demo-offline: .venv/installed
+	$(BIN)/python jobs/label_shapes.py runs/_shapes_labelled
+	$(BIN)/python jobs/offline_kto.py --recipe shapes_offline run=$(RUN)-offline
 
 test: .venv/installed-dev system
 	$(BIN)/kto-ray env build --all

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from kto_ray.cli_compare import compare
 from kto_ray.cli_completion import completion
+from kto_ray.cli_dataset import dataset
 from kto_ray.cli_doctor import doctor
 from kto_ray.cli_export import export
 from kto_ray.cli_init import init
@@ -54,6 +55,7 @@ main.add_command(doctor)
 main.add_command(report)
 main.add_command(compare)
 main.add_command(sample)
+main.add_command(dataset)
 main.add_command(export)
 main.add_command(plan)
 main.add_command(runs)

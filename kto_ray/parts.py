@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
@@ -78,16 +78,47 @@ def write_part(folder: Storage, samples: Sequence[Sample]) -> list[SampleRecord]
         )
         for row, sample in enumerate(samples)
     ]
+    _write(folder, part, records, arrays, {})
+    return records
+
+
+def write_latents(
+    folder: Storage,
+    part: str,
+    records: Sequence[SampleRecord],
+    latents_BCHW: npt.NDArray[np.float32],
+    metadata: Mapping[str, str],
+) -> list[SampleRecord]:
+    """Store a part of this name that has no pixels, and that may be empty; gives the records, with their places.
+
+    Args:
+        metadata: of the file of records.
+    """
+    latents = [np.ascontiguousarray(latents_CHW, DTYPES["latents"]) for latents_CHW in latents_BCHW]
+    placed = [replace(record, place=Place(part, row, _digest(latents[row]), "")) for row, record in enumerate(records)]
+    _write(folder, part, placed, {"latents": latents} if latents else {}, metadata)
+    return placed
+
+
+def _write(
+    folder: Storage,
+    part: str,
+    records: Sequence[SampleRecord],
+    arrays: Mapping[Kind, Sequence[npt.NDArray[Any]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """The files of a part, that of its records last."""
     table = records_to_table(records)
     for name in ("latents_digest", "pixels_digest"):
-        table = table.append_column(name, pa.array([getattr(record.place, name) for record in records]))
+        digests = [getattr(record.place, name) for record in records]
+        table = table.append_column(name, pa.array(digests, pa.string()))
     table = table.append_column("look", pa.array([record.look for record in records], pa.binary()))
     folder.require_mine()
     folder = folder.unfenced
-    with ThreadPoolExecutor(len(arrays)) as pool:
+    ids = [record.id for record in records]
+    with ThreadPoolExecutor(max(1, len(arrays))) as pool:
         list(pool.map(lambda kind: folder.write(f"{kind}/{part}.parquet", _file(ids, kind, arrays[kind])), arrays))
-    folder.write_table(f"samples/{part}.parquet", table)
-    return records
+    folder.write_table(f"samples/{part}.parquet", table.replace_schema_metadata(metadata) if metadata else table)
 
 
 def _file(ids: Sequence[str], kind: Kind, arrays: Sequence[npt.NDArray[Any]]) -> bytes:

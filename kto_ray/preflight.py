@@ -71,8 +71,12 @@ class Preflight:
         _check_kept(config.runs_folder)
         run = Storage(config.runs_folder) / config.run
         _check_rewound(run)
-        train = prompts.prompts_of(run, "prompts.train", config.prompts.train)
-        held_out = prompts.prompts_of(run, "prompts.held_out", config.prompts.held_out)
+        # Of a run on labelled images, `offline/loop.py` reads them.
+        train = prompts.prompts_of(run, "prompts.train", config.prompts.train) if config.data is None else []
+        if config.data is not None and config.data.held_out_share:
+            held_out = prompts.kept(run, "prompts.held_out")  # those of the data, once they were looked at
+        else:
+            held_out = prompts.prompts_of(run, "prompts.held_out", config.prompts.held_out)
         _require_unseen(trained_on(held_out, [prompt.text for prompt in train]))
         tracking.check(config.tracking)
         kto_ray.score.checks.check(config.label.scorers)
@@ -176,6 +180,9 @@ def _check_texts(folder: Path, model: Model, train: Sequence[Prompt], held_out: 
     """
     read, limit = {}, 0
     for name, texts in (("prompts.train", train), ("prompts.held_out", held_out)):
+        if not texts:  # of a run on labelled images, which are looked at later
+            read[name] = []
+            continue
         read[name], limit = read_by(folder, model, [prefix + prompt.text for prompt in texts])
         if cut := [(prompt, text.lost) for prompt, text in zip(texts, read[name], strict=True) if text.cut]:
             prompt, lost = max(cut, key=lambda pair: len(pair[1]))
@@ -266,7 +273,7 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     evaluations = 2 + config.rounds // config.evaluate.every + 2 * (config.evaluate.stop_at_pass_rate is not None)
     a_round, kept = config.generate.images_per_round, config.keep_pixels
     an_evaluation = config.evaluate.prompts_of(held_out_prompts) * config.evaluate.images_per_prompt
-    drawn = config.rounds * a_round + evaluations * an_evaluation
+    drawn = (config.rounds * a_round if config.data is None else 0) + evaluations * an_evaluation
     # Besides the rounds that are kept, those in the making and in training; besides two evaluations, the one in work.
     with_pixels = min(drawn, (kept + 2) * a_round + 3 * an_evaluation) if kept != "all" else drawn
     adapter = config.train.adapter
@@ -294,7 +301,8 @@ def describe(config: RunConfig) -> str:
     """The resolved tree and what it implies, checked as a run's is, but for a model that is still to be downloaded."""
     found = Preflight.check(config, download=False)
     train, held_out = len(found.train_prompts), len(found.held_out_prompts)
-    facts = {"prompts": f"{train} for training, {held_out} held out", **implied(config, held_out)}
+    trained = f"{train} for training, " if config.data is None else ""
+    facts = {"prompts": f"{trained}{held_out} held out", **implied(config, held_out)}
     facts["disk"] = "unknown until the model is downloaded"
     if found.folder is not None:
         stored = disk_bytes(config, found.folder, held_out) / 1e6

@@ -140,7 +140,7 @@ def digest(text: str) -> str:
 
 def _say_repeated(rows: Sequence[Row], what: str) -> None:
     first: dict[str, Row] = {}
-    repeated = [(first[words], row) for row in rows if first.setdefault(words := _words(row.text), row) is not row]
+    repeated = [(first[words], row) for row in rows if first.setdefault(words := words_of(row.text), row) is not row]
     if repeated:
         before, row = repeated[0]
         logger.warning(
@@ -160,11 +160,12 @@ def _spread(weighted: Sequence[tuple[Prompt, int]]) -> list[Prompt]:
 
 def trained_on(held_out: Sequence[Prompt], trained: Iterable[str]) -> list[str]:
     """Those held-out texts that are trained on, too, but for case and spaces, which no tokenizer here sees."""
-    known = {_words(text) for text in trained}
-    return [prompt.text for prompt in held_out if _words(prompt.text) in known]
+    known = {words_of(text) for text in trained}
+    return [prompt.text for prompt in held_out if words_of(prompt.text) in known]
 
 
-def _words(text: str) -> str:
+def words_of(text: str) -> str:
+    """What makes two prompts the same: their words, whatever their case and the spaces between."""
     return " ".join(text.casefold().split())
 
 
@@ -185,15 +186,17 @@ def prompts_of(run: Storage, field: str, of: PromptSet) -> list[Prompt]:
     return began if same else prompts
 
 
-def kept(run: Storage, field: str) -> list[Prompt]:
-    """The set that a run began with, which has kept it."""
-    return [Prompt(**json.loads(line)) for line in run.read(FILES[field]).decode().splitlines()]
-
-
 def keep(run: Storage, field: str, prompts: Sequence[Prompt]) -> None:
     """Write a prompt set down in the folder of a run that begins."""
     if not run.exists(FILES[field]):
         run.write(FILES[field], "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts).encode())
+
+
+def kept(run: Storage, field: str) -> list[Prompt]:
+    """The prompt set that a run began with; none where it has kept none."""
+    if not run.exists(FILES[field]):
+        return []
+    return [Prompt(**json.loads(line)) for line in run.read(FILES[field]).decode().splitlines()]
 
 
 def require_kept(run: Storage, field: str, prompts: Sequence[Prompt]) -> bool:

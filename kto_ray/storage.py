@@ -39,6 +39,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a local path or URI, by pyarrow or else by fsspec, and the path in it.
+
+    Raises:
+        ValueError, ImportError, OSError: nobody knows such a URI, or it cannot be reached.
+    """
+    try:
+        # Google's client goes on trying for a quarter of an hour unless told otherwise.
+        patience = "?retry_limit_seconds=30" if uri.startswith(("gs://", "gcs://")) else ""
+        filesystem, path = pafs.FileSystem.from_uri(uri + patience)
+    except pa.ArrowInvalid:
+        import fsspec
+
+        remote, path = fsspec.core.url_to_fs(uri)
+        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
+    return filesystem, path
+
+
 class Fence(Protocol):
     """Whether this process may write, and whether it sees the folder that its driver sees. Pickles."""
 
@@ -74,20 +92,9 @@ class Storage:
     @cached_property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         try:
-            # Google's client goes on trying for a quarter of an hour unless told otherwise.
-            patience = "?retry_limit_seconds=30" if self.uri.startswith(("gs://", "gcs://")) else ""
-            filesystem, path = pafs.FileSystem.from_uri(self.uri + patience)
-        except pa.ArrowInvalid:
-            import fsspec
-
-            try:
-                remote, path = fsspec.core.url_to_fs(self.uri)
-            except (ValueError, ImportError, OSError) as error:
-                raise self._error("open", "", error) from error
-            filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
-        except OSError as error:
+            return open_uri(self.uri)
+        except (ValueError, ImportError, OSError) as error:
             raise self._error("open", "", error) from error
-        return filesystem, path
 
     def _error(self, action: str, name: str, error: Exception) -> UserError:
         where = f"{self.uri}/{name}" if name else repr(self.uri)

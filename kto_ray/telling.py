@@ -28,13 +28,25 @@ def progress_bars(console: Console) -> Progress:
 def round_sentence(facts: Mapping[str, Any]) -> str:
     """One trained round: its verdicts, how long it took, and how healthy its training was."""
     share = f"{facts['pass_rate']:.1%} pass, " if "pass_rate" in facts else ""
-    margin = facts.get("objective/margin")
-    health = f", |beta (g - z)| {margin:.2f}, accuracy {facts['objective/accuracy']:.0%}" if margin is not None else ""
     return (
         f"round {facts['round']}: {facts['desirable']} yes, {facts['undesirable']} no, "
         f"{facts['abstained'] + facts['failed'] + facts['pending']} without verdict, {share}"
-        f"generated in {facts.get('seconds/generate', 0):.0f} s, trained in {facts['seconds/train']:.0f} s{health}"
+        f"generated in {facts.get('seconds/generate', 0):.0f} s, trained in {facts['seconds/train']:.0f} s"
+        f"{_health(facts)}"
     )
+
+
+def interval_sentence(facts: Mapping[str, Any]) -> str:
+    """One interval of a run on labelled images: what was drawn of them, how long it took, and how healthy it was."""
+    return (
+        f"interval {facts['round']}: drew {facts['desirable']} yes, {facts['undesirable']} no, of {facts['images']} "
+        f"images, trained in {facts['seconds/train']:.0f} s{_health(facts)}"
+    )
+
+
+def _health(facts: Mapping[str, Any]) -> str:
+    margin = facts.get("objective/margin")
+    return f", |beta (g - z)| {margin:.2f}, accuracy {facts['objective/accuracy']:.0%}" if margin is not None else ""
 
 
 def nothing_trained(index: int, config: RunConfig, draws: Mapping[str, int]) -> str:

@@ -7,11 +7,15 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from safetensors.numpy import save_file
 
-from kto_ray.records import Label, PolicyRef, Prompt, Sample, SampleRequest, Score, Verdict
+from kto_ray.parts import write_latents
+from kto_ray.prepared import NOBODY, PREPARED, STAGE, PreparedSet, sample_id, write_set
+from kto_ray.records import Label, PolicyRef, Prompt, Sample, SampleRecord, SampleRequest, Score, Verdict
 from kto_ray.shapes import MODEL_FOLDER
 from kto_ray.storage import Storage
 
@@ -105,3 +109,39 @@ def write_checkpoints(run: Storage, versions: Sequence[int]) -> list[str]:
     }
     folder.write_json("checkpoint_manager_snapshot.json", snapshot)
     return [str(result["checkpoint_dir_name"]) for result in results]
+
+
+def make_set(
+    folder: Path, desirable: Sequence[bool], sizes: Sequence[int] = (), prompts: Sequence[str] = (), side: int = 16
+) -> PreparedSet:
+    """Images whose latents are their number in the set, in shards of eight of one size.
+
+    Args:
+        sizes: of each, 0 for a square one of this side, 1 for one that is wider by half.
+    """
+    storage = Storage(str(folder))
+    sizes, prompts = sizes or [0] * len(desirable), prompts or [f"prompt {n}" for n in range(len(desirable))]
+    rows: list[dict[str, Any]] = [{} for _ in desirable]
+    for size in set(sizes):
+        members = [n for n, its in enumerate(sizes) if its == size]
+        height, width = side, side * (2 + size) // 2
+        for start in range(0, len(members), 8):
+            group, part = members[start : start + 8], f"shard-{size}-{start}"
+            records = [SampleRecord(f"c{n}", STAGE, Prompt("", prompts[n]), 0, 0, NOBODY) for n in group]
+            latents = np.stack([np.full((4, height // 8, width // 8), n, np.float32) for n in group])
+            for n, record in zip(
+                group, write_latents(storage, part, records, latents, {"unreadable": "{}"}), strict=True
+            ):
+                assert record.place
+                rows[n] = {
+                    "sample_id": sample_id(f"c{n}", prompts[n]),
+                    "prompt": prompts[n],
+                    "desirable": desirable[n],
+                    "source_id": f"row {n}",
+                    "height": height,
+                    "width": width,
+                    "part": part,
+                    "row": record.place.row,
+                    "latents_digest": record.place.latents_digest,
+                }
+    return write_set(storage, "set", pa.Table.from_pylist(rows, PREPARED), pa.table({"id": [], "why": []}), {})

@@ -7,6 +7,7 @@ wrong with it or what it implies, `resuming.py` guards a run folder against bein
 keys are refused, with the nearest known key.
 """
 
+from kto_ray.config.data import Data
 from kto_ray.config.explaining import implied
 from kto_ray.config.generate import Generate, Otherwise, shaping
 from kto_ray.config.label import Labeling, ScorerSettings
@@ -24,6 +25,7 @@ __all__ = [
     "BaseAdapter",
     "Change",
     "Cluster",
+    "Data",
     "Device",
     "Dtype",
     "Evaluate",

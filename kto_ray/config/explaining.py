@@ -1,5 +1,6 @@
 """Configurations in words: what is wrong with one, in the user's terms, and what a right one implies."""
 
+import builtins
 import difflib
 from collections.abc import Sequence
 from types import UnionType
@@ -37,8 +38,17 @@ def _resolve(location: list[str]) -> tuple[list[str], Any]:
             here = _kinds(here)[part]
             continue
         keys.append(part)
-        here = _bare(get_args(here)[1] if get_origin(here) is dict else here.model_fields[part].annotation)
+        here = _bare(_inside(here, part))
     return keys, here
+
+
+def _inside(here: Any, key: str) -> Any:
+    match get_origin(here):
+        case builtins.dict:
+            return get_args(here)[1]
+        case builtins.tuple:
+            return get_args(here)[0]
+    return here.model_fields[key].annotation
 
 
 def _kinds(union: Any) -> dict[str, type[Section]]:
@@ -71,13 +81,20 @@ def implied(config: RunConfig, held_out_prompts: int | None = None) -> dict[str,
     train, images, steps = config.train, config.generate.images_per_round, config.optimizer_steps_per_round
     per_worker = train.global_batch // train.workers
     accumulated = per_worker // min(train.micro_batch, per_worker)
-    lines = {
-        "images": f"{images} a round x {config.rounds} rounds = {images * config.rounds}",
-        "optimizer steps": f"up to {steps} a round, {steps * config.rounds} in all",
-        "effective batch": f"{train.global_batch} = {train.workers} workers x {per_worker // accumulated} "
-        f"x {accumulated} accumulated",
-        "draws of a sample": f"{train.epochs:g} a round on average",
-    }
+    batch = f"{train.global_batch} = {train.workers} workers x {per_worker // accumulated} x {accumulated} accumulated"
+    if config.data is not None:
+        lines = {
+            "optimizer steps": f"{steps} an interval x {config.rounds} intervals = {steps * config.rounds}",
+            "effective batch": batch,
+            "images drawn": f"{steps * config.rounds * train.global_batch} in all",
+        }
+    else:
+        lines = {
+            "images": f"{images} a round x {config.rounds} rounds = {images * config.rounds}",
+            "optimizer steps": f"up to {steps} a round, {steps * config.rounds} in all",
+            "effective batch": batch,
+            "draws of a sample": f"{train.epochs:g} a round on average",
+        }
     if held_out_prompts is not None:
         prompts, each = config.evaluate.prompts_of(held_out_prompts), config.evaluate.images_per_prompt
         lines["held-out images"] = f"{prompts} prompts x {each} = {prompts * each} an evaluation"

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from kto_ray.config.data import Data, as_data
 from kto_ray.config.generate import ALIGNED_STEPS, DRAWING, LATER, Generate, Otherwise
 from kto_ray.config.label import Labeling, as_scorers
 from kto_ray.config.machines import Cluster
@@ -158,6 +159,8 @@ class RunConfig(Section):
     """Train on another run's rounds first."""
     model: Annotated[Model, BeforeValidator(as_model)] = Model()
     prompts: Prompts = Prompts()
+    data: Fixed[Annotated[Data | None, BeforeValidator(as_data)]] = None
+    """Labelled images that are there already, to train on; None: all images are drawn and judged by the run itself."""
     generate: Generate = Generate()
     label: Labeling = Labeling()
     train: Train = Train()
@@ -221,16 +224,38 @@ class RunConfig(Section):
                 "and those of replayed rounds are another run's: use diffusion_kto with reference: fixed or round, or "
                 "no replay"
             )
-        if needs.pairs and self.generate.images_per_prompt < 2:
+        if self.data is None and needs.pairs and self.generate.images_per_prompt < 2:
             raise ValueError(
                 f"train.objective ({kind}) learns from pairs of images of one prompt: generate.images_per_prompt "
                 f"({self.generate.images_per_prompt}) must be at least 2, better 4 or more"
             )
-        if needs.pairs == "scores" and not self.label.voting:
+        if self.data is None and needs.pairs == "scores" and not self.label.voting:
             raise ValueError(
                 "train.objective.pairs: scores makes pairs of what scorers say, and label.scorers names none that is "
                 "not held_out: name one, or use pairs: verdicts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _labelled_images_are_nobodys(self) -> "RunConfig":
+        if self.data is None:
+            return self
+        needs, kind = self.train.objective.needs, self.train.objective.kind
+        if needs.own_rounds or needs.reference in ("round", "ema"):
+            raise ValueError(
+                f"train.objective ({kind}, reference: {needs.reference}) goes by the policies that drew the images, "
+                "and those of `data` were drawn by none of this run's: use diffusion_kto or dpo with reference: fixed, "
+                "sft or csft"
+            )
+        if needs.pairs == "scores":
+            raise ValueError("train.objective.pairs: scores, but images of `data` have verdicts: use pairs: verdicts")
+        if self.train.own_noise:
+            raise ValueError(
+                f"train.own_noise ({self.train.own_noise:g}): the noise that images of `data` were drawn from is not "
+                "known; give 0"
+            )
+        if self.replay:
+            raise ValueError("replay and data: give one of them; a run is a source of `data`, too (kind: run)")
         return self
 
     def drawn(self, stage: str) -> Generate:
@@ -255,7 +280,9 @@ class RunConfig(Section):
 
     @property
     def optimizer_steps_per_round(self) -> int:
-        """If every image gets a verdict; fewer verdicts, fewer steps."""
+        """If every image gets a verdict; fewer verdicts, fewer steps. Of a stream, those of an interval."""
+        if self.data is not None:
+            return self.data.stream.steps
         return steps_for(self.generate.images_per_round, self.train)
 
 
@@ -263,6 +290,7 @@ SHORT_FORMS: dict[str, Callable[[Any], Any]] = {
     "model": as_model,
     "prompts.train": as_prompt_set,
     "prompts.held_out": as_prompt_set,
+    "data": as_data,
     "label.scorers": as_scorers,
     "label.scorers.*.threshold": as_threshold,
     "label.threshold": as_threshold,

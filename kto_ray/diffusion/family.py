@@ -183,6 +183,18 @@ class Family(ABC):
         decoded_BCHW: Tensor = vae.decode(raw_BCHW.to(vae.dtype), return_dict=False)[0]
         return decoded_BCHW
 
+    def encode(self, images_B3HW: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Clean latents (B, C, h, w), in the space in which the denoiser is trained: the inverse of `decode`.
+
+        Args:
+            images_B3HW: in [-1, 1], on the autoencoder's device.
+            generators: on the CPU, of each image: latents are drawn from the autoencoder's posterior with its noise;
+                None: they are the posterior's mean.
+        """
+        vae = self.pipeline.vae
+        raw_BCHW = encode_upcast(vae, images_B3HW, generators)
+        return (raw_BCHW - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+
 
 def shrink_of(folder: Path, levels: str = "block_out_channels") -> int:
     """Pixels of an image to one of a latent, in height and in width.
@@ -202,6 +214,25 @@ def decode_upcast(vae: Any, raw_BCHW: Tensor) -> Tensor:
     if upcast:
         vae.to(dtype=torch.float16)
     return decoded_BCHW
+
+
+def encode_upcast(vae: Any, images_B3HW: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """What an autoencoder makes of images, in float32 where it would overflow in float16; see `Family.encode`."""
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(dtype=torch.float32)
+    made: Any = vae.encode(images_B3HW.to(vae.dtype))
+    if upcast:
+        vae.to(dtype=torch.float16)
+    if not hasattr(made, "latent_dist"):  # an autoencoder that is not variational
+        latent_BCHW: Tensor = made.latent
+        return latent_BCHW.float()
+    posterior = made.latent_dist
+    mean: Tensor = posterior.mean.float()
+    if generators is None:
+        return mean
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+    return mean + posterior.std.float() * noise.to(mean.device)
 
 
 def mean_and_spread(vae: Any, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:

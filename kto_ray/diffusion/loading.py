@@ -20,8 +20,8 @@ from kto_ray.diffusion.family import Family, index_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-Parts = Literal["all", "denoiser", "encoders"]
-"""Of a pipeline: all of it; without what draws; or the text encoders alone."""
+Parts = Literal["all", "denoiser", "encoders", "autoencoder"]
+"""Of a pipeline: all of it; without what draws; the text encoders alone; or the autoencoder alone."""
 
 
 def load_family(
@@ -75,7 +75,7 @@ def _unused(folder: Path, family: type[Family], parts: Parts) -> list[str]:
     encoders = [name for name in models if name.startswith("text_encoder")]
     if any(name.startswith("text_encoder") for name in _empty(folder)):
         encoders.append(family.part)  # which tells how wide the missing text would have been
-    used = {"all": models, "denoiser": [family.part], "encoders": encoders}[parts]
+    used = {"all": models, "denoiser": [family.part], "encoders": encoders, "autoencoder": ["vae"]}[parts]
     return [name for name in models if name not in used]
 
 

@@ -59,6 +59,12 @@ class Texts:
         name_of = {text: name for name, text in names.items()}
         return Conditioning.cat([rows[name_of[text]] for text in texts])
 
+    def missing(self, texts: Sequence[str]) -> list[str]:
+        """Of these, each once, those that nobody has kept."""
+        kept = set(self._store.names()) if self._store is not None else set[str]()
+        names = {hashlib.sha256(text.encode()).hexdigest(): text for text in texts}
+        return [text for name, text in names.items() if f"{name}.safetensors" not in kept]
+
     def nothing(self) -> Conditioning:
         """See `Family.nothing`; one row, on the CPU."""
         return self._rows_of([NOTHING], lambda family, _: family.nothing())[NOTHING]

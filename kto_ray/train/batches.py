@@ -1,14 +1,15 @@
 """Where a learner's batches come from: of a sealed round, as the sampler plans it.
 
-`learner.py` takes its optimizer steps over any `Batches`. Noise, timesteps and dropped prompts of a step are drawn for
-the *global* batch from a seed and then sliced by rank: two ranks train as one does.
+`learner.py` takes its optimizer steps over any `Batches`; those of a prepared set are in `streaming.py`. Noise,
+timesteps and dropped prompts of a step are drawn for the *global* batch from a seed and then sliced by rank: two ranks
+train as one does.
 
 Shape suffixes: N samples of the round; G the global batch; B a rank's share of it; C, H, W latent channels, height,
 width.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +61,33 @@ class Batches(Protocol):
         Raises:
             NotFiniteError: that is not wanted, or cannot be done; says which samples they are.
         """
+
+
+class CountedBatches(Batches, Protocol):
+    """Those of N samples that are known by their number."""
+
+    left_out: set[int]
+    """Samples to blame for steps that were not taken."""
+
+    @property
+    def draws_N(self) -> npt.NDArray[np.int64]:
+        """How often each sample is drawn, by all ranks together."""
+        ...
+
+
+class TrainingData(Protocol):
+    """Samples to train on once."""
+
+    def batches(
+        self, config: Train, family: Family, texts: Texts, seed: int, device: torch.device, rank: int, ranks: int
+    ) -> CountedBatches:
+        """See `RoundBatches`."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """That training has waited for storage so far."""
+        ...
 
 
 class Latents(Protocol):
@@ -119,6 +147,27 @@ class RoundData:
     """That they were drawn in; `generate.dtype`."""
     values_N: npt.NDArray[np.float64] | None = None
     """What they are compared by, where pairs are made of scores; NaN: nothing is known."""
+    plan_SG: npt.NDArray[np.int64] | None = None
+    """The samples of every step, where whoever gathered them has drawn them, too; None: `train/sampler.py` draws."""
+    first_step: int = 0
+    """Number of the plan's first step in its round; noise goes by it."""
+    size_N: npt.NDArray[np.int64] | None = None
+    """Which samples are of one size, where not all are: the plan has one size a step."""
+
+    def batches(
+        self, config: Train, family: Family, texts: Texts, seed: int, device: torch.device, rank: int, ranks: int
+    ) -> "RoundBatches":
+        return RoundBatches(self, config, family, texts, seed, device, rank, ranks)
+
+    @property
+    def kind_N(self) -> npt.NDArray[np.int64]:
+        """Of each sample, its class and size as one number."""
+        size_N = np.zeros(len(self.desirable_N), np.int64) if self.size_N is None else self.size_N
+        return 2 * size_N + self.desirable_N
+
+    @property
+    def seconds(self) -> float:
+        return self.latents.seconds if isinstance(self.latents, StoredLatents) else 0.0
 
 
 class RoundBatches:
@@ -149,7 +198,8 @@ class RoundBatches:
         self.level_draw = family.noise.level_draw if config.noise_draw == "auto" else config.noise_draw
         self.left_out: set[int] = set()
         self.step = 0
-        self.plan = self._plan(steps_for(len(data.desirable_N), config))
+        steps = steps_for(len(data.desirable_N), config) if data.plan_SG is None else len(data.plan_SG)
+        self.plan = self._plan(steps)
         desirable, undesirable = self.needs.prefixes or ("", "")
         prompts = [
             (desirable if yes else undesirable) + prompt
@@ -172,7 +222,7 @@ class RoundBatches:
         self.step = 0
         while self.step < len(self.plan):
             self.step += 1  # `leave_out` takes it back
-            seed = derive_seed(self.seed, self.data.round_index, self.step - 1)
+            seed = derive_seed(self.seed, self.data.round_index, self.data.first_step + self.step - 1)
             yield self._batch(self.plan[self.step - 1], seed)
 
     def leave_out(self, error: NotFiniteError) -> None:
@@ -186,11 +236,17 @@ class RoundBatches:
                 self.step -= 1
                 self.plan[self.step :] = others
                 return
-        raise NotFiniteError(error.what, self.step - 1, guilty, picks_G.tolist()) from error
+        step = self.data.first_step + self.step - 1
+        raise NotFiniteError(error.what, step, guilty, picks_G.tolist()) from error
 
     def _plan(self, steps: int) -> npt.NDArray[np.int64]:
         """See `plan_round` and `plan_pairs`; over the samples that are not left out. No steps without any, or pairs."""
         config, index = self.config, self.data.round_index
+        if self.data.plan_SG is not None:
+            rest_SG = self.data.plan_SG[len(self.data.plan_SG) - steps :]
+            rest_SG = instead(rest_SG, self.data.kind_N, self.left_out, 2 if self.needs.pairs else 1)
+            self.data.latents.prepare(rest_SG[:, self._share(config.global_batch)])
+            return rest_SG
         wanted = [n for n, yes in enumerate(self.data.desirable_N) if yes or self.needs.undesirable]
         members = np.array([n for n in wanted if n not in self.left_out], np.int64)
         desirable, size = self.data.desirable_N[members], config.global_batch
@@ -240,6 +296,30 @@ class RoundBatches:
 
     def _texts(self, rows_B: Tensor) -> Conditioning:
         return self.text_P[rows_B].to(self.device, torch.float32)
+
+
+def instead(
+    plan_SG: npt.NDArray[np.int64], kind_N: npt.NDArray[np.int64], left_out: Set[int], together: int = 1
+) -> npt.NDArray[np.int64]:
+    """A plan without some samples: in the place of each stands another of its kind that is in the plan, in turn.
+
+    No steps where a kind has no others.
+
+    Args:
+        kind_N: what may stand for what: samples of one class and size.
+        together: how many successive samples of a step belong together, and go together; 2 for pairs.
+    """
+    units_UK = plan_SG.reshape(-1, together).copy()
+    lacking_U = np.isin(units_UK, np.array(sorted(left_out), np.int64)).any(axis=1)
+    kind_U = kind_N[units_UK[:, 0]]
+    for kind in np.unique(kind_U[lacking_U]):
+        of_kind_U = kind_U == kind
+        others = np.flatnonzero(of_kind_U & ~lacking_U)
+        if not len(others):
+            return plan_SG[:0]
+        places = np.flatnonzero(of_kind_U & lacking_U)
+        units_UK[places] = units_UK[np.resize(others, len(places))]
+    return units_UK.reshape(plan_SG.shape)
 
 
 def _mismatched(own_G: Tensor) -> Tensor:

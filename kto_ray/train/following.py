@@ -35,8 +35,7 @@ def reference_of(
     needs, objective = learner.objective.needs, learner.objective
     if needs.reference is None:
         return None
-    round_ = rounds.round(index)
-    drew = version if "replayed_from" in round_.manifest else max(round_.policy_versions())
+    drew = 0 if needs.reference == "fixed" else _who_drew(rounds, index, version)
     if needs.reference == "ema" and drew:
         assert isinstance(objective, Referring)
         running = learner.reference
@@ -55,3 +54,9 @@ def reference_of(
     held = 0 < reference.version == version
     learner.policy.refer_to(learner.sampling.tensors() if held else store.load(reference))
     return reference
+
+
+def _who_drew(rounds: RoundStore, index: int, version: int) -> int:
+    """The policy by which a round is measured."""
+    round_ = rounds.round(index)
+    return version if "replayed_from" in round_.manifest else max(round_.policy_versions())

@@ -33,7 +33,7 @@ from kto_ray.objectives.health import Health
 from kto_ray.objectives.protocol import Losses, Outputs, Rewards, Scale
 from kto_ray.sleeping import Sleeper
 from kto_ray.train.averaging import RunningReference, sampling_policy
-from kto_ray.train.batches import Batch, Batches, RoundBatches, RoundData
+from kto_ray.train.batches import Batch, Batches, TrainingData
 from kto_ray.train.finite import NotFiniteError, require_finite_step, require_finite_weights
 from kto_ray.train.optimizers import make_optimizer
 from kto_ray.train.safeguard import Safeguard
@@ -143,11 +143,11 @@ class Learner:
 
     def train_round(
         self,
-        data: RoundData,
+        data: TrainingData,
         on_step: Callable[[int, int], None] = lambda step, steps: None,
         on_left_out: Callable[[list[int]], None] = lambda samples: None,
     ) -> tuple[dict[str, float], npt.NDArray[np.int64]]:
-        """Take the optimizer steps of one round.
+        """Take the optimizer steps of one round, or of one interval of a stream.
 
         Args:
             on_step: called after each step with (steps done, steps in all).
@@ -161,9 +161,7 @@ class Learner:
             NotFiniteError: a step would have ruined the policy, and nobody is left out for it; it was not taken. Or
                 the weights are ruined.
         """
-        batches = RoundBatches(
-            data, self.config, self.family, self.texts, self.seed, self.device, self.rank, self.ranks
-        )
+        batches = data.batches(self.config, self.family, self.texts, self.seed, self.device, self.rank, self.ranks)
         figures = self.train(batches, on_step)
         if batches.left_out:
             on_left_out(sorted(batches.left_out))

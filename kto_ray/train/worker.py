@@ -1,5 +1,7 @@
 """What runs on every Ray Train worker: round after round, with model, optimizer and process group hot.
 
+A round of a run on a prepared set is an interval of its stream (`streaming.py`); all else is the same.
+
     checkpoint? -> load -> [ publish the policy -> report it to the coordinator and ask for the round after it
                              -> train -> checkpoint committed ] ...
 
@@ -18,7 +20,7 @@ UserError, which the coordinator is told instead.
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,18 +40,20 @@ from kto_ray.diffusion.sharding import Sharding
 from kto_ray.diffusion.texts import texts_of
 from kto_ray.errors import UserError
 from kto_ray.policies import DigestError, PolicyStore
+from kto_ray.prepared import set_of
 from kto_ray.rounds import RoundStore, by_sample
 from kto_ray.ruling import values_of
 from kto_ray.stopwatch import Doing, Spent, added, as_figures
 from kto_ray.storage import Storage
 from kto_ray.train import checkpointing
-from kto_ray.train.batches import RoundData, StoredLatents
+from kto_ray.train.batches import RoundData, StoredLatents, TrainingData
 from kto_ray.train.checkpoints import beginning
 from kto_ray.train.coordinator import RoundTask, TrainingReport
 from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.following import reference_of
 from kto_ray.train.learner import Learner
 from kto_ray.train.moving import Looks, Moving
+from kto_ray.train.streaming import Stream
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -84,6 +88,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
     store, rounds = PolicyStore(run), RoundStore(run)
     base = source.resolve(config.model), config.model
     store.publish_base(source.reference_digest(*base), source.component_digests(*base))
+    read = reader_of(config, run)
     version, report = beginning(run), None
     if checkpoint := ray.train.get_checkpoint():
         version, report = load_checkpoint(checkpoint, learner)
@@ -105,7 +110,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
         spent.turn_to("load")
         learner.wake()
         began = time.monotonic()
-        ids, data = read_round(rounds, task, version, config)
+        ids, data = read(task, version)
         loaded = time.monotonic()
 
         looks = moving.within_round()
@@ -129,7 +134,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
         version += 1
         spent.turn_to("load")
         now = added([spent.so_far()] * ranks)  # one rank is as busy as the other
-        reading = data.latents.seconds if data and isinstance(data.latents, StoredLatents) else 0.0
+        reading = data.seconds if data else 0.0
         report = TrainingReport(
             version=version,
             figures={f"objective/{name}": value for name, value in figures.items()}
@@ -196,6 +201,20 @@ def not_finite_sentence(error: NotFiniteError, index: int, ids: Sequence[str], r
 def _some(ids: Sequence[str], most: int = 20) -> str:
     more = f" and {len(ids) - most} more" if len(ids) > most else ""
     return ", ".join(ids[:most]) + more
+
+
+def reader_of(config: RunConfig, run: Storage) -> Callable[[RoundTask, int], tuple[list[str], TrainingData | None]]:
+    """What gives a round's samples to train on, by their ids, to whoever has this policy version; see `read_round`."""
+    if config.data is None:
+        rounds = RoundStore(run)
+        return lambda task, version: read_round(rounds, task, version, config)
+    stream = Stream(set_of(run), config.train, config.data.stream, config.seed)
+
+    def read_interval(index: int) -> tuple[list[str], TrainingData]:
+        interval = stream.interval(index)
+        return interval.ids, interval
+
+    return lambda task, version: read_interval(task.round_index)
 
 
 def read_round(

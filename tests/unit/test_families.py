@@ -220,6 +220,33 @@ def test_images_and_latents_are_the_pipelines_own(subject: Subject, scale: float
     assert pixels_BHWC.std() > 1
 
 
+@torch.no_grad()
+def test_encoded_images_lie_where_the_denoiser_was_trained(subject: Subject) -> None:
+    """Latents of images are in the space of those that are drawn: by the autoencoder's own answer, `decode` undone.
+
+    The tiny autoencoders are random, so that no image comes back from them; what is asked for is that `decode` hands
+    the autoencoder exactly what it gave for the image.
+    """
+    family, vae = subject.family, subject.pipeline.vae
+    images_B3HW = torch.rand((2, 3, subject.side, subject.side), generator=torch.Generator().manual_seed(3)) * 2 - 1
+    latents_BCHW = family.encode(images_B3HW)
+    assert latents_BCHW.shape == (2, *subject.sample().shape[1:])
+    film = subject.name == "qwen_image"
+    given = vae.encode(images_B3HW[:, :, None] if film else images_B3HW)
+    raw = given.latent_dist.mean if hasattr(given, "latent_dist") else given.latent
+    expected_B3HW = vae.decode(raw, return_dict=False)[0]
+    expected_B3HW = expected_B3HW[:, :, 0] if film else expected_B3HW
+    torch.testing.assert_close(family.decode(latents_BCHW), expected_B3HW, rtol=1e-4, atol=1e-4)
+    alone_1CHW = family.encode(images_B3HW[:1])
+    torch.testing.assert_close(alone_1CHW, latents_BCHW[:1], rtol=1e-4, atol=1e-5)
+
+    def drawn(seeds: list[int]) -> Tensor:
+        return family.encode(images_B3HW, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    assert torch.equal(drawn([1, 2]), drawn([1, 2]))
+    assert torch.equal(drawn([1, 2]), drawn([3, 2])) == (not hasattr(given, "latent_dist"))
+
+
 def test_an_image_begins_with_the_noise_of_its_seed(subject: Subject) -> None:
     with watched(subject.pipeline) as steps:
         subject.sample()

@@ -510,9 +510,9 @@ def test_suspicion_is_said_aloud_and_ends_the_run_if_wanted(
     loop, _ = make_loop({"scorers": TWO, "watch": {"rounds": 3, "action": action}})
     for index in range(5):
         loop.metrics.log("round", index, {"score/shapes": 0.1 * index, "score/other": -0.1 * max(0, index - 1)})
-    assert not loop._doubtful(1)  # rows of later rounds, which a continued run has, do not count
+    assert not loop.learning._doubtful(1)  # rows of later rounds, which a continued run has, do not count
     assert cast(io.StringIO, loop.console.file).getvalue() == ""
-    assert loop._doubtful(4) is stops
+    assert loop.learning._doubtful(4) is stops
     assert cast(io.StringIO, loop.console.file).getvalue().count("possible reward hacking: ") == says
 
 
@@ -521,8 +521,8 @@ def test_collapse_is_said_aloud_and_ends_the_run_if_wanted(make_loop: Make, watc
     loop, _ = make_loop({}, {"train": {"watch": watch, "objective": {"beta": 75}}})
     loop.metrics.log("round", 0, {"objective/g_desirable": 0.01, "objective/g_undesirable": -0.05})
     loop.metrics.log("round", 1, {"objective/g_desirable": -0.05, "objective/g_undesirable": -0.09})
-    assert not loop._doubtful(0)  # rows of later rounds, which a continued run has, do not count
-    assert loop._doubtful(1) is stops
+    assert not loop.learning._doubtful(0)  # rows of later rounds, which a continued run has, do not count
+    assert loop.learning._doubtful(1) is stops
     said = cast(io.StringIO, loop.console.file).getvalue()
     assert said.count("possible collapse: ") == said.count("train.learning_rate") == says
 
@@ -540,16 +540,16 @@ async def trained_to_the_end(
 ) -> dict[str, Any]:
     """Makes and "trains" rounds until the loop has enough, and sums up."""
 
-    async def train(index: int, round_: Round) -> None:
+    async def train(_: object, index: int, round_: Round) -> None:
         weights = {"weight": torch.full((1,), float(index))}
         await asyncio.to_thread(loop.policies.publish, index + 1, weights, {})
         g = -0.05 if index == collapses_in else 0.01
         figures = {"seconds/train": 0.0, "objective/g_desirable": g, "objective/g_undesirable": g}
         await asyncio.to_thread(round_.record_training, {}, {"figures": figures})
 
-    monkeypatch.setattr(loop, "_train_round", train)
+    monkeypatch.setattr(loop.learning, "_train", train)
     making = asyncio.create_task(loop._make_rounds())
-    await asyncio.wait_for(loop._train_rounds(), 120)
+    await asyncio.wait_for(loop.learning.learn(loop), 120)
     making.cancel()
     await asyncio.gather(making, return_exceptions=True)
     await loop.retention.close()

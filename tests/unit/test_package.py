@@ -25,6 +25,7 @@ CHEAP = (
     "kto_ray.rounds",
     "kto_ray.policies",
     "kto_ray.cli",
+    "kto_ray.data.sources",
 )
 
 
@@ -59,15 +60,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objectives",),
     ("console", "lease", "naming", "outbox", "parts", "prompt_templates", "sharing", "verdicts"),
     ("config",),
-    ("cluster", "serving", "policies", "rounds", "ruling", "samples", "prompts", "tracking", "diffusion"),
+    ("cluster", "serving", "policies", "prepared", "rounds", "ruling", "samples", "prompts", "tracking", "diffusion"),
     ("caretaker", "placement"),
     ("generate", "score", "train", "turns"),
     ("holdings", "label"),
     ("people", "evaluate", "relabel"),
+    ("data",),
     ("labelers", "making", "retention", "run_folder", "telling"),
+    ("learning",),
+    ("offline",),
     ("bake_off", "beginning", "check", "doctor", "export", "planning", "preflight", "rewind", "submitting"),
     ("cli_compare", "cli_completion", "cli_doctor", "cli_export", "cli_init", "cli_report", "cli_runs", "cli_sample"),
-    ("cli_plan", "loop"),
+    ("cli_dataset", "cli_plan", "loop"),
     ("cli_run",),
     ("cli_submit",),
     ("cli",),

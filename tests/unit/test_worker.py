@@ -16,7 +16,9 @@ import torch
 from ray.train import Checkpoint
 
 from kto_ray.config import RunConfig
+from kto_ray.config.preparing import Stream as Streaming
 from kto_ray.policies import PolicyStore, digest_of
+from kto_ray.prepared import keep_set
 from kto_ray.records import PolicyRef
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.storage import Storage
@@ -25,8 +27,9 @@ from kto_ray.train.averaging import RunningReference
 from kto_ray.train.checkpoints import BEGINNING
 from kto_ray.train.coordinator import RoundTask, TrainingReport
 from kto_ray.train.moving import Looks, Moving, TakenAway
+from kto_ray.train.streaming import Stream
 from kto_ray.train.worker import build_learner, train_worker
-from tests.factories import make_samples, make_verdict
+from tests.factories import make_samples, make_set, make_verdict
 
 ROUNDS = 2
 
@@ -232,6 +235,39 @@ def test_what_draws_is_what_is_published_and_measured_against(
     assert any(not torch.equal(published[name], state["policy"][name]) for name in published)
     if reference == "round":
         assert office.reports[2].reference == (1, digests(run)[1])
+
+
+@pytest.mark.parametrize("objective", [{}, {"kind": "sft"}, {"kind": "csft"}, {"kind": "dpo"}])
+def test_intervals_of_a_prepared_set_are_trained_as_rounds_are_and_again_to_the_same_bytes(
+    office: Office, tiny_sd1_folder: Path, tmp_path: Path, objective: dict[str, Any]
+) -> None:
+    run = Storage(str(tmp_path / "offline"))
+    prompts = [("a red circle", "a blue square")[n // 2 % 2] for n in range(32)]
+    prepared = make_set(tmp_path / "set", [n % 2 == 0 for n in range(32)], [n // 16 for n in range(32)], prompts, 64)
+    keep_set(run, prepared)
+    data = {"sources": "not asked any more", "stream": {"steps": 3}}
+    settings = {"objective": objective, "global_batch": 4, "micro_batch": 4, "adapter": {"rank": 2}}
+    config = RunConfig.model_validate(
+        {"model": str(tiny_sd1_folder), "rounds": ROUNDS, "data": data, "train": settings}
+    )
+
+    def train() -> None:
+        train_worker({"config": config, "run": run, "coordinator": office})
+
+    train()
+    assert office.why is None
+    before, reports = digests(run), dict(office.reports)
+    assert len(set(before)) == 3
+    stream = Stream(prepared, config.train, Streaming(steps=3), 0)
+    for version, report in reports.items():
+        interval = stream.interval(version - 1)
+        assert report.draws == dict(zip(interval.ids, interval.draws_N.tolist(), strict=True))
+        assert sum(report.draws.values()) == 3 * 4
+    del office.checkpoints[2]
+    office.reports.clear()
+    train()
+    assert digests(run) == before
+    assert office.reports[2].draws == reports[2].draws
 
 
 FOLLOWING = {"reference": "round", "reference_point": "noise_mean", "noise_parts": 4}

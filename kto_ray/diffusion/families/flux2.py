@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.family import Family, config_of, index_of, shrink_of
+from kto_ray.diffusion.family import Family, config_of, encode_upcast, index_of, shrink_of
 from kto_ray.diffusion.geometry import Geometry
 from kto_ray.errors import UserError
 
@@ -73,6 +73,15 @@ class Flux2(Family):
         decoded_BCHW: Tensor = vae.decode(raw_BCHW.to(vae.dtype), return_dict=False)[0]
         return decoded_BCHW
 
+    def encode(self, images_B3HW: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        return self._normalised(encode_upcast(self.pipeline.vae, images_B3HW, generators))
+
+    def _normalised(self, raw_BCHW: Tensor) -> Tensor:
+        """What the autoencoder gives, as the denoiser was trained on it: patches, less their mean, by their spread."""
+        mean_1C11, std_1C11 = self._statistics(raw_BCHW)
+        normalised_BCHW: Tensor = (self.pipeline._patchify_latents(raw_BCHW) - mean_1C11) / std_1C11
+        return normalised_BCHW
+
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and spread of the autoencoder's patches, (1, C, 1, 1), where the latents are."""
         vae = self.pipeline.vae
@@ -91,7 +100,5 @@ class Flux2Klein(Flux2):
         return not index_of(folder).get("is_distilled", False)
 
     def latents_of(self, made: Tensor, height: int, width: int) -> Tensor:
-        """This pipeline gives what its autoencoder wants; the denoiser was trained on it in patches, normalised."""
-        mean_1C11, std_1C11 = self._statistics(made)
-        normalised: Tensor = (self.pipeline._patchify_latents(made) - mean_1C11) / std_1C11
-        return normalised
+        """This pipeline gives what its autoencoder wants."""
+        return self._normalised(made)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kto_ray.diffusion.conditioning import Conditioning
-from kto_ray.diffusion.family import Family, config_of, mean_and_spread
+from kto_ray.diffusion.family import Family, config_of, encode_upcast, mean_and_spread
 from kto_ray.diffusion.geometry import Geometry
 from kto_ray.diffusion.packing import pack, unpack
 
@@ -62,3 +62,9 @@ class QwenImage(Family):
         frame_BC1HW = (latents_BCHW * std_1C11 + mean_1C11)[:, :, None].to(vae.dtype)  # a film of one frame
         decoded_BCHW: Tensor = vae.decode(frame_BC1HW, return_dict=False)[0][:, :, 0]
         return decoded_BCHW
+
+    def encode(self, images_B3HW: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        vae = self.pipeline.vae
+        raw_BC1HW = encode_upcast(vae, images_B3HW[:, :, None], generators)
+        mean_1C11, std_1C11 = mean_and_spread(vae, raw_BC1HW)
+        return (raw_BC1HW[:, :, 0] - mean_1C11) / std_1C11

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.families.stable_diffusion import require_undistilled
-from kto_ray.diffusion.family import Family, decode_upcast, mean_and_spread
+from kto_ray.diffusion.family import Family, decode_upcast, encode_upcast, mean_and_spread
 from kto_ray.diffusion.noise import DiscreteDiffusion
 
 
@@ -51,9 +51,22 @@ class StableDiffusionXL(Family):
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """As the pipeline does: by the autoencoder's own mean and spread where it has them, and in float32 where it
         would overflow in float16."""
-        vae, config = self.pipeline.vae, self.pipeline.vae.config
-        raw_BCHW = latents_BCHW / config.scaling_factor
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        vae = self.pipeline.vae
+        raw_BCHW = latents_BCHW / vae.config.scaling_factor
+        if self._has_statistics:
             mean_1C11, std_1C11 = mean_and_spread(vae, raw_BCHW)
             raw_BCHW = raw_BCHW * std_1C11 + mean_1C11
         return decode_upcast(vae, raw_BCHW)
+
+    def encode(self, images_B3HW: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        vae = self.pipeline.vae
+        raw_BCHW = encode_upcast(vae, images_B3HW, generators)
+        if self._has_statistics:
+            mean_1C11, std_1C11 = mean_and_spread(vae, raw_BCHW)
+            raw_BCHW = (raw_BCHW - mean_1C11) / std_1C11
+        return raw_BCHW * float(vae.config.scaling_factor)
+
+    @property
+    def _has_statistics(self) -> bool:
+        config = self.pipeline.vae.config
+        return all(getattr(config, name, None) is not None for name in ("latents_mean", "latents_std"))
