@@ -131,9 +131,9 @@ async def scale(application: str, deployment: str, replicas: int) -> None:
 
 
 async def running(application: str, deployment: str) -> int:
-    """How many replicas of a deployment run."""
-    found = (await asyncio.to_thread(serve.status)).applications[application].deployments[deployment]
-    return found.replica_states.get(ReplicaState.RUNNING, 0)
+    """How many replicas of a deployment run; 0 where it is not there."""
+    found = (await asyncio.to_thread(serve.status)).applications.get(application)
+    return found.deployments[deployment].replica_states.get(ReplicaState.RUNNING, 0) if found else 0
 
 
 def deployed() -> dict[str, ApplicationDetails]:
