@@ -41,9 +41,16 @@ if [ "${TLS:-0}" = 1 ]; then
     export RAY_USE_TLS=1 RAY_TLS_CA_CERT=$here/ca.crt RAY_TLS_SERVER_CERT=$here/node.crt RAY_TLS_SERVER_KEY=$here/node.key
 fi
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname --ip-address | awk '{print $1}'):$PORT
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# `hostname --ip-address` is loopback on many systems. Of several networks, HEAD_IP names the one to use.
+address=${HEAD_IP:-$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --all-ip-addresses | awk '{print $1}')}:$PORT
+# symmetric-run ends well, too, where Ray could not be started: a run that has ended well leaves a file.
+ended=$CHECKOUT/.kto-ray-$SLURM_JOB_ID
+# shellcheck disable=SC2016  # the inner bash expands it
 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus "${SLURM_CPUS_PER_TASK:-1}" --num-gpus "${SLURM_GPUS_ON_NODE:-0}" --disable-usage-stats -- \
+    bash -c '"${@:2}" && touch "$1"' run "$ended" \
     python jobs/online_kto.py --recipe "$RECIPE" "run=$RUN" "runs_folder=$RUNS" "cluster.address=$address" "$@"
+[ -e "$ended" ] || { echo "Ray was not started, or the run did not end well: see above" >&2; exit 1; }
+rm "$ended"

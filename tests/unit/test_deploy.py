@@ -196,31 +196,41 @@ def test_every_node_has_a_certificate_of_the_one_authority(tmp_path: Path) -> No
     assert "not overwritten" in again.stderr
 
 
-def test_slurm_starts_ray_on_every_node_and_the_run_on_the_first(tmp_path: Path) -> None:
-    """On one node that is this machine: `srun` runs what it is given, and `ray` says with what it was called."""
+def slurm(folder: Path, ray: str) -> int:
+    """Status of `slurm.sh rounds=3` on two nodes that are this machine, where `srun` runs what it is given."""
     programs = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "scontrol": "echo first; echo second",
-        "hostname": "echo 10.1.2.3",
-        "ray": f'printf "%s\\n" "$@" > {tmp_path}/called; echo "$RAY_AUTH_MODE" > {tmp_path}/mode',
+        "hostname": "echo 10.1.2.3 10.9.9.9",
+        "python": f'printf "%s\\n" "$@" > {folder}/run; echo "$RAY_AUTH_MODE" > {folder}/mode',
+        "ray": ray,
     }
     for name, script in programs.items():
-        program = tmp_path / ".venv" / "bin" / name
+        program = folder / ".venv" / "bin" / name
         program.parent.mkdir(parents=True, exist_ok=True)
         program.write_text(f"#!/usr/bin/env bash\n{script}\n")
         program.chmod(0o755)
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path)}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "SLURM_SUBMIT_DIR": str(folder)}
     environment |= {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
     environment |= {"SLURM_CPUS_PER_TASK": "32", "SLURM_GPUS_ON_NODE": "4"}
-    subprocess.run([DEPLOY / "slurm.sh", "rounds=3"], env=environment, check=True)
-    called = (tmp_path / "called").read_text().split("\n")[:-1]
-    separator = called.index("--")
-    assert called[:separator] == [
+    return subprocess.run([DEPLOY / "slurm.sh", "rounds=3"], env=environment, check=False).returncode
+
+
+def test_slurm_starts_ray_on_every_node_and_the_run_on_the_first(tmp_path: Path) -> None:
+    ray = f'printf "%s\\n" "$@" > {tmp_path}/ray; while [ "$1" != -- ]; do shift; done; shift; "$@"'
+    assert slurm(tmp_path, ray) == 0
+    called = (tmp_path / "ray").read_text().splitlines()
+    assert called[: called.index("--")] == [
         *("symmetric-run", "--address", "10.1.2.3:6379", "--min-nodes", "2"),
         *("--num-cpus", "32", "--num-gpus", "4", "--disable-usage-stats"),
     ]
-    assert called[separator + 1 :] == [
-        *("python", "jobs/online_kto.py", "--recipe", "sd15_lora", "run=sd15", f"runs_folder={tmp_path}/runs"),
+    assert (tmp_path / "run").read_text().splitlines() == [
+        *("jobs/online_kto.py", "--recipe", "sd15_lora", "run=sd15", f"runs_folder={tmp_path}/runs"),
         *("cluster.address=10.1.2.3:6379", "rounds=3"),
     ]
     assert (tmp_path / "mode").read_text() == "token\n"
+    assert not list(tmp_path.glob(".kto-ray-*"))
+
+
+def test_slurm_fails_where_ray_was_not_started(tmp_path: Path) -> None:
+    assert slurm(tmp_path, "echo 'Failed to start Ray' >&2") == 1
