@@ -235,7 +235,7 @@ class Parquet:
 def _rows_at_once(group: Any, columns: Sequence[str]) -> int:
     """By what rows of these columns take on average."""
     wanted = (group.column(place) for place in range(group.num_columns))
-    size = sum(each.total_uncompressed_size for each in wanted if each.path_in_schema.split(".")[0] in columns)
+    size: int = sum(each.total_uncompressed_size for each in wanted if each.path_in_schema.split(".")[0] in columns)
     return max(1, min(ROWS, BYTES * int(group.num_rows) // max(1, size)))
 
 

@@ -3,6 +3,7 @@
 `table.py` and its relatives say which columns; what is left out is noted in `Notes`, for previews.
 """
 
+import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -54,7 +55,8 @@ class Images:
     """A column of images: the URIs or the bytes of each row; both null where there is none.
 
     Args:
-        cells: paths or URIs, bytes of files, or bytes with a path as `datasets` keeps them.
+        cells: paths or URIs (also data:image/png;base64,...), bytes of files, or bytes with a path as `datasets` has
+            them.
         folder: that paths are relative to.
     """
 
@@ -69,7 +71,13 @@ class Images:
             self.files = pc.if_else(empty, pa.scalar(None, pa.binary()), pc.cast(cells, pa.binary()))
             self.uris = pa.nulls(len(cells), pa.string())
         else:
-            self.files, self.uris = pa.nulls(len(cells), pa.binary()), _resolved(pc.cast(cells, pa.string()), folder)
+            paths = pc.cast(cells, pa.string())
+            inline = pc.fill_null(pc.starts_with(paths, "data:"), False)
+            self.files = pa.nulls(len(cells), pa.binary())
+            if pc.any(inline).as_py():
+                files = (_inline(path) if path else None for path in paths.to_pylist())
+                self.files = pa.array(list(files), pa.binary())
+            self.uris = _resolved(pc.if_else(inline, pa.scalar(None, pa.string()), paths), folder)
 
     @classmethod
     def of(cls, uris: pa.Array, files: pa.Array) -> "Images":
@@ -85,6 +93,17 @@ def _resolved(paths: pa.Array, folder: str) -> pa.Array:
     return pa.array(
         [resolve(folder, path) if path and path.strip() else None for path in paths.to_pylist()], pa.string()
     )
+
+
+def _inline(path: str) -> bytes | None:
+    """What a URI such as data:image/png;base64,iVBOR... holds; None: it is another, or holds nothing."""
+    head, _, content = path.partition(",")
+    if not (head.startswith("data:") and head.endswith(";base64")):
+        return None
+    try:
+        return base64.b64decode(content, validate=True) or None
+    except ValueError:
+        return None
 
 
 def holds_images(kind: pa.DataType) -> bool:

@@ -169,9 +169,9 @@ class TableSource(Source):
                     rows += table.num_rows
                     counts.update(counted(table["desirable"].combine_chunks()))
                     if by_path:
-                        lost = [uri for uri in table["uri"].to_pylist() if is_missing(uri)]
+                        lost = [uri for uri in table["uri"].to_pylist() if uri and is_missing(uri)]
                         notes.add(MISSING, len(lost), lost)
-                        seen.rows(table)
+                        seen.rows(table.filter(pc.is_valid(table["uri"])))
             seen.tell(notes, self.field, self.settings.id)
         self._require_sense(counts, notes)
         return Preview(

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kto_ray.config.data import VotesData
-from kto_ray.data.columns import Columns, find_columns, is_image
+from kto_ray.data.columns import Columns, find_columns
 from kto_ray.data.files import absolute
 from kto_ray.data.labelling import Images, holds_images, prompts_of
 from kto_ray.data.notes import FILTERED, NO_IMAGE, NOT_UNDERSTOOD, Notes
@@ -208,7 +208,7 @@ def known_by(cells: pa.Array, folder: str) -> pa.Array:
     import hashlib
 
     images = Images(cells, folder)
-    if not is_image(cells.type):
+    if images.files.null_count == len(cells):
         return images.uris
     digests = [file and hashlib.sha256(file).hexdigest() for file in images.files.to_pylist()]
     return pc.coalesce(pa.array(digests, pa.string()), images.uris)

@@ -1,5 +1,6 @@
 """Sources in which an image has several rows: pairs, rankings and ratings, and logs of votes, from files and SQL."""
 
+import base64
 import json
 import sqlite3
 from collections.abc import Sequence
@@ -280,6 +281,12 @@ def test_images_of_a_log_may_be_known_by_their_bytes(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "log.parquet", row_group_size=2)
     found = [(row["image"], row["desirable"]) for row in rows_of(votes_source(tmp_path / "log.parquet"))]
     assert found == [(red, True), (blue, False)]
+
+    texts = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in (red, blue, red, red)]
+    rows = [{"prompt": "p", "image": text, "vote": vote} for text, vote in zip(texts, [1, 0, 0, 1], strict=True)]
+    path = write_jsonl(tmp_path / "log.jsonl", [*rows, {"prompt": "p", "image": "data:image/png;base64,?", "vote": 1}])
+    assert [(row["image"], row["desirable"]) for row in rows_of(votes_source(path))] == found
+    assert votes_source(path).preview().wrong[notes.NO_IMAGE] == 1
 
 
 def database(path: Path) -> str:
