@@ -119,7 +119,8 @@ class PreparedSet:
     def size_N(self) -> npt.NDArray[np.int64]:
         """Number of each image's size, counted from the smallest: images of one size may be in one batch."""
         heights, widths = (self._numbers(name).astype(np.int64) for name in ("height", "width"))
-        return np.unique(heights << 32 | widths, return_inverse=True)[1].reshape(-1)
+        numbers_N: npt.NDArray[np.int64] = np.unique(heights << 32 | widths, return_inverse=True)[1].reshape(-1)
+        return numbers_N
 
     @cached_property
     def shard_N(self) -> npt.NDArray[np.int64]:
@@ -132,11 +133,13 @@ class PreparedSet:
         return self._codes("prompt")
 
     def _numbers(self, name: str) -> npt.NDArray[Any]:
-        return self.table[name].combine_chunks().to_numpy(zero_copy_only=False)
+        numbers_N: npt.NDArray[Any] = self.table[name].combine_chunks().to_numpy(zero_copy_only=False)
+        return numbers_N
 
     def _codes(self, name: str) -> npt.NDArray[np.int64]:
         codes = self.table[name].unify_dictionaries().combine_chunks().indices
-        return codes.to_numpy(zero_copy_only=False).astype(np.int64)
+        numbers_N: npt.NDArray[np.int64] = codes.to_numpy(zero_copy_only=False).astype(np.int64)
+        return numbers_N
 
     def prompts(self) -> list[str]:
         """All texts, each once."""

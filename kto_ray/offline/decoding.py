@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 Resize = Literal["crop", "buckets"]
 TRANSPOSING = (5, 6, 7, 8)
@@ -94,7 +94,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 yield image
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         kind = BRANDS.get(data[8:12]) if data[FTYP] == b"ftyp" else None
         what = f"is {kind}, which is not read here; save it as PNG or JPEG" if kind else "is no image that Pillow knows"
         raise UnreadableError(f"the file {what}") from error
