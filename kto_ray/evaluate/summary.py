@@ -57,7 +57,7 @@ def _bounds(interval: Interval) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Results:
+class Outcome:
     """What is known of a run: `summary.json`, `report.html`, and the pairs of `before_after.png`."""
 
     summary: dict[str, Any]
@@ -93,7 +93,7 @@ def results_of(
     fresh: Evaluation | None,
     seconds: Mapping[str, float],
     finished: bool = True,
-) -> Results:
+) -> Outcome:
     """Base and last policy are reported by their `fresh` evaluation, if there is one.
 
     Args:
@@ -165,4 +165,4 @@ def results_of(
             people=people,
         )
     )
-    return Results(summary, report, pairs)
+    return Outcome(summary, report, pairs)
