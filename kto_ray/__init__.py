@@ -2,7 +2,7 @@
 
 Importing this package is cheap (neither torch nor ray is loaded). Start reading at `kto_ray/loop.py`.
 
-What programs may rely on is imported from here, and loaded when it is asked for (docs/api.md):
+What programs may rely on is imported from here, and loaded when it is asked for (docs/python.md):
 
     from kto_ray import RunFolder                    # figures as rows, rounds as Arrow tables, policies as state dicts
     from kto_ray import RunConfig, load_config       # the configuration of a run, checked

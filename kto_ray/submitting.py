@@ -74,10 +74,10 @@ class Submission:
         if (path := Path(recipe)).is_file():
             recipe, files[path.name] = path.name, path
         for name, prompts in (("train", config.prompts.train), ("held_out", config.prompts.held_out)):
-            if (path := Path(prompts)).is_file():
+            if (path := Path(prompts.source)).is_file():
                 there = f"{name}-{path.name}"
                 files[there] = path
-                words.append(f"prompts.{name}={there}")
+                words.append(f"prompts.{name}.source={there}")
         if "://" not in config.runs_folder and not Path(config.runs_folder).expanduser().is_absolute():
             # There it would lie in a folder that goes with the job.
             words.append(f"runs_folder={Path(config.runs_folder).absolute()}")

@@ -172,7 +172,8 @@ class Family(ABC):
         """(B, C, H, W) of what the pipeline gives as latents.
 
         Args:
-            height, width: of the latents.
+            height: of the latents.
+            width: of the latents.
         """
         return made
 

@@ -178,7 +178,7 @@ def test_a_run_that_evaluated_nothing_has_no_report(run: Path, tmp_path: Path) -
 
 
 def test_the_public_names_are_there_and_documented() -> None:
-    page = (ROOT / "docs/api.md").read_text()
+    page = (ROOT / "docs/python.md").read_text()
     for name in kto_ray.PUBLIC:
         assert getattr(kto_ray, name).__doc__
         assert f"`{name}`" in page
