@@ -194,7 +194,8 @@ class Family(ABC):
         """
         vae = self.pipeline.vae
         raw_BCHW = encode_upcast(vae, images_B3HW, generators)
-        return (raw_BCHW - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+        clean_BCHW: Tensor = (raw_BCHW - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+        return clean_BCHW
 
 
 def shrink_of(folder: Path, levels: str = "block_out_channels") -> int:
@@ -233,7 +234,8 @@ def encode_upcast(vae: Any, images_B3HW: Tensor, generators: Sequence[torch.Gene
     if generators is None:
         return mean
     noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
-    return mean + posterior.std.float() * noise.to(mean.device)
+    drawn: Tensor = mean + posterior.std.float() * noise.to(mean.device)
+    return drawn
 
 
 def mean_and_spread(vae: Any, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -201,7 +202,7 @@ class StoreShard:
     def __call__(self, row: Row) -> Row:
         latents_NChw = np.frombuffer(row["latents"], np.float32).reshape(json.loads(row["shape"]))
         listed, unreadable = bytes_table(row["records"]).to_pylist(), json.loads(row["unreadable"])
-        finite_N = np.isfinite(latents_NChw).reshape(len(listed), -1).all(1) if listed else np.zeros(0, np.bool_)
+        finite_N: npt.NDArray[np.bool_] = np.isfinite(latents_NChw).reshape(len(listed), latents_NChw[:1].size).all(1)
         unreadable |= {
             one["content"]: "its latents are not finite numbers; float32 may help (data.prepare.dtype)"
             for one, finite in zip(listed, finite_N, strict=True)

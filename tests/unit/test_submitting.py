@@ -38,7 +38,8 @@ def test_recipe_and_prompts_go_along(elsewhere: Path) -> None:
     (elsewhere / "own/colors.txt").write_text(PROMPTS)
     submission = Submission.of("own/mine.yaml", ["runs_folder=s3://bucket/runs"])
     words = shlex.split(submission.command)
-    assert words[4:] == ["--recipe", "mine.yaml", "runs_folder=s3://bucket/runs", "prompts.train.source=train-colors.txt"]
+    said = ["runs_folder=s3://bucket/runs", "prompts.train.source=train-colors.txt"]
+    assert words[4:] == ["--recipe", "mine.yaml", *said]
     with submission.uploaded() as folder:
         assert {path.name for path in folder.iterdir()} == {"mine.yaml", "train-colors.txt"}
         assert (folder / "train-colors.txt").read_text() == PROMPTS
