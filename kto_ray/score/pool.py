@@ -100,7 +100,7 @@ class ScorerPool:
         """Build others in the place of the actors on nodes that are drained, with the seconds that are left to them."""
         for actor, offer in list(self._actors.items()):
             node = await asyncio.to_thread(node_of, actor)
-            if node not in nodes or actor not in self._actors or actor in self._leaving:
+            if node is None or node not in nodes or actor not in self._actors or actor in self._leaving:
                 continue
             logger.warning(
                 "scorer %s: the node of an actor is taken away %s; another one is built elsewhere",
