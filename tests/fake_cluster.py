@@ -38,6 +38,7 @@ RAY = str(Path(sys.executable).parent / "ray")
 HEAD = "f" * 51 + "00000"
 ID_VARIABLE = "RAY_OVERRIDE_NODE_ID_FOR_TESTING"
 PATIENCE_S = 300  # on a machine where everything takes ten times as long
+AGENTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port")
 PR_SET_CHILD_SUBREAPER = 36
 READY = "This command will now block"
 """What `ray start` says once its node is up."""
@@ -169,7 +170,7 @@ def fake_cluster(
         head: resources of the head; None: no CPU, which keeps actors that ask for one off it.
         idle_s: after so long without work a node is given back.
     """
-    gcs, dashboard, agent, client = free_ports(4)
+    gcs, dashboard, client, *agents = free_ports(3 + len(AGENTS))
     head = {"CPU": 0} if head is None else head
     config = folder / "autoscaler.json"
     config.write_text(json.dumps(_autoscaling(f"127.0.0.1:{gcs}", types, head, idle_s)))
@@ -191,7 +192,9 @@ def fake_cluster(
     command = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     command += [f"--port={gcs}", f"--ray-client-server-port={client}", f"--temp-dir={short}"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--autoscaling-config={config}"]
+    # A raylet that has to ask its agents for their ports gives up after 30 s, which is little on a machine that is busy.
+    command += [f"--{name}={port}" for name, port in zip(AGENTS, agents, strict=True)]
+    command += [f"--autoscaling-config={config}"]
     command += [f"--num-cpus={head.get('CPU', 0):g}", f"--num-gpus={head.get('GPU', 0):g}"]
     command += ["--object-store-memory=200000000"]
     with (folder / "head.log").open("wb") as log:
