@@ -24,6 +24,9 @@ ON_A_GPU = [
     *("train.device=cpu", "train.resources.num_cpus=1", "train.resources.num_gpus=1"),
 ]
 
+pytestmark = pytest.mark.filterwarnings("default")
+"""Ray Train is the driver's guest here: what Ray Data finds old about itself is no error of ours."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_gpu() -> Iterator[None]:
