@@ -20,7 +20,7 @@ from kto_ray import prompts, tracking
 from kto_ray.config import Model, RunConfig, implied, require_same, to_yaml
 from kto_ray.config.resuming import Change, Marks, write_down
 from kto_ray.diffusion import memory, source
-from kto_ray.diffusion.checks import read_by
+from kto_ray.diffusion.checks import Read, read_by
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.geometry import image_size
 from kto_ray.diffusion.sizes import parameters_of
@@ -156,7 +156,7 @@ def _check_texts(folder: Path, model: Model, train: Sequence[Prompt], held_out: 
     Args:
         prefix: the longest that goes before a prompt.
     """
-    read, limit = {}, 0
+    limit, read = 0, dict[str, list[Read]]()
     for name, texts in (("prompts.train", train), ("prompts.held_out", held_out)):
         if not texts:  # of a run on labelled images, which are looked at later
             read[name] = []

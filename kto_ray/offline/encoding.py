@@ -201,7 +201,7 @@ class StoreShard:
     def __call__(self, row: Row) -> Row:
         latents_NChw = np.frombuffer(row["latents"], np.float32).reshape(json.loads(row["shape"]))
         listed, unreadable = bytes_table(row["records"]).to_pylist(), json.loads(row["unreadable"])
-        finite_N = np.isfinite(latents_NChw).reshape(len(listed), -1).all(1) if listed else np.zeros(0, np.bool_)
+        finite_N = [bool(np.isfinite(latents_Chw).all()) for latents_Chw in latents_NChw]
         unreadable |= {
             one["content"]: "its latents are not finite numbers; float32 may help (data.prepare.dtype)"
             for one, finite in zip(listed, finite_N, strict=True)
@@ -215,7 +215,13 @@ class StoreShard:
             for one, finite in zip(listed, finite_N, strict=True)
             if finite
         ]
-        write_latents(self.folder, row["shard"], records, latents_NChw[finite_N], {UNREADABLE: json.dumps(unreadable)})
+        write_latents(
+            self.folder,
+            row["shard"],
+            records,
+            latents_NChw[np.array(finite_N, np.bool_)],
+            {UNREADABLE: json.dumps(unreadable)},
+        )
         return {"shard": row["shard"], "images": len(records), "unreadable": len(unreadable)}
 
 

@@ -273,7 +273,7 @@ class Interval:
     @cached_property
     def steps_at_once(self) -> int:
         """Steps of a segment."""
-        a_sample = self.prepared.latents_of(self.prepared.records(self.rows[:1])).nbytes
+        a_sample: int = self.prepared.latents_of(self.prepared.records(self.rows[:1])).nbytes
         samples = min(MOST_OF_A_SEGMENT, SEGMENT_BYTES // a_sample)
         return max(1, samples // self.plan_SG.shape[1])
 
