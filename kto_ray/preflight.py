@@ -178,8 +178,7 @@ def _check_texts(folder: Path, model: Model, train: Sequence[Prompt], held_out: 
     Args:
         prefix: the longest that goes before a prompt.
     """
-    read: dict[str, list[Read]] = {}
-    limit = 0
+    limit, read = 0, dict[str, list[Read]]()
     for name, texts in (("prompts.train", train), ("prompts.held_out", held_out)):
         if not texts:  # of a run on labelled images, which are looked at later
             read[name] = []

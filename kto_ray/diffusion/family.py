@@ -194,8 +194,9 @@ class Family(ABC):
         """
         vae = self.pipeline.vae
         raw_BCHW = encode_upcast(vae, images_B3HW, generators)
-        clean_BCHW: Tensor = (raw_BCHW - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
-        return clean_BCHW
+        shift = getattr(vae.config, "shift_factor", None) or 0
+        latents_BCHW: Tensor = (raw_BCHW - shift) * vae.config.scaling_factor
+        return latents_BCHW
 
 
 def shrink_of(folder: Path, levels: str = "block_out_channels") -> int:
@@ -229,13 +230,12 @@ def encode_upcast(vae: Any, images_B3HW: Tensor, generators: Sequence[torch.Gene
     if not hasattr(made, "latent_dist"):  # an autoencoder that is not variational
         latent_BCHW: Tensor = made.latent
         return latent_BCHW.float()
-    posterior = made.latent_dist
-    mean: Tensor = posterior.mean.float()
+    mean: Tensor = made.latent_dist.mean.float()
     if generators is None:
         return mean
     noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
-    drawn: Tensor = mean + posterior.std.float() * noise.to(mean.device)
-    return drawn
+    spread: Tensor = made.latent_dist.std.float()
+    return mean + spread * noise.to(mean.device)
 
 
 def mean_and_spread(vae: Any, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -202,7 +201,7 @@ class StoreShard:
     def __call__(self, row: Row) -> Row:
         latents_NChw = np.frombuffer(row["latents"], np.float32).reshape(json.loads(row["shape"]))
         listed, unreadable = bytes_table(row["records"]).to_pylist(), json.loads(row["unreadable"])
-        finite_N: npt.NDArray[np.bool_] = np.isfinite(latents_NChw).reshape(len(listed), latents_NChw[:1].size).all(1)
+        finite_N = [bool(np.isfinite(latents_Chw).all()) for latents_Chw in latents_NChw]
         unreadable |= {
             one["content"]: "its latents are not finite numbers; float32 may help (data.prepare.dtype)"
             for one, finite in zip(listed, finite_N, strict=True)
@@ -216,7 +215,13 @@ class StoreShard:
             for one, finite in zip(listed, finite_N, strict=True)
             if finite
         ]
-        write_latents(self.folder, row["shard"], records, latents_NChw[finite_N], {UNREADABLE: json.dumps(unreadable)})
+        write_latents(
+            self.folder,
+            row["shard"],
+            records,
+            latents_NChw[np.array(finite_N, np.bool_)],
+            {UNREADABLE: json.dumps(unreadable)},
+        )
         return {"shard": row["shard"], "images": len(records), "unreadable": len(unreadable)}
 
 

@@ -1,19 +1,28 @@
 """Runs on labelled images: what is refused before anything is spent, and what is counted."""
 
+import asyncio
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 from kto_ray.config import implied, load
 from kto_ray.errors import UserError
+from kto_ray.evaluate.summary import write_results
 from kto_ray.loop import run_online_kto
-from kto_ray.offline.loop import Intervals, run_offline_kto
+from kto_ray.offline.loop import Intervals, _OfflineLoop, run_offline_kto
 from kto_ray.offline.planning import CONTRARY
+from kto_ray.preflight import Preflight
 from kto_ray.prepared import PreparedSet, keep_set, set_of
+from kto_ray.records import Prompt
+from kto_ray.rounds import Round
 from kto_ray.storage import Storage
 from tests.factories import make_set
+from tests.in_process import InProcess
 
 
 @pytest.mark.parametrize(
@@ -86,3 +95,49 @@ def test_a_set_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     prepared.storage.write_json("set.json", prepared.manifest | {"format": 99})
     with pytest.raises(UserError, match="newer version of kto-ray: its format is 99"):
         _ = PreparedSet(prepared.folder, prepared.key).manifest
+
+
+async def learned(folder: Path, prepared: PreparedSet, monkeypatch: pytest.MonkeyPatch, rounds: int) -> dict[str, Any]:
+    """What a run comes to, with generators and scorers of this process, and a training that only takes note."""
+    workers = InProcess({"shapes": lambda sample: float(sample.seed % 97) / 96})
+    for part in ("Caretaker", "Training"):
+        monkeypatch.setattr(f"kto_ray.offline.loop.{part}", lambda *_: None)
+    for part in ("Generators", "Scorers"):
+        monkeypatch.setattr(f"kto_ray.offline.loop.{part}", lambda *_: workers)
+    small = ["data.stream.steps=5", "train.global_batch=12", "train.micro_batch=12", "tracking.tensorboard=false"]
+    config = load("shapes_offline", [f"rounds={rounds}", "evaluate.every=1", *small])
+    held_out = [Prompt(f"p{place}", f"prompt {place}") for place in range(3)]
+    preflight = Preflight(Storage(str(folder)), [], held_out, "b" * 64, {"unet": "b" * 64})
+    loop = _OfflineLoop(config, preflight, prepared, Console(file=io.StringIO(), width=1000))
+
+    async def train(_: object, index: int, round_: Round) -> None:
+        interval = loop.stream.interval(index)
+        draws = dict(zip(interval.ids, interval.draws_N.tolist(), strict=True))
+        weights = {"weight": torch.full((1,), float(index))}
+        await asyncio.to_thread(loop.learning.policies.publish, index + 1, weights, {})
+        await asyncio.to_thread(round_.record_training, draws, {"figures": {"seconds/train": 0.0}})
+
+    monkeypatch.setattr(loop.learning, "_train", train)
+    await asyncio.wait_for(loop.learning.learn(loop), 300)
+    await loop.retention.close()
+    what = loop.config, loop.run_storage, loop.metrics, loop.rounds, loop.evaluation, loop.fresh
+    return await asyncio.to_thread(write_results, *what, {})
+
+
+async def test_intervals_are_learned_from_and_reported_as_rounds_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = make_set(tmp_path / "set", [n % 2 == 0 for n in range(12)])
+    prepared.manifest["left_out"] = {"the file is empty": 1}
+    run = tmp_path / "run"
+    first = await learned(run, prepared, monkeypatch, rounds=2)
+    assert (first["policy_version"], first["rounds"]) == (2, 2)
+    summary = await learned(run, prepared, monkeypatch, rounds=3)  # goes on
+    assert (summary["policy_version"], summary["rounds"], summary["images"]) == (3, 3, 13)
+    assert summary["ledger"]["balances"]
+    assert summary["ledger"]["trained"] == 12
+    assert summary["evaluation_images"] == 4 * 3 * 5
+    assert {"base", "final", "difference"} <= summary.keys()
+    rows = [Round(Storage(f"{run}/rounds/{index:05}"), "") for index in range(3)]
+    assert all(row.sealed and row.manifest["desirable"] + row.manifest["undesirable"] == 60 for row in rows)
+    assert "12" in (run / "report.html").read_text()
