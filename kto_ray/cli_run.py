@@ -17,6 +17,8 @@ from kto_ray.errors import UserError
 if TYPE_CHECKING:
     from kto_ray.config import RunConfig
 
+OFFLINE = "offline"
+"""What a job says as `obj` that is for labelled images alone."""
 USER_ERROR = 2
 INTERRUPTED = 130
 """As a shell has it: 128 and the number of SIGINT."""
@@ -38,13 +40,15 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 def run(
     context: click.Context, recipe: str, dry_run: bool, verbose: bool, gpu: float | None, overrides: tuple[str, ...]
 ) -> None:
-    """Run, or continue, online Diffusion-KTO. The same run name continues the run, whatever ended it.
+    """Run, or continue, Diffusion-KTO: online, or with `data` on labelled images that are there already. The same run
+    name continues the run, whatever ended it.
 
     \b
     kto-ray run                                     the embedded world, on two CPU cores
     kto-ray run --recipe shapes_demo run=mine rounds=4 train.learning_rate=1e-4
     kto-ray run --recipe sd15_lora --dry-run --gpu 24
     kto-ray run --recipe mine.yaml runs_folder=s3://bucket/runs
+    kto-ray run --recipe sd15_lora data=liked_and_disliked/ data.held_out_share=0.02
 
     It joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine. What Ray, its actors and libraries
     print goes to logs/ in the run's folder. Exit codes: 0 done, 1 a failure that nobody foresaw (with its traceback),
@@ -63,7 +67,7 @@ def run(
 
             console.print(describe(settings), markup=False, highlight=False)
         else:
-            _run(settings, verbose)
+            _run(settings, verbose, offline=context.obj == OFFLINE)
     except UserError as error:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         context.exit(USER_ERROR)
@@ -77,28 +81,33 @@ def card(gpu: float | None) -> list[str]:
     return [f"cluster.gpu_gb={gpu}"] if gpu is not None else []
 
 
-def _run(settings: "RunConfig", verbose: bool) -> None:
+def _run(settings: "RunConfig", verbose: bool, offline: bool) -> None:
     from kto_ray import config
     from kto_ray.console import only_own_lines
     from kto_ray.storage import Storage
 
+    offline = offline or settings.data is not None
     with only_own_lines(Storage(settings.runs_folder) / settings.run, verbose) as (console, elsewhere):
         for name, value in config.implied(settings).items():
             console.print(f"{name}: {value}", highlight=False)
 
-        from kto_ray.loop import run_online_kto
+        # Each brings in what only it needs.
+        if offline:
+            from kto_ray.offline.loop import run_offline_kto as learn
+        else:
+            from kto_ray.loop import run_online_kto as learn
 
         try:
-            summary = run_online_kto(settings, console)
+            summary = learn(settings, console)
         except BaseException:
             if elsewhere.place:
                 console.print(f"what others than the run printed: {elsewhere.place}", markup=False, highlight=False)
             raise
-        console.print(in_a_sentence(summary), highlight=False)
+        console.print(in_a_sentence(summary, offline), highlight=False)
         console.print(f"{settings.runs_folder}/{settings.run}/report.html", highlight=False)
 
 
-def in_a_sentence(summary: Mapping[str, Any]) -> str:
+def in_a_sentence(summary: Mapping[str, Any], offline: bool = False) -> str:
     """What a run came to, of its `summary.json`."""
     final, base = summary["final"], summary["base"]
     found = []
@@ -108,5 +117,9 @@ def in_a_sentence(summary: Mapping[str, Any]) -> str:
         found.append(f"win rate vs base {final['win_rate']:.1%}")
     if summary["people"]:
         found.append(f"{summary['people']['answers']} answers of people")
-    found.append(f"{summary['images']} images drawn in {summary['seconds']['total']:.0f} s")
+    ledger, seconds = summary["ledger"], summary["seconds"]["total"]
+    if not offline:
+        found.append(f"{summary['images']} images drawn in {seconds:.0f} s")
+    else:
+        found.append(f"trained on {ledger['trained']} of {ledger['generated']} labelled images in {seconds:.0f} s")
     return "; ".join(found)

@@ -73,6 +73,7 @@ class TableData(Labelled):
 
     kind: Literal["table"] = "table"
     path: ByContent[str]
+    """A file, a folder, or a pattern such as data/*.parquet, local or as a URI."""
 
 
 class PaperData(Section):
@@ -80,6 +81,7 @@ class PaperData(Section):
 
     kind: Literal["paper"] = "paper"
     path: ByContent[str]
+    """The CSV, local or as a URI."""
     choice: Fixed[Literal["win_and_intersections", "win"]] = "win_and_intersections"
     """Which images are desirable: those that won at least once, the paper's best; or only those that never lost, the
     others that won being left out."""
@@ -92,6 +94,7 @@ class PairsData(Section):
 
     kind: Literal["pairs"] = "pairs"
     path: ByContent[str]
+    """A file, a folder, or a pattern such as data/*.parquet, local or as a URI."""
     rule: Fixed[Literal["ever", "share"]] = "ever"
     """ever: an image is desirable if it was ever preferred, as in the paper; share: by its share of wins."""
     share: Fixed[InnerShare] = 0.5
@@ -109,7 +112,9 @@ class RatingsData(Section):
 
     kind: Literal["ratings"] = "ratings"
     path: ByContent[str]
+    """A file, a folder, or a pattern such as data/*.parquet, local or as a URI."""
     prompt: Fixed[str | None] = None
+    """Column of prompts; None, as for the others: found by its name, see `data/columns.py`."""
     image: Fixed[str | None] = None
     """Column of an image, or of a list of all images of the prompt."""
     score: Fixed[str | None] = None
@@ -123,7 +128,9 @@ class RatingsData(Section):
     min_images: Fixed[Annotated[int, Field(ge=2)]] = 2
     """Prompts with fewer images have no verdicts."""
     where: Fixed[str | None] = None
+    """Only rows of which this SQL expression over the columns is true."""
     images: ByContent[str | None] = None
+    """Folder or URI that paths are relative to; None: that of the file."""
 
     @model_validator(mode="after")
     def _shares_are_apart(self) -> "RatingsData":
@@ -137,9 +144,11 @@ class FoldersData(Section):
 
     kind: Literal["folders"] = "folders"
     path: ByContent[str]
+    """The folder that the two lie in, local or as a URI."""
     liked: Fixed[str | None] = None
     """Name of the folder; None: found among usual ones (liked, good, yes, ...)."""
     disliked: Fixed[str | None] = None
+    """Name of the other folder; None: found among usual ones (disliked, bad, no, ...)."""
     prompt: Fixed[str | None] = None
     """The prompt of images that have no text file beside them; None: they are left out."""
 
@@ -149,6 +158,7 @@ class ImageFolderData(Labelled):
 
     kind: Literal["imagefolder"] = "imagefolder"
     path: ByContent[str]
+    """The folder, local or as a URI."""
 
 
 class WebDatasetData(Labelled):
@@ -156,6 +166,7 @@ class WebDatasetData(Labelled):
 
     kind: Literal["webdataset"] = "webdataset"
     path: ByContent[str]
+    """A tar file, a folder of them, or a pattern such as shards/*.tar, local or as a URI."""
 
 
 class HuggingFaceData(Labelled):
@@ -165,7 +176,9 @@ class HuggingFaceData(Labelled):
     name: ByContent[str]
     """OWNER/NAME, or a folder of `save_to_disk`."""
     config: Fixed[str] = "default"
+    """Which configuration (subset) of the data set."""
     split: Fixed[str] = "train"
+    """Which split of it."""
     revision: ByContent[str | None] = None
     """Of the hub's repository; a commit hash makes a run reproducible."""
 
@@ -185,6 +198,7 @@ class VotesData(Labelled):
     combine: Fixed[Literal["majority", "share", "latest"]] = "majority"
     """majority: more yes than no, or the reverse; share: a share of yes of at least `share`; latest: the last vote."""
     share: Fixed[InnerShare] = 0.5
+    """For `combine: share`: the least share of yes that makes an image desirable."""
     min_votes: Fixed[Count] = 1
     """Images with fewer votes have no verdict."""
     one_vote_each: Fixed[bool] = True
@@ -252,7 +266,9 @@ class Data(Section):
     """Share of their prompts that is set apart to evaluate on, in the place of `prompts.held_out`; by a hash of the
     prompt, whatever its case and spaces. Images of held-out prompts are never trained on."""
     prepare: Prepare = Prepare()
+    """How images are read, cut to size and encoded."""
     stream: Stream = Stream()
+    """How training draws from what was prepared."""
 
 
 def as_data(value: Any) -> Any:

@@ -31,11 +31,15 @@ class Prepare(Section):
     batch_size: Noted[Count] = 16
     """Images an encoder takes at once."""
     device: Noted[Device] = "auto"
+    """On what an encoder computes; auto: its GPU where `resources` give it one, else the CPU."""
     dtype: Fixed[Dtype] = "float32"
+    """Precision of the encoder; latents are kept in float32."""
     min_encoders: Free[Count] = 1
+    """So many encoders are there from the beginning."""
     max_encoders: Free[Count] = 1
     """Ray Data scales between the two."""
     resources: Resources = Resources()
+    """What an encoder asks of the cluster."""
 
     @model_validator(mode="after")
     def _encoders_are_a_range(self) -> "Prepare":

@@ -4,5 +4,5 @@
                          hash, count     decode, encode                                        the train workers
                          what is bad     with Ray Data                                         stream it
 
-`loop.py` is the whole run; jobs/offline_kto.py starts it.
+`loop.py` is the whole run; `kto-ray run` and jobs/offline_kto.py start it.
 """

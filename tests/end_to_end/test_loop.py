@@ -19,8 +19,7 @@ from tests.end_to_end import jobs
 OWN = re.compile(
     r"(images|optimizer steps|effective batch|draws of a sample): "  # what the configuration implies
     r"|round \d+: |  policy \d+: |held-out images that pass: |.*/report\.html$"
-    # A busy machine, few verdicts, a model that reads little.
-    r"|WARNING: (still waiting for |round \d+: |prompts\.\w+: )"
+    r"|WARNING: (still waiting for |round \d+: |prompts\.\w+: )"  # busy machine; few verdicts; a tiny model
 )
 """How the lines begin that a run says itself, where nothing goes wrong."""
 
