@@ -185,6 +185,7 @@ def fake_cluster(
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(PATIENCE_S),
         "RAY_CLOUD_INSTANCE_ID": HEAD,
         ID_VARIABLE: HEAD,
     }
@@ -192,7 +193,7 @@ def fake_cluster(
     command = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     command += [f"--port={gcs}", f"--ray-client-server-port={client}", f"--temp-dir={short}"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    # A raylet that has to ask its agents for their ports gives up after 30 s, which is little on a busy machine.
+    # A raylet that has to ask its agents for their ports gives up after 30 s: little, on a machine that is busy.
     command += [f"--{name}={port}" for name, port in zip(AGENTS, agents, strict=True)]
     command += [f"--autoscaling-config={config}"]
     command += [f"--num-cpus={head.get('CPU', 0):g}", f"--num-gpus={head.get('GPU', 0):g}"]
