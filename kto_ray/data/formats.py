@@ -29,6 +29,8 @@ BYTES = 2**25
 """About so much of a batch of anything else."""
 PART_ROWS, PART_BYTES = 50_000, 2**26
 """Row groups of Parquet are joined up to this: they may have a hundred rows each."""
+CELL = 2**27
+"""Bytes of a cell of CSV, at most: an image may stand in it as a data URI."""
 FIRST = 100
 """Objects of a JSON file whose keys are its columns: later ones may have more, which nobody misses."""
 
@@ -95,6 +97,7 @@ class Csv:
     def _rows(self, file: File) -> Iterator[list[str]]:
         """The header, then rows, each of as many cells; empty lines are none."""
         with _text(file) as text:
+            csv.field_size_limit(CELL)
             reader = csv.reader(text, self.dialect, strict=True, skipinitialspace=True)
             header: list[str] | None = None
             whole = 0  # the line up to which rows are whole

@@ -125,7 +125,7 @@ class TallySource(Source):
             first, end = of_part.searchsorted([number, number + 1])
             if first < end:
                 taken = verdicts.take(pa.array(range(first, end)))  # a slice would pickle with all the others
-                found.append(Part(part.name, {**part.of, "taken": taken, "rows": part.rows}, int(end - first)))
+                found.append(Part(part.name, {**part.of, "taken": taken}, int(end - first)))
         return found
 
     def read(self, part: Part) -> Iterator[pa.Table]:
@@ -148,11 +148,11 @@ class TallySource(Source):
         self, part: Part, offset: int, batch: pa.RecordBatch, rows: pa.Array, items: pa.Array, taken: pa.Table
     ) -> pa.Table:
         """Rows and items at places in a batch; `offset` is what leads to rows of the file."""
-        in_file = pc.add(pc.divide(taken["place"], ITEMS), 0).to_pylist()
+        in_part = pc.divide(taken["place"], ITEMS).to_pylist()
         return labelled(
             [
                 f"{self.kind}:{part.of['name']}:{row % ROWS + offset}:{item}"
-                for row, item in zip(in_file, items.to_pylist(), strict=True)
+                for row, item in zip(in_part, items.to_pylist(), strict=True)
             ],
             self.images(batch, rows, items, self.rows.folder(part)),
             self.prompts(batch, rows),
