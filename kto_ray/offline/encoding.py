@@ -215,13 +215,8 @@ class StoreShard:
             for one, finite in zip(listed, finite_N, strict=True)
             if finite
         ]
-        write_latents(
-            self.folder,
-            row["shard"],
-            records,
-            latents_NChw[np.array(finite_N, np.bool_)],
-            {UNREADABLE: json.dumps(unreadable)},
-        )
+        kept_NChw = latents_NChw[np.array(finite_N, np.bool_)]
+        write_latents(self.folder, row["shard"], records, kept_NChw, {UNREADABLE: json.dumps(unreadable)})
         return {"shard": row["shard"], "images": len(records), "unreadable": len(unreadable)}
 
 
