@@ -275,7 +275,7 @@ class Interval:
         """Steps of a segment."""
         a_sample: int = self.prepared.latents_of(self.prepared.records(self.rows[:1])).nbytes
         samples = min(MOST_OF_A_SEGMENT, SEGMENT_BYTES // a_sample)
-        return max(1, samples // int(self.plan_SG.shape[1]))
+        return max(1, samples // len(self.plan_SG[0]))
 
     def segment(self, start: int, left_out: Set[int]) -> tuple[Rows, RoundData]:
         """The samples of the steps from `start` on, as places in `rows`, and those steps over them.
