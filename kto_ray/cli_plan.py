@@ -30,7 +30,6 @@ SPEED = click.FloatRange(min=0, min_open=True)
 @click.option("--samples-per-s", type=SPEED, help="Training samples that a train worker gets through.")
 @click.option("--scores-per-s", multiple=True, metavar="SCORER=NUMBER", help="That an actor of a scorer scores.")
 @click.option("--label-s", type=click.FloatRange(min=0), help="What labeling takes beyond a round's last image.")
-@click.option("--placement", type=click.Choice(["separate", "colocated"]), default="separate", show_default=True)
 @click.option("--gpu", type=SPEED, metavar="GB", help="Memory of each GPU: short for cluster.gpu_gb=GB.")
 def plan(
     recipe: str,
@@ -42,7 +41,6 @@ def plan(
     samples_per_s: float | None,
     scores_per_s: tuple[str, ...],
     label_s: float | None,
-    placement: "Kind",
     gpu: float | None,
 ) -> None:
     """Say what a run of RECIPE takes of a cluster: nodes, hours, and what will idle.
@@ -60,12 +58,17 @@ def plan(
     fleet = read_cluster(cluster) if cluster is not None else read_nodes(nodes)
     speeds = _speeds(config, run, images_per_s, samples_per_s, scores_per_s, label_s)
     held_out = len(load_prompts("prompts.held_out", config.prompts.held_out))
-    made = make_plan(config, fleet, speeds, held_out, placement)
+    made = make_plan(config, fleet, speeds, held_out, _kind(config))
     memory = _memory(config)
     console = Console(soft_wrap=True)
     console.print(_table(made))
     for line in (*_lines(config, made), *memory):
         console.print(line, markup=False, highlight=False)
+
+
+def _kind(config: "RunConfig") -> "Kind":
+    """As the recipe has it; generators that come and go are planned like such that stay."""
+    return "colocated" if config.cluster.placement == "colocated" else "separate"
 
 
 def _speeds(

@@ -157,4 +157,4 @@ def _by_turns(fleet: Fleet, making: Sequence[Role], training: Role) -> str:
             pack(fleet, roles)
     except UserError:
         return ""
-    return "; by turns (--placement colocated) the roles fit"
+    return "; by turns (cluster.placement=colocated) the roles fit"

@@ -159,7 +159,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
 
 def test_one_card_is_enough_by_turns() -> None:
     one = read_nodes(["1x8CPU,1GPU"])
-    with pytest.raises(UserError, match=r"by turns \(--placement colocated\) the roles fit"):
+    with pytest.raises(UserError, match=r"by turns \(cluster\.placement=colocated\) the roles fit"):
         planned(fleet=one)
     plan = planned(fleet=one, kind="colocated")
     assert plan.least == plan.most == {"1x8CPU,1GPU": 1}
