@@ -4,8 +4,8 @@ Commands are parsed, not run: options and fields must be there, and values must 
 says so in a comment before it: `<!-- not checked: WHY -->`.
 """
 
-import argparse
 import ast
+import csv
 import itertools
 import json
 import os
@@ -100,6 +100,9 @@ def test_a_block_is_right(block: Block, monkeypatch: pytest.MonkeyPatch) -> None
     if language in SHELL:
         for words in commands(block.code):
             check_command(words)
+    elif language == "yaml" and block.code.startswith("{"):
+        for line in block.code.splitlines():
+            check_source(line)
     elif language == "yaml":
         tree = yaml12.load(block.code)
         assert tree.keys() <= RunConfig.model_fields.keys(), "no recipe; say why it is not checked"
@@ -108,6 +111,10 @@ def test_a_block_is_right(block: Block, monkeypatch: pytest.MonkeyPatch) -> None
         compile(block.code, block.page, "exec")
     elif language == "json":
         check_json(block.code)
+    elif language == "csv":
+        header, *rows = csv.reader(block.code.splitlines())
+        assert rows
+        assert all(len(row) == len(header) for row in rows)
     else:
         assert language in OTHERS, f"nobody checks {language!r}"
 
@@ -118,6 +125,21 @@ def check_json(code: str) -> None:
     except json.JSONDecodeError:
         for line in code.splitlines():
             json.loads(line)
+
+
+def check_source(line: str) -> None:
+    """Of labelled images, as `data` takes it."""
+    source = yaml12.load(line)
+    assert "kind" in source
+    config.from_tree({"data": source})
+
+
+def test_sources_that_prose_names_are_right() -> None:
+    prose = FENCED.sub("", (DOCS / "offline_data.md").read_text())
+    sources = re.findall(r"`(\{kind: .*?\})`", prose)
+    assert sources
+    for source in sources:
+        check_source(source)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -153,6 +175,10 @@ def check_command(words: list[str]) -> None:
         assert rest[:1] == ["-m"], f"unknown: {words}"
     elif program == "ray" and "--" in rest:
         check_command(rest[rest.index("--") + 1 :])
+    elif program == "eval":
+        for code in re.findall(r"\$\((.*?)\)", " ".join(rest)):
+            for inner in commands(code):
+                check_command(inner)
     elif is_override(program):
         config.load(None, words)
     else:
@@ -169,25 +195,20 @@ def check_kto_ray(words: list[str]) -> None:
         context, command = click.Context(found, parent=context), found  # type: ignore[assignment]
     parsed = command.make_context(command.name, words)
     given: tuple[str, ...] = parsed.params.get("overrides", ())
-    config.load(None, [override for override in given if "=" in override])
+    recipe: str | None = parsed.params.get("recipe")
+    config.load(
+        None if recipe is None or recipe.endswith(".yaml") else recipe,
+        [override for override in given if "=" in override],
+    )
 
 
 def check_job(job: str, *words: str) -> None:
     assert (ROOT / job).is_file()
-    if job != "jobs/online_kto.py":
-        source = (ROOT / job).read_text()
-        assert [word for word in words if word.startswith("--") and word.removeprefix("--") not in source] == []
-        return
-    if "run" in main.commands:  # the same
+    if job in ("jobs/online_kto.py", "jobs/offline_kto.py"):  # the same command
         check_kto_ray(["run", *words])
         return
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--recipe", default="shapes_demo")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--gpu", type=float)
-    parser.add_argument("overrides", nargs="*")
-    given = parser.parse_intermixed_args(words)
-    config.load(None if given.recipe.endswith(".yaml") else given.recipe, given.overrides)
+    source = (ROOT / job).read_text()
+    assert [word for word in words if word.startswith("--") and word.removeprefix("--") not in source] == []
 
 
 def check_make(words: list[str]) -> None:
