@@ -37,7 +37,7 @@ def one_gpu() -> Iterator[None]:
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> dict[str, Any]:
-    monkeypatch.setattr(loop, "connected", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(loop, "connected", lambda *_: contextlib.nullcontext())
     of_its_own = [f"runs_folder={folder}", "cluster.address=local", "evaluate.every=1", "tracking.tensorboard=false"]
     config = load("shapes_demo", [*SMALL, *of_its_own, *overrides])
     return loop.run_online_kto(config, Console(file=io.StringIO()))
