@@ -117,9 +117,10 @@ def in_a_sentence(summary: Mapping[str, Any], offline: bool = False) -> str:
         found.append(f"win rate vs base {final['win_rate']:.1%}")
     if summary["people"]:
         found.append(f"{summary['people']['answers']} answers of people")
-    ledger, seconds = summary["ledger"], summary["seconds"]["total"]
+    seconds = summary["seconds"]["total"]
     if not offline:
         found.append(f"{summary['images']} images drawn in {seconds:.0f} s")
     else:
+        ledger = summary["ledger"]
         found.append(f"trained on {ledger['trained']} of {ledger['generated']} labelled images in {seconds:.0f} s")
     return "; ".join(found)

@@ -38,7 +38,7 @@ def test_what_is_not_given_is_asked(tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     config = load(str(file))
     assert config.model.name == "acme/some-xl-model"
-    assert (config.prompts.train, config.prompts.held_out) == ("a.txt", "b.txt")
+    assert (config.prompts.train.source, config.prompts.held_out.source) == ("a.txt", "b.txt")
     assert config.cluster.gpu_gb == 48
     assert (config.train.workers, config.generate.max_replicas) == (2, 2)
     assert config.generate.steps == load("sdxl_lora").generate.steps

@@ -43,7 +43,8 @@ async def test_it_says_which_line_of_the_package_it_was(tmp_path: Path, calls_on
     assert calls_on_the_loop
     (write,) = (call for call in calls_on_the_loop if call.what.startswith("Storage.write_table samples/"))
     assert re.fullmatch(
-        r"Storage.write_table samples/\w+.parquet by parts.py:\d+ write_part < rounds.py:\d+ add_samples", str(write)
+        r"Storage.write_table samples/\w+.parquet by parts.py:\d+ _write < parts.py:\d+ write_part < rounds.py:\d+ add_samples",
+        str(write),
     )
 
 
