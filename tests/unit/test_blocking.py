@@ -42,10 +42,8 @@ async def test_it_says_which_line_of_the_package_it_was(tmp_path: Path, calls_on
     round_.add_samples(make_samples("round-00000", 2))
     assert calls_on_the_loop
     (write,) = (call for call in calls_on_the_loop if call.what.startswith("Storage.write_table samples/"))
-    assert re.fullmatch(
-        r"Storage.write_table samples/\w+.parquet by parts.py:\d+ _write < parts.py:\d+ write_part < rounds.py:\d+ add_samples",
-        str(write),
-    )
+    by = r"parts.py:\d+ _write < parts.py:\d+ write_part < rounds.py:\d+ add_samples"
+    assert re.fullmatch(rf"Storage.write_table samples/\w+.parquet by {by}", str(write))
 
 
 async def test_what_runs_in_a_thread_is_not(tmp_path: Path, calls_on_the_loop: list[BlockingCall]) -> None:
