@@ -4,14 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 
-from kto_ray.bake_off.plain_loop import PlainLoop
 from kto_ray.cli import main
-from kto_ray.config import load
-from kto_ray.prompts import round_requests
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from tests.end_to_end import jobs
@@ -73,23 +69,6 @@ def test_a_run_leaves_report_summary_metrics_rounds_and_policies(tmp_path: Path,
     other = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "train.objective.beta=7"])
     assert other.wait() == 2
     assert "train.objective.beta: the run has 75.0, this command says 7.0" in other.output()
-
-
-def test_the_loop_without_ray_makes_the_same_images(tmp_path: Path, tiny_sd1_folder: Path) -> None:
-    """`bake_off/plain_loop.py`, in this process: a round of the base, and one of the policy that learned from it."""
-    job = jobs.start(tmp_path, "run", overrides := [f"model={tiny_sd1_folder}", "generate.resources.threads=1"])
-    assert job.wait() == 0, job.output()
-    config = load("shapes_demo", [*jobs.SMALL, *overrides])
-    plain = PlainLoop(config, threads=1)
-    for index in range(2):
-        stored = {sample.id: sample for sample in RoundStore(Storage(str(job.run))).round(index).samples()}
-        requests = round_requests(plain.train_prompts, config.seed, f"round-{index:05}", index, 24)
-        latents_NCHW, pixels_NHWC = plain._draw(requests)
-        assert stored.keys() == {request.id for request in requests}
-        for request, latents_CHW, pixels_HWC in zip(requests, latents_NCHW, pixels_NHWC, strict=True):
-            assert np.allclose(stored[request.id].latents_CHW, latents_CHW, atol=1e-4)
-            assert np.abs(stored[request.id].pixels_HWC.astype(int) - pixels_HWC).max() <= 1
-        assert plain.run_round(index).figures
 
 
 def test_failed_scores_are_counted_and_never_trained_on(tmp_path: Path, tiny_sd1_folder: Path) -> None:
