@@ -12,7 +12,7 @@ from kto_ray.errors import UserError
 
 if TYPE_CHECKING:
     from kto_ray.config import RunConfig
-    from kto_ray.planning.plan import Kind, Plan
+    from kto_ray.planning.plan import Kind, RunPlan
     from kto_ray.planning.speeds import Speeds
 
 SPEED = click.FloatRange(min=0, min_open=True)
@@ -119,7 +119,7 @@ def _memory(config: "RunConfig") -> list[str]:
     return [f"a {need.role} holds: {need}" for need in needs]
 
 
-def _table(made: "Plan") -> Table:
+def _table(made: "RunPlan") -> Table:
     table = Table("role", "actors", "each", "on nodes", "idle")
     for busy in made.roles:
         wanted = f" of {busy.role.most}" if busy.most < busy.role.most else ""
@@ -130,7 +130,7 @@ def _table(made: "Plan") -> Table:
     return table
 
 
-def _lines(config: "RunConfig", made: "Plan") -> list[str]:
+def _lines(config: "RunConfig", made: "RunPlan") -> list[str]:
     nodes = ", ".join(
         f"{made.least.get(name, 0)} to {count} x {name}" if made.least.get(name, 0) < count else f"{count} x {name}"
         for name, count in made.most.items()

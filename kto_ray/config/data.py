@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from kto_ray.config.people import DatabaseUrl
-from kto_ray.config.preparing import Prepare, Stream
+from kto_ray.config.preparing import Prepare, StreamSettings
 from kto_ray.identity import ByContent, Fixed
 from kto_ray.section import Count, InnerShare, Section, Share
 
@@ -267,7 +267,7 @@ class Data(Section):
     prompt, whatever its case and spaces. Images of held-out prompts are never trained on."""
     prepare: Prepare = Prepare()
     """How images are read, cut to size and encoded."""
-    stream: Stream = Stream()
+    stream: StreamSettings = StreamSettings()
     """How training draws from what was prepared."""
 
 

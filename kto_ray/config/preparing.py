@@ -48,7 +48,7 @@ class Prepare(Section):
         return self
 
 
-class Stream(Section):
+class StreamSettings(Section):
     """How a prepared set is read while it is trained on."""
 
     steps: Fixed[Count] = 100

@@ -42,7 +42,7 @@ OPTIONAL = frozenset({"who"})
 
 
 @dataclass(frozen=True)
-class Columns:
+class FoundColumns:
     """Names of columns by what they are: "prompt" -> "caption"."""
 
     of: Mapping[str, str]
@@ -56,7 +56,7 @@ class Columns:
 
 def find_columns(
     schema: pa.Schema, named: Mapping[str, str | None], where: str, field: str, optional: frozenset[str] = OPTIONAL
-) -> Columns:
+) -> FoundColumns:
     """The columns of a table by what they are.
 
     Args:
@@ -85,7 +85,7 @@ def find_columns(
             raise UserError(
                 f"{field}: {what}: its column in {where} {problem}; name it: {{{what}: COLUMN}}; there are: {there}"
             )
-    return Columns(found)
+    return FoundColumns(found)
 
 
 def usual(schema: pa.Schema, what: str) -> Sequence[str]:

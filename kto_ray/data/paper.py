@@ -16,9 +16,9 @@ Source: Li et al., "Aligning Diffusion Models by Optimizing Human Utility", Neur
 from functools import cached_property
 
 from kto_ray.config.data import PaperData, TableData
-from kto_ray.data.columns import Columns
+from kto_ray.data.columns import FoundColumns
 from kto_ray.data.protocol import Preview
-from kto_ray.data.table import Plan, TableSource
+from kto_ray.data.table import TablePlan, TableSource
 from kto_ray.errors import UserError
 
 SPELLINGS = (("file_name", "caption", "split"), ("file_path", "caption", "label"))
@@ -39,11 +39,13 @@ class PaperSource(TableSource):
         super().__init__(table, kind="paper")
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> TablePlan:
         there = self.rows.schema()
         for image, prompt, verdict in SPELLINGS:
             if {image, prompt, verdict} <= set(there.names):
-                return Plan(there, Columns({"image": image, "prompt": prompt, "verdict": verdict}), None, None, ())
+                return TablePlan(
+                    there, FoundColumns({"image": image, "prompt": prompt, "verdict": verdict}), None, None, ()
+                )
         raise UserError(
             f"{self.field}: {self.rows.where} has neither the columns {', '.join(SPELLINGS[0])} nor "
             f"{', '.join(SPELLINGS[1])}, but {', '.join(there.names)}"

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kto_ray.config.data import RatingsData
-from kto_ray.data.columns import Columns, find_columns, is_text
+from kto_ray.data.columns import FoundColumns, find_columns, is_text
 from kto_ray.data.labelling import Images, prompts_of
 from kto_ray.data.notes import FILTERED, Notes
 from kto_ray.data.table import expressions, files_of
@@ -43,7 +43,7 @@ class RatingsSource(TallySource):
         super().__init__("ratings", files_of(settings, "data.sources (ratings)"))
 
     @cached_property
-    def _columns(self) -> Columns:
+    def _columns(self) -> FoundColumns:
         named = {name: getattr(self.settings, name) for name in ("prompt", "image", "score")}
         return find_columns(self.rows.schema(), named, self.where, self.field)
 

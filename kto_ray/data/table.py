@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kto_ray.config.data import UNLABELLED, HuggingFaceData, ImageFolderData, TableData, WebDatasetData
-from kto_ray.data.columns import Columns, find_columns, is_image, is_text
+from kto_ray.data.columns import FoundColumns, find_columns, is_image, is_text
 from kto_ray.data.files import absolute, is_missing
 from kto_ray.data.labelling import Images, as_metadata, holds_images, labelled, note_images, prompts_of
 from kto_ray.data.notes import BOTH, FILTERED, MISSING, NOT_UNDERSTOOD, REPEATED, Notes
@@ -37,11 +37,11 @@ SIGNS = frozenset({"0", "-1"})
 
 
 @dataclass(frozen=True)
-class Plan:
+class TablePlan:
     """Which columns are read for what."""
 
     schema: pa.Schema
-    columns: Columns
+    columns: FoundColumns
     expression: Expression | None
     where: Expression | None
     looked_at: tuple[str, ...]
@@ -72,7 +72,7 @@ class TableSource(Source):
         return {name: getattr(self, name) for name in ("settings", "kind", "field", "rows")}
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> TablePlan:
         """Raises UserError where a column is not there, or cannot be what it is taken for."""
         settings, schema = self.settings, self.rows.schema()
         columns = find_columns(schema, self.named(schema), self.rows.where, self.field)
@@ -88,7 +88,7 @@ class TableSource(Source):
             self.rows, self.field, {"expression": settings.expression, "where": settings.where}
         )
         looked_at = [*(expression.columns(schema) if expression else []), *(where.columns(schema) if where else [])]
-        return Plan(schema, columns, expression, where, tuple(looked_at))
+        return TablePlan(schema, columns, expression, where, tuple(looked_at))
 
     def named(self, schema: pa.Schema) -> dict[str, str | None]:
         """What is looked for among the columns, with its name where that is known."""

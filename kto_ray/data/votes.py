@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kto_ray.config.data import VotesData
-from kto_ray.data.columns import Columns, find_columns
+from kto_ray.data.columns import FoundColumns, find_columns
 from kto_ray.data.files import absolute
 from kto_ray.data.labelling import Images, holds_images, prompts_of
 from kto_ray.data.notes import FILTERED, NO_IMAGE, NOT_UNDERSTOOD, Notes
@@ -54,7 +54,7 @@ class VotesSource(TallySource):
         super().__init__("votes", rows)
 
     @cached_property
-    def _columns(self) -> Columns:
+    def _columns(self) -> FoundColumns:
         settings, schema = self.settings, self.rows.schema()
         named = {name: getattr(settings, name) for name in ("prompt", "image", "who", "when")}
         if not settings.expression:

@@ -31,7 +31,7 @@ IN_WORDS_NO_VERDICT = (HELD_OUT, NO_VERDICT, CONTRARY, ONCE)
 
 
 @dataclass(frozen=True)
-class Plan:
+class SetPlan:
     """What is to be done for a set.
 
     rows: of the set, in the order of the source: id, prompt, desirable, who, metadata, content, height, width (as they
@@ -53,8 +53,8 @@ def plan_set(
     resize: str,
     held_out: Apart,
     encoded: Set[str],
-) -> Plan:
-    """See `Plan`.
+) -> SetPlan:
+    """See `SetPlan`.
 
     Args:
         lists: of `LISTED`, one a part.
@@ -79,7 +79,7 @@ def plan_set(
     rows = rows.set_column(rows.column_names.index("height"), "height", heights)
     rows = rows.set_column(rows.column_names.index("width"), "width", widths)
     left_out = pa.concat_tables(part.cast(LEFT_OUT) for part in left)
-    return Plan(rows.drop_columns(["part", "row"]), left_out, _shards(rows, encoded))
+    return SetPlan(rows.drop_columns(["part", "row"]), left_out, _shards(rows, encoded))
 
 
 def _without(table: pa.Table, mask: pa.ChunkedArray, why: str, left: list[pa.Table]) -> pa.Table:

@@ -38,7 +38,7 @@ from kto_ray.offline.encoding import (
     table_bytes,
 )
 from kto_ray.offline.listing import LISTED, ListPart, name_of
-from kto_ray.offline.planning import LEFT_OUT, SHARD_BYTES, Plan, plan_set
+from kto_ray.offline.planning import LEFT_OUT, SHARD_BYTES, SetPlan, plan_set
 from kto_ray.offline.showing import counting, quietly
 from kto_ray.parts import AT_ONCE
 from kto_ray.prepared import HELD_OUT, PREPARED, PreparedSet, sample_id, write_set
@@ -115,7 +115,7 @@ class Preparing:
             for row in dataset.iter_rows():
                 advance(row["images"])
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> SetPlan:
         storage = self.set.storage
         if not storage.exists("plan.json"):
             lists = [storage.read_table(f"listed/{name_of(number)}") for number in range(len(self.parts))]
@@ -128,7 +128,7 @@ class Preparing:
                 storage.write_json(HELD_OUT, [asdict(prompt) for prompt in held_out_prompts(texts, self.share)])
             files = {name: storage.write_table(f"plan/{name}.parquet", table) for name, table in vars(plan).items()}
             storage.write_json("plan.json", files)
-        return Plan(*(storage.read_table(f"plan/{name}.parquet") for name in ("rows", "left_out", "to_encode")))
+        return SetPlan(*(storage.read_table(f"plan/{name}.parquet") for name in ("rows", "left_out", "to_encode")))
 
     # -- encode -------------------------------------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class Preparing:
 
     # -- seal ---------------------------------------------------------------------------------------------------------
 
-    def _seal(self, plan: Plan, facts: dict[str, Any]) -> None:
+    def _seal(self, plan: SetPlan, facts: dict[str, Any]) -> None:
         index = self._index()
         place_of = dict(zip(index["content"].to_pylist(), range(index.num_rows), strict=True))
         became = index.take([place_of[content] for content in plan.rows["content"].to_pylist()])

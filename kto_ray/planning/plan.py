@@ -39,7 +39,7 @@ class Busy:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a run needs, takes and leaves idle; seconds are of a round, or of an evaluation."""
 
     kind: Kind
@@ -72,7 +72,9 @@ class Plan:
         return sum(parts) / 3600
 
 
-def make_plan(config: RunConfig, fleet: Fleet, speeds: Speeds, held_out_prompts: int, kind: Kind = "separate") -> Plan:
+def make_plan(
+    config: RunConfig, fleet: Fleet, speeds: Speeds, held_out_prompts: int, kind: Kind = "separate"
+) -> RunPlan:
     """Plan a run.
 
     Args:
@@ -127,7 +129,7 @@ def make_plan(config: RunConfig, fleet: Fleet, speeds: Speeds, held_out_prompts:
         "train worker": config.rounds * train_s,
         **{f"scorer {name}": in_all / speed for name, speed in known.items()},
     }
-    return Plan(
+    return RunPlan(
         kind=kind,
         least=most_of(pair[0].counts() for pair in packed),
         most=most_of(pair[1].counts() for pair in packed),

@@ -6,7 +6,7 @@ number: every rank computes the same, takes its slice, and so does one that is s
 
     Strand     the images of one size and class, in shuffled passes without end
     Stream     what each interval draws: sizes by how many images have them, classes by gamma, images from strands
-    Interval   one interval's samples; its batches come segment by segment, the next read while one is trained on
+    StreamInterval   one interval's samples; its batches come segment by segment, the next read while one is trained on
 
 Shape suffixes: S steps; G global batch; N samples of the interval; C, H, W latent channels, height, width.
 """
@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from kto_ray.config import Train
-from kto_ray.config.preparing import Stream as StreamSettings
+from kto_ray.config.preparing import StreamSettings
 from kto_ray.diffusion.family import Family
 from kto_ray.diffusion.texts import Texts
 from kto_ray.prepared import PreparedSet
@@ -128,11 +128,11 @@ class Stream:
             shards = np.arange(int(rows.max()) + 1) if self.paired else shard_N
             self.strands[size, name] = Strand(rows, shards, self.settings.shuffle, (self.seed, size, name))
 
-    def interval(self, index: int) -> "Interval":
+    def interval(self, index: int) -> "StreamInterval":
         """What the steps of an interval take."""
         plan_SG = self._draw(index)
         rows, places = np.unique(plan_SG, return_inverse=True)
-        return Interval(index, self.prepared, rows, places.reshape(plan_SG.shape), 2 if self.paired else 1)
+        return StreamInterval(index, self.prepared, rows, places.reshape(plan_SG.shape), 2 if self.paired else 1)
 
     def passes(self, intervals: int) -> dict[str, float]:
         """How often, on average, the images of each strand's class are drawn in so many intervals."""
@@ -230,7 +230,7 @@ class SetLatents:
 
 
 @dataclass
-class Interval:
+class StreamInterval:
     """Samples that an interval draws, each once, and which of them every step takes."""
 
     index: int
@@ -307,7 +307,7 @@ class IntervalBatches:
         arguments: of `RoundBatches`, besides its data.
     """
 
-    def __init__(self, interval: Interval, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, interval: StreamInterval, arguments: tuple[Any, ...]) -> None:
         self.interval, self.arguments = interval, arguments
         self.left_out: set[int] = set()
         self._members: Rows = np.zeros(0, np.int64)

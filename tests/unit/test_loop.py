@@ -864,7 +864,7 @@ def test_a_run_holds_its_folder_while_it_works(tmp_path: Path, monkeypatch: pyte
             pickle.loads(pickle.dumps(self.run_storage)).write("after it was lost", b"")
             return {}
 
-    monkeypatch.setattr(loop, "connected", contextlib.nullcontext)
+    monkeypatch.setattr(loop, "connected", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(loop, "placed", as_configured)
     monkeypatch.setattr(loop, "_Loop", Work)
     with pytest.raises(UserError, match="was taken over by"):

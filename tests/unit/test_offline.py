@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from kto_ray.evaluate.summary import write_results
 from kto_ray.loop import run_online_kto
 from kto_ray.offline.loop import Intervals, _OfflineLoop, run_offline_kto
 from kto_ray.offline.planning import CONTRARY
+from kto_ray.placement import as_configured
 from kto_ray.preflight import Preflight
 from kto_ray.prepared import PreparedSet, keep_set, set_of
 from kto_ray.records import Prompt
@@ -101,14 +103,14 @@ async def learned(folder: Path, prepared: PreparedSet, monkeypatch: pytest.Monke
     """What a run comes to, with generators and scorers of this process, and a training that only takes note."""
     workers = InProcess({"shapes": lambda sample: float(sample.seed % 97) / 96})
     for part in ("Caretaker", "Training"):
-        monkeypatch.setattr(f"kto_ray.offline.loop.{part}", lambda *_: None)
+        monkeypatch.setattr(f"kto_ray.offline.loop.{part}", lambda *_: SimpleNamespace(coordinator=None))
     for part in ("Generators", "Scorers"):
         monkeypatch.setattr(f"kto_ray.offline.loop.{part}", lambda *_: workers)
     small = ["data.stream.steps=5", "train.global_batch=12", "train.micro_batch=12", "tracking.tensorboard=false"]
     config = load("shapes_offline", [f"rounds={rounds}", "evaluate.every=1", *small])
     held_out = [Prompt(f"p{place}", f"prompt {place}") for place in range(3)]
     preflight = Preflight(Storage(str(folder)), [], held_out, "b" * 64, {"unet": "b" * 64})
-    loop = _OfflineLoop(config, preflight, prepared, Console(file=io.StringIO(), width=1000))
+    loop = _OfflineLoop(config, preflight, prepared, Console(file=io.StringIO(), width=1000), as_configured(config))
 
     async def train(_: object, index: int, round_: Round) -> None:
         interval = loop.stream.interval(index)

@@ -9,7 +9,7 @@ import pytest
 from kto_ray.data.held_out import Apart
 from kto_ray.offline import planning
 from kto_ray.offline.listing import LISTED
-from kto_ray.offline.planning import CONTRARY, HELD_OUT, NO_VERDICT, ONCE, Plan, plan_set
+from kto_ray.offline.planning import CONTRARY, HELD_OUT, NO_VERDICT, ONCE, SetPlan, plan_set
 
 
 def image(id_: str, **more: Any) -> dict[str, Any]:
@@ -26,13 +26,13 @@ def image(id_: str, **more: Any) -> dict[str, Any]:
 
 def plan(
     *parts: Sequence[dict[str, Any]], held_out: Collection[str] = (), encoded: Collection[str] = (), **more: Any
-) -> Plan:
+) -> SetPlan:
     lists = [pa.Table.from_pylist(list(rows), LISTED) for rows in parts]
     settings = {"size": (32, 32), "multiple": 8, "resize": "crop"} | more
     return plan_set(lists, held_out=Apart(held_out), encoded=set(encoded), **settings)
 
 
-def left_out(planned: Plan) -> dict[str, str]:
+def left_out(planned: SetPlan) -> dict[str, str]:
     return {row["id"]: row["why"] for row in planned.left_out.to_pylist()}
 
 

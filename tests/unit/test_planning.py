@@ -13,7 +13,7 @@ from kto_ray.config import RunConfig, load, to_yaml
 from kto_ray.errors import UserError
 from kto_ray.planning.node_types import Fleet, NodeType, read_cluster, read_nodes
 from kto_ray.planning.packing import Node, Role, pack, roles_of
-from kto_ray.planning.plan import Plan, make_plan
+from kto_ray.planning.plan import RunPlan, make_plan
 from kto_ray.planning.speeds import Speeds, measured
 from kto_ray.storage import Storage
 
@@ -44,7 +44,7 @@ def config(*overrides: str) -> RunConfig:
     )
 
 
-def planned(*overrides: str, fleet: Fleet = FLEET, speeds: Speeds | None = None, **more: Any) -> Plan:
+def planned(*overrides: str, fleet: Fleet = FLEET, speeds: Speeds | None = None, **more: Any) -> RunPlan:
     return make_plan(config(*overrides), fleet, speeds or Speeds(2, 5, {"taste": 4}), 8, **more)
 
 

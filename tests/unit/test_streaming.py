@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kto_ray.config import Train
-from kto_ray.config.preparing import Stream as Settings
+from kto_ray.config.preparing import StreamSettings as Settings
 from kto_ray.diffusion.conditioning import Conditioning
 from kto_ray.diffusion.texts import Texts
 from kto_ray.prepared import PreparedSet

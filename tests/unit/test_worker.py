@@ -16,7 +16,7 @@ import torch
 from ray.train import Checkpoint
 
 from kto_ray.config import RunConfig
-from kto_ray.config.preparing import Stream as Streaming
+from kto_ray.config.preparing import StreamSettings as Streaming
 from kto_ray.policies import PolicyStore, digest_of
 from kto_ray.prepared import keep_set
 from kto_ray.records import PolicyRef
