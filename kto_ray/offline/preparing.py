@@ -77,7 +77,9 @@ class Preparing:
         self.settings, self.share = config.data.prepare, config.data.held_out_share
         self.folder, self.console = folder, console
         self.parts = list(source.parts())
-        named = [public(config.data)["sources"], [part.name for part in self.parts], sorted(held_out), self.share]
+        # A run keeps to what it has listed; another one looks anew: files have the same names when votes have come.
+        run = f"{config.runs_folder.rstrip('/')}/{config.run}"
+        named = [run, public(config.data)["sources"], [part.name for part in self.parts], sorted(held_out), self.share]
         self.set = PreparedSet(self.folder, hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16])
 
     def prepare(self) -> PreparedSet:
@@ -213,7 +215,6 @@ class Preparing:
             left_out = self.set.storage.read_table("left_out.parquet")
             self.console.print(
                 f"  left out{_reasons(left_out)}; all are in {self.set.storage}/left_out.parquet",
-                *(),
                 style="yellow",
                 markup=False,
                 highlight=False,

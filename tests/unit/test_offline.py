@@ -12,11 +12,14 @@ import torch
 from rich.console import Console
 
 from kto_ray.config import implied, load
+from kto_ray.data.sources import source_of
 from kto_ray.errors import UserError
 from kto_ray.evaluate.summary import write_results
 from kto_ray.loop import run_online_kto
+from kto_ray.offline.encoding import Encoding
 from kto_ray.offline.loop import Intervals, _OfflineLoop, run_offline_kto
 from kto_ray.offline.planning import CONTRARY
+from kto_ray.offline.preparing import Preparing
 from kto_ray.placement import as_configured
 from kto_ray.preflight import Preflight
 from kto_ray.prepared import PreparedSet, keep_set, set_of
@@ -143,3 +146,19 @@ async def test_intervals_are_learned_from_and_reported_as_rounds_are(
     rows = [Round(Storage(f"{run}/rounds/{index:05}"), "") for index in range(3)]
     assert all(row.sealed and row.manifest["desirable"] + row.manifest["undesirable"] == 60 for row in rows)
     assert "12" in (run / "report.html").read_text()
+
+
+def test_another_run_looks_at_its_source_anew(tmp_path: Path) -> None:
+    """The files have the names that they had, whatever verdicts have come since."""
+
+    def key(run: str) -> str:
+        config = load("shapes_offline", [f"run={run}", f"data={{kind: table, path: {tmp_path}/liked.csv}}"])
+        assert config.data is not None
+        encoding = Encoding("a" * 64, "family", (64, 64), 8, "crop", (255, 255, 255), "mean", "float32")
+        source, folder = source_of(config.data), Storage(str(tmp_path / "prepared"))
+        return Preparing(config, source, encoding, [], folder, Console(file=io.StringIO())).set.key
+
+    (tmp_path / "liked.csv").write_text("prompt,image,label\na cat,1.png,1\n")
+    first = key("one")
+    assert key("one") == first
+    assert key("two") != first
