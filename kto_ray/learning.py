@@ -30,6 +30,7 @@ from kto_ray.rounds import Round
 from kto_ray.score.pool import Scorers
 from kto_ray.stage import Stage
 from kto_ray.stopwatch import Stopwatch
+from kto_ray.storage import Storage
 from kto_ray.telling import evaluation_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask
@@ -62,6 +63,17 @@ class Rounds(Protocol):
 
     async def walked(self, version: int, stopped: bool) -> None:
         """The run stands at this policy, which is evaluated where it is due; `stopped`: it ends there."""
+
+
+def finished(config: RunConfig, run: Storage) -> dict[str, Any] | None:
+    """What `summary.json` says of a run that has trained all of its rounds; None: there is something left to do."""
+    if not run.exists("summary.json"):
+        return None
+    summary: dict[str, Any] = run.read_json("summary.json")
+    if summary["policy_version"] < config.rounds:
+        return None
+    Metrics(config, run).close()  # a tracker that was away at the end has missed something
+    return summary
 
 
 @dataclass

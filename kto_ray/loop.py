@@ -56,7 +56,7 @@ from kto_ray.generate.client import Generators
 from kto_ray.label.judging import worth_training
 from kto_ray.label.protocol import Labeler
 from kto_ray.labelers import make_labeler
-from kto_ray.learning import Learning
+from kto_ray.learning import Learning, finished
 from kto_ray.lease import held
 from kto_ray.making import Making
 from kto_ray.placement import Placement, placed
@@ -94,11 +94,8 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
     with held(preflight.run, config.cluster.lease_renew_s, config.cluster.lease_stale_s) as (lease, run):
         preflight = replace(preflight, run=run)
         preflight.begin(config)
-        if run.exists("summary.json"):
-            summary: dict[str, Any] = run.read_json("summary.json")
-            if summary["policy_version"] >= config.rounds:
-                Metrics(config, run).close()  # a tracker that was away at the end has missed something
-                return summary
+        if summary := finished(config, run):
+            return summary
         with connected(config.cluster, run):
             return asyncio.run(lease.while_held(_Loop(config, preflight, console or Console(), placed(config)).run()))
 

@@ -29,7 +29,7 @@ from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.summary import write_results
 from kto_ray.generate.client import Generators
-from kto_ray.learning import Learning
+from kto_ray.learning import Learning, finished
 from kto_ray.lease import held
 from kto_ray.offline.encoding import encoding_of
 from kto_ray.offline.planning import IN_WORDS_NO_VERDICT
@@ -67,12 +67,10 @@ def run_offline_kto(config: RunConfig, console: Console | None = None) -> dict[s
     preflight = Preflight.check(config)
     with held(preflight.run, config.cluster.lease_renew_s, config.cluster.lease_stale_s) as (lease, run):
         preflight = replace(preflight, run=run)
-        if run.exists("summary.json"):
-            summary: dict[str, Any] = run.read_json("summary.json")
-            if summary["policy_version"] >= config.rounds:
-                Metrics(config, run).close()  # a tracker that was away at the end has missed something
-                return summary
+        if summary := finished(config, run):
+            return summary
         with connected(config.cluster, run):
+            placement = placed(config)  # what can never fit is refused before anything is encoded
             prepared = prepare(config, preflight, console)
             if why := lacking(prepared, config.train):
                 raise UserError(f"data: {why}")
@@ -80,7 +78,7 @@ def run_offline_kto(config: RunConfig, console: Console | None = None) -> dict[s
             if config.data.held_out_share:
                 preflight = replace(preflight, held_out_prompts=prepared.held_out())
             preflight.begin(config)
-            loop = _OfflineLoop(config, preflight, prepared, console, placed(config))
+            loop = _OfflineLoop(config, preflight, prepared, console, placement)
             return asyncio.run(lease.while_held(loop.run()))
 
 

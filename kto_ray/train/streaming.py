@@ -4,8 +4,8 @@ A run on a prepared set goes in intervals of `data.stream.steps` optimizer steps
 round is online: a checkpoint ends it. What an interval draws is a pure function of the set, the seed and the interval's
 number: every rank computes the same, takes its slice, and so does one that is started again, on any number of ranks.
 
-    Strand     the images of one size and class, in shuffled passes without end
-    Stream     what each interval draws: sizes by how many images have them, classes by gamma, images from strands
+    Strand           the images of one size and class, in shuffled passes without end
+    Stream           what each interval draws: sizes by how many images have them, classes by gamma, images from strands
     StreamInterval   one interval's samples; its batches come segment by segment, the next read while one is trained on
 
 Shape suffixes: S steps; G global batch; N samples of the interval; C, H, W latent channels, height, width.
