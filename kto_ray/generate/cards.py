@@ -11,14 +11,13 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
 from kto_ray.errors import UserError
 
 SEES_ALL = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-_taken: list[TextIO] = []  # open for as long as this process lives
+_taken: list[int] = []  # files, open for as long as this process lives
 
 
 def take_card(run: str, share: float) -> None:
@@ -39,11 +38,11 @@ def lock_one(cards: Sequence[str], folder: Path, replicas: int = 1) -> str:
     """The first of the cards with the fewest replicas, of which each takes so many. Raises UserError: all are taken."""
     folder.mkdir(exist_ok=True)
     for place, card in itertools.product(range(replicas), cards):
-        lock = (folder / f"{card}.{place}").open("w")
+        lock = os.open(folder / f"{card}.{place}", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
+            os.close(lock)
         else:
             _taken.append(lock)
             return card

@@ -4,12 +4,11 @@ import asyncio
 import contextlib
 import logging
 import threading
-import uuid
 from functools import partial
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -17,38 +16,17 @@ from kto_ray.cluster import noisily
 from kto_ray.concurrency import cancelled, together
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
-from kto_ray.lost import last_words, taken_away
 from kto_ray.placement import Placement, as_configured
 from kto_ray.storage import Storage
 from kto_ray.train.checkpoints import use_good_ones
 from kto_ray.train.coordinator import Failure, GaveUp, RoundTask, TrainingReport, start_coordinator
+from kto_ray.train.watching import Watching
 from kto_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
 ENDS_S = 60
 """How long workers have to end that have given up."""
-
-
-class Watching(UserCallback):
-    """Tells the coordinator of workers that failed; Ray Train calls it where it decides what to do about them.
-
-    Of workers that are taken away it is told again and again, until all of them have ended.
-    """
-
-    def __init__(self, coordinator: Any) -> None:
-        self.coordinator = coordinator
-        self._moved = ""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        found = sorted(worker_exceptions.items(), key=lambda item: item[0])
-        moved = [last_words(error) for _, error in found if taken_away(getattr(error, "health_check_failure", error))]
-        if moved and moved[0] == self._moved:
-            return
-        self._moved = moved[0] if moved else ""
-        rank, error = found[0]
-        why = self._moved or f"rank {rank}: {last_words(error)}"
-        self.coordinator.workers_failed.remote(Failure(uuid.uuid4().hex, why, bool(moved)))
 
 
 class Training:

@@ -39,7 +39,7 @@ FULL = ("pixart_sigma", "sdxl", "z_image")
 def local_ray() -> Iterator[None]:
     """One for all runs, which would start one each."""
     with pytest.MonkeyPatch.context() as patch, connected(Cluster(address="local")):
-        patch.setattr(loop, "connected", lambda config: nullcontext())
+        patch.setattr(loop, "connected", lambda *_: nullcontext())
         yield
 
 

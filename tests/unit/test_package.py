@@ -53,6 +53,11 @@ def test_importing_is_cheap() -> None:
     assert outcome.returncode == 0, outcome.stderr
 
 
+def test_what_the_controller_of_ray_train_imports_is_light() -> None:
+    script = "import sys, kto_ray.train.watching; assert not {'torch', 'diffusers'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "identity", "images", "pictures", "records", "sleeping", "stage", "stopwatch"),
     ("concurrency", "draining", "lost", "plugins", "secrets", "shapes", "stalls", "storage", "text"),

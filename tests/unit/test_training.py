@@ -15,8 +15,9 @@ from kto_ray.errors import UserError
 from kto_ray.storage import Storage
 from kto_ray.train import job
 from kto_ray.train.coordinator import Coordinator, RoundTask, TrainingReport
-from kto_ray.train.job import Training, Watching
+from kto_ray.train.job import Training
 from kto_ray.train.moving import TakenAway
+from kto_ray.train.watching import Watching
 
 
 class Remote:
