@@ -100,6 +100,26 @@ def running_head(tmp_path: Path, cpus: int, gpus: int = 0) -> Iterator[Head]:
             head.stop()
 
 
+@contextlib.contextmanager
+def shared_ray(folder: Path, cpus: int) -> Iterator[dict[str, str]]:
+    """A Ray until the end of the block, without a dashboard; gives the environment of the drivers that join it."""
+    head = Head(jobs.environment() | jobs.LOOPBACK, f"127.0.0.1:{free_port()}", folder, [])
+    with tempfile.TemporaryDirectory(prefix="kto") as short:
+        port = head.gcs.rpartition(":")[2]
+        head.start_node(
+            *("--head", f"--num-cpus={cpus}", f"--port={port}", f"--temp-dir={short}", "--include-dashboard=false")
+        )
+        try:
+            deadline = time.monotonic() + 240
+            while "Ray runtime started" not in (log := (folder / "node-0.log").read_text()):
+                assert head.nodes[0].poll() is None, log
+                assert time.monotonic() < deadline, log
+                time.sleep(0.2)
+            yield head.env | {"RAY_ADDRESS": head.gcs}
+        finally:
+            head.stop()
+
+
 def wait_for_jobs(head: Head) -> None:
     """Until the head takes jobs: its dashboard answers before the agent that starts them does."""
     deadline = time.monotonic() + 240

@@ -1,7 +1,14 @@
-"""Runs `jobs/online_kto.py` as a process of its own, watches its run folder, and kills what it is told to."""
+"""Runs `jobs/online_kto.py` as a process of its own, watches its run folder, and kills what it is told to.
+
+Most of what a driver of a small run does is to import. So they are forked from a process that has done that already,
+but for those that must be as a user starts them.
+"""
 
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,10 +17,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from unittest.mock import patch
 
 import psutil
 
+from kto_ray.console import SETTINGS
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 
@@ -36,11 +45,63 @@ SMALL = [
 """Overrides of `shapes_demo` that make a run of seconds, on any model."""
 
 
+JOB = "jobs/online_kto.py"
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray then takes 127.0.0.1 for what it is, not for another address of this machine."""
+
+
+class Driver(Protocol):
+    """What tests need of a process; `subprocess.Popen` is one."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+class Forked:
+    """The job, in a child of the process that has imported all."""
+
+    def __init__(self, log: Path, env: dict[str, str], words: Sequence[str]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["kto_ray.loop", "kto_ray.cli_run"])
+        with patch.dict(
+            os.environ, environment() | SETTINGS, clear=True
+        ):  # as libraries read it when they are imported
+            multiprocessing.forkserver.ensure_running()
+        self._process = context.Process(target=_drive, args=[log, env | SETTINGS | LOOPBACK, [*words]], daemon=True)
+        self._process.start()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(JOB, timeout or 0)
+        return self._process.exitcode
+
+
+def _drive(log: Path, env: dict[str, str], words: list[str]) -> None:
+    """Be the job: its environment, its output, its command line."""
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(REPOSITORY)
+    with log.open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.argv = [JOB, *words]
+    runpy.run_path(JOB, run_name="__main__")
+
+
 @dataclass
 class Job:
     """One process of the job, and its run folder; Ray's processes are children of it, or of `nodes`."""
 
-    process: "subprocess.Popen[bytes]"
+    process: Driver
     run: Path
     log: Path
     nodes: tuple[int, ...] = ()
@@ -97,21 +158,20 @@ def start(
     name: str,
     overrides: list[str],
     env: dict[str, str] | None = None,
-    program: Sequence[str] = ("jobs/online_kto.py",),
+    program: Sequence[str] | None = None,
 ) -> Job:
     """
     Args:
         env: of a cluster that it joins; None: it begins one of its own.
-        program: that Python is to run.
+        program: that a fresh Python is to run; None: the job, forked.
     """
-    log = folder / f"{name}.log"
+    log, env = folder / f"{name}.log", env or environment()
+    words = [f"run={name}", f"runs_folder={folder}", *SMALL, *overrides]
+    if program is None:
+        return Job(Forked(log, env, words), folder / name, log)
     with log.open("a") as output:
         process = subprocess.Popen(
-            [sys.executable, *program, f"run={name}", f"runs_folder={folder}", *SMALL, *overrides],
-            cwd=REPOSITORY,
-            env=env or environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            [sys.executable, *program, *words], cwd=REPOSITORY, env=env, stdout=output, stderr=subprocess.STDOUT
         )
     return Job(process, folder / name, log)
 

@@ -28,8 +28,10 @@ def foreign_lines(job: jobs.Job) -> list[str]:
     return [line for line in lines if not line or not any(opinion.endswith(line) for opinion in opinions)]
 
 
-def test_a_run_leaves_report_summary_metrics_rounds_and_policies(tmp_path: Path, tiny_sd1_folder: Path) -> None:
-    job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "evaluate.every=1"])
+def test_a_run_leaves_report_summary_metrics_rounds_and_policies(
+    tmp_path: Path, tiny_sd1_folder: Path, one_ray: dict[str, str]
+) -> None:
+    job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "evaluate.every=1"], program=[jobs.JOB])
     assert job.wait() == 0, job.output()
     assert job.output().rstrip().endswith("run/report.html")
     assert foreign_lines(job) == []
@@ -62,7 +64,7 @@ def test_a_run_leaves_report_summary_metrics_rounds_and_policies(tmp_path: Path,
     assert said.exit_code == 0, said.output
     assert report.read_text() == (job.run / "report.html").read_text()
 
-    again = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "evaluate.every=1"])
+    again = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "evaluate.every=1"], one_ray)
     assert again.wait() == 0
     assert jobs.summary(job.run) == summary
 
@@ -71,7 +73,9 @@ def test_a_run_leaves_report_summary_metrics_rounds_and_policies(tmp_path: Path,
     assert "train.objective.beta: the run has 75.0, this command says 7.0" in other.output()
 
 
-def test_failed_scores_are_counted_and_never_trained_on(tmp_path: Path, tiny_sd1_folder: Path) -> None:
+def test_failed_scores_are_counted_and_never_trained_on(
+    tmp_path: Path, tiny_sd1_folder: Path, one_ray: dict[str, str]
+) -> None:
     brittle = [
         "label.scorers=tests.plugins:BrittleScorer",
         "label.scorers.BrittleScorer.max_retries=1",
@@ -80,11 +84,12 @@ def test_failed_scores_are_counted_and_never_trained_on(tmp_path: Path, tiny_sd1
         "generate.batch_size=1",
     ]
 
-    strict = jobs.start(tmp_path, "strict", [f"model={tiny_sd1_folder}", *brittle])
+    strict = jobs.start(tmp_path, "strict", [f"model={tiny_sd1_folder}", *brittle], one_ray)
     assert strict.wait() == 2
     assert "label.max_failed_fraction (0.1)" in strict.output()
 
-    tolerant = jobs.start(tmp_path, "tolerant", [f"model={tiny_sd1_folder}", *brittle, "label.max_failed_fraction=1"])
+    bearing = [f"model={tiny_sd1_folder}", *brittle, "label.max_failed_fraction=1"]
+    tolerant = jobs.start(tmp_path, "tolerant", bearing, one_ray)
     assert tolerant.wait() == 0, tolerant.output()
     round_ = RoundStore(Storage(str(tolerant.run))).round(0)
     failed = {score.sample_id: score.error or "" for score in round_.scores() if score.value is None}

@@ -55,7 +55,7 @@ def strict_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def test_images_that_are_none_are_counted_and_the_run_goes_on_with_the_others(
-    tmp_path: Path, overflowing: Path
+    tmp_path: Path, overflowing: Path, one_ray: dict[str, str]
 ) -> None:
     texts = [
         f"{color} {shape}{on}" for color in ("red", "blue") for shape in ("circle", "square") for on in ("", " on")
@@ -64,7 +64,9 @@ def test_images_that_are_none_are_counted_and_the_run_goes_on_with_the_others(
         f"prompts.train={write_prompts(tmp_path / 'train.jsonl', texts)}",
         f"prompts.held_out={write_prompts(tmp_path / 'held_out.jsonl', ['a red one', 'a blue one', 'white', 'black'])}",
     ]
-    job = jobs.start(tmp_path, "run", [f"model={overflowing}", *prompts, "label.max_failed_fraction=0.8", *CHECKED])
+    job = jobs.start(
+        tmp_path, "run", [f"model={overflowing}", *prompts, "label.max_failed_fraction=0.8", *CHECKED], one_ray
+    )
     assert job.wait() == 0, job.output()
     store = RoundStore(Storage(str(job.run)))
     failed = {sample.id for round_ in store.rounds() for sample in round_.samples() if sample.error}
@@ -80,15 +82,15 @@ def test_images_that_are_none_are_counted_and_the_run_goes_on_with_the_others(
         assert weights is not None
         assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
-    strict = jobs.start(tmp_path, "strict", [f"model={overflowing}", *prompts, "label.max_failed_fraction=0"])
+    strict = jobs.start(tmp_path, "strict", [f"model={overflowing}", *prompts, "label.max_failed_fraction=0"], one_ray)
     assert strict.wait() == 2
     assert "latents or pixels that are not finite, more than label.max_failed_fraction (0) allows" in strict.output()
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory, tiny_sd1_folder: Path) -> jobs.Job:
+def sound(tmp_path_factory: pytest.TempPathFactory, tiny_sd1_folder: Path, one_ray: dict[str, str]) -> jobs.Job:
     """A finished run of two rounds."""
-    job = jobs.start(tmp_path_factory.mktemp("sound"), "run", [f"model={tiny_sd1_folder}", *CHECKED])
+    job = jobs.start(tmp_path_factory.mktemp("sound"), "run", [f"model={tiny_sd1_folder}", *CHECKED], one_ray)
     assert job.wait() == 0, job.output()
     return job
 
@@ -110,11 +112,11 @@ def older_run(sound: jobs.Job, folder: Path) -> tuple[Path, set[str]]:
 
 
 def test_a_step_that_would_ruin_the_policy_ends_the_run_at_once_and_it_goes_on_without_these_samples(
-    tmp_path: Path, tiny_sd1_folder: Path, sound: jobs.Job
+    tmp_path: Path, tiny_sd1_folder: Path, sound: jobs.Job, one_ray: dict[str, str]
 ) -> None:
     older, ruined = older_run(sound, tmp_path / "older")
     replaying = [f"model={tiny_sd1_folder}", f"replay.run={older}", "train.gamma=0.5", *CHECKED]
-    job = jobs.start(tmp_path, "run", replaying)
+    job = jobs.start(tmp_path, "run", replaying, one_ray)
     assert job.wait() == 2, job.output()
     assert "round 0, step " in job.output()
     assert "the denoising error is not finite; the step was not taken, policy 0 is the last good one" in job.output()
@@ -124,7 +126,7 @@ def test_a_step_that_would_ruin_the_policy_ends_the_run_at_once_and_it_goes_on_w
     assert not list(job.run.glob("checkpoints/checkpoint_*"))
     assert not (job.run / "policies/00001/policy.json").exists()
 
-    again = jobs.start(tmp_path, "run", [*replaying, "train.on_nonfinite=leave_out"])
+    again = jobs.start(tmp_path, "run", [*replaying, "train.on_nonfinite=leave_out"], one_ray)
     assert again.wait() == 0, again.output()
     assert "were left out" in again.output()
     training = json.loads((again.run / "rounds/00000/training.json").read_text())
@@ -158,14 +160,14 @@ def rewind(run: Path, to: int, *overrides: str) -> str:
 
 
 def test_an_older_checkpoint_serves_and_a_rewound_run_comes_to_the_same(
-    tmp_path: Path, tiny_sd1_folder: Path, sound: jobs.Job
+    tmp_path: Path, tiny_sd1_folder: Path, sound: jobs.Job, one_ray: dict[str, str]
 ) -> None:
     shutil.copytree(sound.run, tmp_path / "run")
     before = digests(tmp_path / "run")
     newest = max((tmp_path / "run/checkpoints").glob("checkpoint_*/state.pt"))
     newest.write_bytes(newest.read_bytes()[:20_000])
     further = [f"model={tiny_sd1_folder}", "rounds=3", *CHECKED]
-    job = jobs.start(tmp_path, "run", further)
+    job = jobs.start(tmp_path, "run", further, one_ray)
     assert job.wait() == 0, job.output()
     assert newest.parent.name in job.output()
     assert "the run goes on from policy 1, and trains round 1 again" in job.output()
@@ -176,7 +178,7 @@ def test_an_older_checkpoint_serves_and_a_rewound_run_comes_to_the_same(
 
     assert "trained again: 2" in rewind(job.run, 2)
     assert digests(job.run) == before
-    again = jobs.start(tmp_path, "run", further)
+    again = jobs.start(tmp_path, "run", further, one_ray)
     assert again.wait() == 0, again.output()
     assert digests(again.run) == after
     assert jobs.summary(again.run)["ledger"]["balances"]
@@ -184,7 +186,7 @@ def test_an_older_checkpoint_serves_and_a_rewound_run_comes_to_the_same(
 
     # Further back than checkpoints reach, and with another setting from there on.
     assert "the optimizer's state after policy 1 is not kept" in rewind(job.run, 1, "train.learning_rate=1e-5")
-    slower = jobs.start(tmp_path, "run", [*further[:1], *CHECKED, "train.learning_rate=1e-5"])
+    slower = jobs.start(tmp_path, "run", [*further[:1], *CHECKED, "train.learning_rate=1e-5"], one_ray)
     assert slower.wait() == 0, slower.output()
     assert digests(slower.run)[:2] == after[:2]
     assert len(digests(slower.run)) == 3

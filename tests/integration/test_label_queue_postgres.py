@@ -28,6 +28,13 @@ def fresh(server: Server) -> Iterator[Callable[[], str]]:  # noqa: F811
     server.clear()
 
 
+@pytest.fixture(params=range(2))
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of fewer lives: a server takes ten times as long as a file."""
+    number: int = request.param
+    return number
+
+
 @pytest.fixture
 def effort() -> settings:
     return settings(EFFORT, max_examples=10)

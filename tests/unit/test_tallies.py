@@ -144,7 +144,13 @@ def comparable(seen: Overview) -> Overview:
     return replace(seen, agreement=replace(seen.agreement, alpha=None if alpha is None else round(alpha, 9)))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.fixture(params=range(6))
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of a life."""
+    number: int = request.param
+    return number
+
+
 def test_the_page_shows_what_a_recount_of_all_rows_gives(
     fresh: Callable[[], str], machine: Machine, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
