@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import Progress
 
+from kto_ray import telemetry
 from kto_ray.concurrency import together
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.doubts import doubts_of
@@ -118,6 +119,7 @@ class Learning:
             if self._doubtful(index) and not last:
                 stopped = last = True
             self.retention.published(version)
+            telemetry.POLICY.set(version)
             await rounds.walked(version, stopped)
             if last:
                 await self.evaluate(version)

@@ -3,7 +3,7 @@
 The loop logs one flat row an event; `metrics.jsonl` is the record that summary and report are made from, also on a
 resumed run, so a row for a (kind, step) that is there already replaces nothing and is not written again. A figure that
 is not finite is null in it. From there rows go to each tracker through an `outbox.py`, which waits for servers that are
-away.
+away, and to Ray's metrics endpoint (`telemetry.py`), which has the newest of each kind.
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kto_ray import telemetry
 from kto_ray.config import RunConfig, Tracking, public
 from kto_ray.errors import UserError
 from kto_ray.naming import unique_name
@@ -148,6 +149,7 @@ class Metrics:
     def __init__(self, config: RunConfig, run: Storage) -> None:
         self.run = run
         self.outboxes = make_outboxes(config, run)
+        telemetry.of_run(unique_name(run))
         text = run.read("metrics.jsonl").decode() if run.exists("metrics.jsonl") else ""
         self.rows: list[Row] = [json.loads(line) for line in text.splitlines()]
         self._post(self.rows)
@@ -161,6 +163,7 @@ class Metrics:
         self.rows.append(row)
         self.run.write("metrics.jsonl", "".join(to_json(row) + "\n" for row in self.rows).encode())
         self._post([row])
+        telemetry.tell_figures(kind, row)
 
     def row(self, kind: str, step: int) -> Row | None:
         return next((row for row in self.rows if row["kind"] == kind and row["step"] == step), None)

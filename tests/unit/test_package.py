@@ -54,7 +54,7 @@ def test_importing_is_cheap() -> None:
 
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "identity", "images", "pictures", "records", "sleeping", "stage", "stopwatch"),
+    ("errors", "identity", "images", "pictures", "records", "sleeping", "stage", "stopwatch", "telemetry"),
     ("concurrency", "draining", "lost", "plugins", "secrets", "shapes", "stalls", "storage", "text"),
     ("prompt_files", "section"),
     ("objectives",),
