@@ -177,9 +177,10 @@ class Learning:
             with self.watch.measure("evaluate"):
                 policy = await asyncio.to_thread(self.policies.resolve, version)
                 summary = await evaluation.run_for(policy, self.generators, self.scorers)
+        picture = await asyncio.to_thread(evaluation.picture, version) if self.metrics.outboxes else None
         self.retention.evaluated(evaluation, version)
         row = evaluation_row(summary)
-        await asyncio.to_thread(self.metrics.log, evaluation.stage, version, row)
+        await asyncio.to_thread(self.metrics.log, evaluation.stage, version, row, picture)
         self.console.print(evaluation_sentence(version, summary, evaluation.fresh))
         return row
 
