@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import Progress
 
 from kto_ray import telemetry
 from kto_ray.concurrency import together
@@ -32,7 +31,7 @@ from kto_ray.score.pool import Scorers
 from kto_ray.stage import Stage
 from kto_ray.stopwatch import Stopwatch
 from kto_ray.storage import Storage
-from kto_ray.telling import evaluation_sentence
+from kto_ray.telling import LiveView, evaluation_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask
 from kto_ray.train.job import Training
@@ -93,7 +92,7 @@ class Learning:
     metrics: Metrics
     stage: Stage
     watch: Stopwatch
-    progress: Progress
+    progress: LiveView
 
     settled: int = field(init=False)
     """How many rounds an earlier process has trained on and written down."""
@@ -104,10 +103,12 @@ class Learning:
 
     async def learn(self, rounds: Rounds) -> None:
         """All rounds, or as many as it takes."""
+        self.progress.walked(self.settled)
         await self.evaluate(0)
         for index in range(self.config.rounds):
             if index >= self.settled:
                 await self._walk(rounds, index)
+                self.progress.walked(index + 1)
             version = index + 1
             stopped, last = False, version == self.config.rounds
             if version % self.config.evaluate.every == 0 and not last:
