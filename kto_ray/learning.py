@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import Progress
 
+from kto_ray import telemetry
 from kto_ray.concurrency import together
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.doubts import doubts_of
@@ -31,7 +31,7 @@ from kto_ray.score.pool import Scorers
 from kto_ray.stage import Stage
 from kto_ray.stopwatch import Stopwatch
 from kto_ray.storage import Storage
-from kto_ray.telling import evaluation_sentence
+from kto_ray.telling import LiveView, evaluation_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.coordinator import RoundTask
 from kto_ray.train.job import Training
@@ -92,7 +92,7 @@ class Learning:
     metrics: Metrics
     stage: Stage
     watch: Stopwatch
-    progress: Progress
+    progress: LiveView
 
     settled: int = field(init=False)
     """How many rounds an earlier process has trained on and written down."""
@@ -103,10 +103,12 @@ class Learning:
 
     async def learn(self, rounds: Rounds) -> None:
         """All rounds, or as many as it takes."""
+        self.progress.walked(self.settled)
         await self.evaluate(0)
         for index in range(self.config.rounds):
             if index >= self.settled:
                 await self._walk(rounds, index)
+                self.progress.walked(index + 1)
             version = index + 1
             stopped, last = False, version == self.config.rounds
             if version % self.config.evaluate.every == 0 and not last:
@@ -118,6 +120,7 @@ class Learning:
             if self._doubtful(index) and not last:
                 stopped = last = True
             self.retention.published(version)
+            telemetry.POLICY.set(version)
             await rounds.walked(version, stopped)
             if last:
                 await self.evaluate(version)
@@ -175,9 +178,10 @@ class Learning:
             with self.watch.measure("evaluate"):
                 policy = await asyncio.to_thread(self.policies.resolve, version)
                 summary = await evaluation.run_for(policy, self.generators, self.scorers)
+        picture = await asyncio.to_thread(evaluation.picture, version) if self.metrics.outboxes else None
         self.retention.evaluated(evaluation, version)
         row = evaluation_row(summary)
-        await asyncio.to_thread(self.metrics.log, evaluation.stage, version, row)
+        await asyncio.to_thread(self.metrics.log, evaluation.stage, version, row, picture)
         self.console.print(evaluation_sentence(version, summary, evaluation.fresh))
         return row
 

@@ -69,7 +69,7 @@ from kto_ray.score.pool import Scorers
 from kto_ray.serving import start_serve
 from kto_ray.stalls import stalls_said
 from kto_ray.stopwatch import Stopwatch
-from kto_ray.telling import nothing_trained, progress_bars, round_sentence
+from kto_ray.telling import LiveView, nothing_trained, round_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.job import Training
 from kto_ray.train.sampler import imbalance
@@ -131,7 +131,7 @@ class _Loop:
         self.stopped = False
         self.watch = Stopwatch()
         self.stage = stage_of(config, placement, self.generators, self.scorers, console.print)
-        self.progress = progress_bars(console)
+        self.progress = LiveView(console, config.rounds, lambda: self.stage.roles)
         parts = self.generators, self.scorers, self.labeler, self.progress, self.stage
         self.making = Making(config, self.prompts, self.rounds, *parts)
         self.learning = Learning(

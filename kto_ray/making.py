@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress, TaskID
 
+from kto_ray import telemetry
 from kto_ray.cluster import noisily
 from kto_ray.concurrency import Gathering, cancelled, together
 from kto_ray.config import RunConfig
@@ -31,6 +32,8 @@ from kto_ray.stage import Stage
 from kto_ray.stopwatch import Doing, as_figures
 
 SHOW_EVERY_S = 0.5
+LACKING = "image", "score", "verdict"
+"""What an image of a round may wait for, in their order."""
 
 
 class Making:
@@ -123,6 +126,8 @@ class Making:
         finally:
             for bar in bars:
                 self.progress.remove_task(bar)
+            for lacks in LACKING:
+                telemetry.WAITING.set(0, lacks=lacks)
         self.scorers.shrink()
         await self.seal(
             index,
@@ -168,6 +173,8 @@ class Making:
     async def _add_verdicts(self, round_: Round, verdicts: Sequence[Verdict]) -> None:
         if new := round_.new_verdicts(verdicts):
             round_.know_verdicts(new)  # first: they are given once, and the wait for the rest may end at any moment
+            for label, count in Counter(verdict.label for verdict in new).items():
+                telemetry.VERDICTS.add(count, label=label)
             await asyncio.to_thread(round_.store_verdicts, new)
 
     async def _score(self, round_: Round, samples: Samples, store: Gathering[Score, Score]) -> None:
@@ -188,8 +195,14 @@ class Making:
 
     async def _show(self, index: int, round_: Round, bars: Sequence[TaskID]) -> None:
         while True:
-            for bar, ids in zip(bars, (round_.sample_ids, round_.scored_ids, round_.judged_ids), strict=True):
-                self.progress.update(bar, completed=len(ids & round_.sample_ids))
+            there = self.config.generate.images_per_round
+            for bar, ids, lacks in zip(
+                bars, (round_.sample_ids, round_.scored_ids, round_.judged_ids), LACKING, strict=True
+            ):
+                done = len(ids & round_.sample_ids)
+                self.progress.update(bar, completed=done)
+                telemetry.WAITING.set(max(0, there - done), lacks=lacks)
+                there = len(round_.sample_ids)  # what is not drawn waits for nothing else
             self.progress.update(bars[-1], description=f"round {index}: {self.labeler.status(round_.stage)}")
             await asyncio.sleep(SHOW_EVERY_S)
 

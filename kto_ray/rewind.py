@@ -108,6 +108,9 @@ def _rewind(run: Storage, config: RunConfig, to: int, overrides: Sequence[str]) 
         for version in (run / kind).names():
             if version.isdigit() and int(version) > to:
                 set_aside(f"{kind}/{version}")
+    for name in (run / "pictures").names():  # of evaluations: evaluation-00003.png
+        if int(name.removesuffix(".png").rpartition("-")[2]) > to:
+            set_aside(f"pictures/{name}")
     for name in (run / "labels").names():  # label sets of rounds that are gone
         if plan["gone"] and run.read_json(f"labels/{name}/labels.json")["rounds"] > min(plan["gone"]):
             set_aside(f"labels/{name}")

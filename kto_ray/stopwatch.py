@@ -25,6 +25,17 @@ class Stopwatch:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - began
 
 
+class Laps:
+    """Seconds from one call to the next, the first since it was made."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def __call__(self) -> float:
+        since, self._since = self._since, time.monotonic()
+        return self._since - since
+
+
 class Spent:
     """What a process has spent its time on, from its first moment on, which it spends loading."""
 

@@ -2,11 +2,13 @@
 
 The loop logs one flat row an event; `metrics.jsonl` is the record that summary and report are made from, also on a
 resumed run, so a row for a (kind, step) that is there already replaces nothing and is not written again. A figure that
-is not finite is null in it. From there rows go to each tracker through an `outbox.py`, which waits for servers that are
-away.
+is not finite is null in it. The picture of an evaluation lies in `pictures/`. From there rows go to each tracker
+through an `outbox.py`, which waits for servers that are away, and to Ray's metrics endpoint (`telemetry.py`), which has
+the newest of each kind.
 """
 
 import importlib.util
+import io
 import json
 import math
 import tempfile
@@ -16,6 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from kto_ray import telemetry
 from kto_ray.config import RunConfig, Tracking, public
 from kto_ray.errors import UserError
 from kto_ray.naming import unique_name
@@ -57,6 +63,9 @@ class TensorBoardTracker:
         return SummaryWriter(str(folder), filename_suffix=suffix)
 
     def _add(self, writer: Any, row: Row) -> None:
+        if (picture := picture_of(self._run, row)) is not None:
+            at = {"global_step": row["step"], "walltime": row["time"], "dataformats": "HWC"}
+            writer.add_image(f"{row['kind']}/pictures", np.asarray(picture), **at)
         for name, value in numbers(row).items():
             writer.add_scalar(name, value, row["step"], walltime=row["time"])
 
@@ -69,6 +78,7 @@ class WandbTracker:
     def __init__(self, config: RunConfig, run: Storage) -> None:
         import wandb
 
+        self._folder, self._picture = run, wandb.Image
         self._run = wandb.init(
             project=config.tracking.wandb_project,
             name=config.run,
@@ -82,7 +92,10 @@ class WandbTracker:
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
 
     def log(self, row: Row) -> None:
-        self._run.log(numbers(row) | {f"{row['kind']}/step": row["step"]})
+        figures: dict[str, Any] = numbers(row) | {f"{row['kind']}/step": row["step"]}
+        if (picture := picture_of(self._folder, row)) is not None:
+            figures[f"{row['kind']}/pictures"] = self._picture(picture)
+        self._run.log(figures)
 
     def close(self) -> None:
         self._run.finish()
@@ -96,13 +109,14 @@ class MlflowTracker:
     def __init__(self, config: RunConfig, run: Storage) -> None:
         from mlflow import MlflowClient
 
-        name = unique_name(run)
+        self._folder, name = run, unique_name(run)
         self._client = MlflowClient(tracking_uri=config.tracking.mlflow_uri)
         experiment = self._client.get_experiment_by_name("kto-ray")
         number = experiment.experiment_id if experiment else self._client.create_experiment("kto-ray")
         earlier = self._client.search_runs([number], f"attributes.run_name = '{name}'")
         self._run = (earlier[0] if earlier else self._client.create_run(number, run_name=name)).info.run_id
         self._client.update_run(self._run, status="RUNNING")
+        self._client.log_dict(self._run, public(config), "config.yaml")  # of the last continuation; params never change
 
     def log(self, row: Row) -> None:
         from mlflow.entities import Metric
@@ -112,6 +126,8 @@ class MlflowTracker:
         self._client.log_batch(
             self._run, [Metric(name.replace("/", "."), value, at, row["step"]) for name, value in figures]
         )
+        if (picture := picture_of(self._folder, row)) is not None:
+            self._client.log_image(self._run, picture, key=f"{row['kind']}.pictures", step=row["step"], timestamp=at)
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
@@ -148,19 +164,27 @@ class Metrics:
     def __init__(self, config: RunConfig, run: Storage) -> None:
         self.run = run
         self.outboxes = make_outboxes(config, run)
+        telemetry.of_run(unique_name(run))
         text = run.read("metrics.jsonl").decode() if run.exists("metrics.jsonl") else ""
         self.rows: list[Row] = [json.loads(line) for line in text.splitlines()]
         self._post(self.rows)
 
-    def log(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
-        """Add the row of one event; `kind` is "round" or "evaluation", `step` the round or policy version."""
+    def log(self, kind: str, step: int, figures: Mapping[str, Any], picture: bytes | None = None) -> None:
+        """Add the row of one event; `kind` is "round" or "evaluation", `step` the round or policy version.
+
+        Args:
+            picture: a PNG file that trackers show beside the figures.
+        """
         if self.row(kind, step):
             return
+        if picture is not None and self.outboxes:
+            self.run.write(picture_file(kind, step), picture)  # first: a row is sent with its picture
         # As it will be read again: what is null on disk is None here.
         row = json.loads(to_json({"kind": kind, "step": step, "time": time.time(), **figures}))
         self.rows.append(row)
         self.run.write("metrics.jsonl", "".join(to_json(row) + "\n" for row in self.rows).encode())
         self._post([row])
+        telemetry.tell_figures(kind, row)
 
     def row(self, kind: str, step: int) -> Row | None:
         return next((row for row in self.rows if row["kind"] == kind and row["step"] == step), None)
@@ -175,6 +199,17 @@ class Metrics:
     def _post(self, rows: list[Row]) -> None:
         for outbox in self.outboxes:
             outbox.post(rows)
+
+
+def picture_file(kind: str, step: int) -> str:
+    """In a run's folder."""
+    return f"pictures/{kind}-{step:05}.png"
+
+
+def picture_of(run: Storage, row: Row) -> Image.Image | None:
+    """What an event looks like, if there is a picture of it."""
+    name = picture_file(row["kind"], row["step"])
+    return Image.open(io.BytesIO(run.read(name))) if run.exists(name) else None
 
 
 def numbers(row: Row) -> dict[str, float]:

@@ -8,6 +8,7 @@ same bar for everybody.
 
 import asyncio
 import contextlib
+import io
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from kto_ray.concurrency import Gathering, together
 from kto_ray.config import HELD_OUT_STAGES, RunConfig
 from kto_ray.errors import UserError
-from kto_ray.evaluate.report import Pair
+from kto_ray.evaluate.report import Pair, save_png_grid
 from kto_ray.evaluate.statistics import (
     EvaluationSummary,
     Interval,
@@ -43,6 +44,7 @@ from kto_ray.verdicts.rule import Judgement, RuleFit
 logger = logging.getLogger(__name__)
 
 STAGE, FRESH_STAGE = HELD_OUT_STAGES
+PICTURED_PROMPTS = 12
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
 """Nothing was judged: no scorer votes, all failed, or the base's images all score the same and give no bar."""
 
@@ -216,6 +218,14 @@ class Evaluation:
             sample_id: (None if np.isnan(value) else float(value), None if np.isnan(passes) else bool(passes))
             for sample_id, value, passes in zip(self._prompts, judged.values_N, passes_N, strict=True)
         }
+
+    def picture(self, version: int, count: int = PICTURED_PROMPTS) -> bytes | None:
+        """A version's images of the first `count` prompts beside the base's, as a PNG file; None as in `pairs`."""
+        if not (pairs := self.pairs(version, count)):
+            return None
+        file = io.BytesIO()
+        save_png_grid(pairs, file, ("policy 0", f"policy {version}"))
+        return file.getvalue()
 
     def pairs(self, version: int, count: int) -> list[Pair]:
         """The first `count` prompts (spread over the set) with their images from the base and from a version.

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from kto_ray.config import RunConfig, to_yaml
 from kto_ray.evaluate.doubts import doubts_in_all
-from kto_ray.evaluate.evaluation import FRESH_STAGE, STAGE, Evaluation
+from kto_ray.evaluate.evaluation import FRESH_STAGE, PICTURED_PROMPTS, STAGE, Evaluation
 from kto_ray.evaluate.hacking import suspicion_of
 from kto_ray.evaluate.hints import hints_in_all
 from kto_ray.evaluate.people import people_summary
@@ -22,8 +22,6 @@ from kto_ray.rounds import RoundStore
 from kto_ray.stopwatch import Doing
 from kto_ray.storage import Storage
 from kto_ray.tracking import Metrics
-
-PICTURED_PROMPTS = 12
 
 
 def evaluation_row(summary: EvaluationSummary) -> dict[str, Any]:

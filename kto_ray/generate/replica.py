@@ -27,7 +27,8 @@ import torch
 from ray.exceptions import RayError
 from torch import Tensor
 
-from kto_ray.config import RunConfig
+from kto_ray import telemetry
+from kto_ray.config import HELD_OUT_STAGES, RunConfig
 from kto_ray.diffusion import source
 from kto_ray.diffusion.loading import DTYPES, compile_denoiser, load_family, offload, pick_device, renew_offloaded
 from kto_ray.diffusion.policy import make_policy
@@ -65,6 +66,7 @@ class Generator:
         if resources.threads or not resources.num_gpus:
             torch.set_num_threads(resources.threads or torch.multiprocessing.cpu_count())
         run.require_seen()
+        telemetry.of_run(unique_name(run))
         self._coordinator = coordinator
         if coordinator is not None:
             ray.get(coordinator.wait_others.remote())
@@ -161,7 +163,11 @@ class Generator:
             )
             for r, latents_CHW, pixels_HWC, finite in zip(requests, latents_BCHW, pixels_BHWC, finite_B, strict=True)
         ]
-        return samples, time.monotonic() - began
+        seconds, stage = time.monotonic() - began, requests[0].stage
+        telemetry.DRAW_SECONDS.observe(seconds)
+        for outcome, count in (("drawn", int(finite_B.sum())), ("failed", int((~finite_B).sum()))):
+            telemetry.IMAGES.add(count, stage=stage if stage in HELD_OUT_STAGES else "round", outcome=outcome)
+        return samples, seconds
 
     def _find_batch_size(self) -> int:
         """By drawing more and more images for nobody."""

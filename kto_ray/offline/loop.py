@@ -45,7 +45,7 @@ from kto_ray.score.pool import Scorers
 from kto_ray.serving import start_serve
 from kto_ray.stalls import stalls_said
 from kto_ray.stopwatch import Stopwatch
-from kto_ray.telling import interval_sentence, progress_bars
+from kto_ray.telling import LiveView, interval_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.job import Training
 from kto_ray.train.streaming import Stream, lacking
@@ -145,8 +145,8 @@ class _OfflineLoop:
         asks_fresh = config.evaluate.stop_at_pass_rate is not None
         self.fresh = Evaluation(config, self.run_storage, preflight.held_out_prompts, True) if asks_fresh else None
         policies.publish_base(preflight.reference_digest, preflight.components)
-        self.watch, self.progress = Stopwatch(), progress_bars(console)
         stage = stage_of(config, placement, self.generators, self.scorers, console.print)
+        self.watch, self.progress = Stopwatch(), LiveView(console, config.rounds, lambda: stage.roles)
         self.learning = Learning(
             *(config, console, policies, self.training, self.generators, self.scorers, self.evaluation, self.fresh),
             *(self.retention, self.metrics, stage, self.watch, self.progress),

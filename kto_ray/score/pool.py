@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from kto_ray import telemetry
 from kto_ray.cluster import noisily
 from kto_ray.concurrency import as_done, together
 from kto_ray.config import Cluster, Labeling, ScorerSettings
@@ -154,6 +155,9 @@ class ScorerPool:
     async def score(self, samples: Samples) -> list[Score]:
         """Score samples, in order; never raises for what a scorer or its actor does."""
         answers = await self._ask(samples)
+        failed = sum(error is not None for _, error in answers)
+        for outcome, count in (("scored", len(answers) - failed), ("failed", failed)):
+            telemetry.SCORES.add(count, scorer=self.name, outcome=outcome)
         return [
             Score(sample.id, self.name, self.version, value, error)
             for sample, (value, error) in zip(samples, answers, strict=True)
@@ -195,7 +199,9 @@ class ScorerPool:
                 raise
             else:
                 self._give_back(actor)
-                self.busy_seconds += loop.time() - began
+                seconds = loop.time() - began
+                self.busy_seconds += seconds
+                telemetry.SCORE_SECONDS.observe(seconds, scorer=self.name)
                 return answers
             tried += 1
             logger.warning(

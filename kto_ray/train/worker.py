@@ -32,6 +32,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode
 
+from kto_ray import telemetry
 from kto_ray.config import RunConfig, held_dtype
 from kto_ray.diffusion import source
 from kto_ray.diffusion.loading import DTYPES, compile_denoiser, load_family, pick_device
@@ -39,11 +40,12 @@ from kto_ray.diffusion.policy import make_policy
 from kto_ray.diffusion.sharding import Sharding
 from kto_ray.diffusion.texts import texts_of
 from kto_ray.errors import UserError
+from kto_ray.naming import unique_name
 from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.prepared import set_of
 from kto_ray.rounds import RoundStore, by_sample
 from kto_ray.ruling import values_of
-from kto_ray.stopwatch import Doing, Spent, added, as_figures
+from kto_ray.stopwatch import Doing, Laps, Spent, added, as_figures
 from kto_ray.storage import Storage
 from kto_ray.train import checkpointing
 from kto_ray.train.batches import RoundData, StoredLatents, TrainingData
@@ -82,6 +84,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
 
     spent, said = Spent(), dict[Doing, float]()
     run.require_seen()
+    telemetry.of_run(unique_name(run))
     if by_turns and not ray.get(coordinator.wait_turn.remote()):
         return
     learner = build_learner(config, run, rank, ranks, distributed=True)
@@ -113,10 +116,13 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
         ids, data = read(task, version)
         loaded = time.monotonic()
 
-        looks = moving.within_round()
+        looks, laps = moving.within_round(), Laps()
 
-        def on_step(step: int, steps: int, index: int = task.round_index, looks: Looks = looks) -> None:
+        def on_step(
+            step: int, steps: int, index: int = task.round_index, looks: Looks = looks, laps: Laps = laps
+        ) -> None:
             if rank == 0:
+                telemetry.STEP_SECONDS.observe(laps())
                 coordinator.set_progress.remote(index, step, steps)
             looks.after_step(step, steps)
 

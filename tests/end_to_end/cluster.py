@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -34,12 +35,19 @@ class Head:
     gcs: str
     logs: Path
     nodes: list["subprocess.Popen[bytes]"]
+    metrics: list[int] = field(default_factory=list)
+    """Ports of the nodes' metrics endpoints."""
 
     def start_node(self, *arguments: str) -> None:
         """`ray start` in the foreground of a child process."""
         command = [RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
         # Ray's own default is one port for all agents of a machine.
-        command += [f"--dashboard-agent-listen-port={free_port()}", *arguments]
+        self.metrics.append(free_port())
+        command += [
+            f"--dashboard-agent-listen-port={free_port()}",
+            f"--metrics-export-port={self.metrics[-1]}",
+            *arguments,
+        ]
         with (self.logs / f"node-{len(self.nodes)}.log").open("w") as log:
             self.nodes.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT))
 
@@ -64,6 +72,18 @@ class Head:
             )
         return jobs.Job(process, folder / name, log, tuple(node.pid for node in self.nodes))
 
+    def scrape(self) -> dict[str, float]:
+        """What Prometheus would read from all nodes now: values by series, as `name{tag="value",...}` has them."""
+        found = {}
+        for port in self.metrics:
+            with contextlib.suppress(OSError):  # it is not there yet
+                text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
+                for line in text.splitlines():
+                    if not line.startswith("#"):
+                        series, _, value = line.rpartition(" ")
+                        found[series] = float(value)
+        return found
+
     def stop(self) -> None:
         family = [child for node in self.nodes for child in psutil.Process(node.pid).children(recursive=True)]
         for node in reversed(self.nodes):
@@ -86,6 +106,7 @@ def running_head(tmp_path: Path, cpus: int, gpus: int = 0) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(tmp_path / ".ray" / "auth_token"),
         "RAY_API_SERVER_ADDRESS": address,
+        "RAY_metrics_report_interval_ms": "1000",  # in the place of 10 s
     }
     head = Head(env, f"127.0.0.1:{gcs}", tmp_path, [])
     with tempfile.TemporaryDirectory(prefix="kto") as short:  # Ray's sockets allow only short paths

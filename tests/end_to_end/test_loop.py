@@ -4,10 +4,16 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+import pytest
 from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 
+from kto_ray.bake_off.plain_loop import PlainLoop
 from kto_ray.cli import main
+from kto_ray.config import load
+from kto_ray.policies import PolicyStore
+from kto_ray.prompts import round_requests
 from kto_ray.rounds import RoundStore
 from kto_ray.storage import Storage
 from tests.end_to_end import jobs
@@ -28,11 +34,20 @@ def foreign_lines(job: jobs.Job) -> list[str]:
     return [line for line in lines if not line or not any(opinion.endswith(line) for opinion in opinions)]
 
 
-def test_a_run_leaves_report_summary_metrics_rounds_and_policies(
-    tmp_path: Path, tiny_sd1_folder: Path, one_ray: dict[str, str]
-) -> None:
-    job = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "evaluate.every=1"], program=[jobs.JOB])
+OVERRIDES = ["evaluate.every=1", "generate.resources.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, tiny_sd1_folder: Path) -> jobs.Job:
+    """A run that ended well."""
+    job = jobs.start(tmp_path_factory.mktemp("loop"), "run", [f"model={tiny_sd1_folder}", *OVERRIDES], program=[jobs.JOB])
     assert job.wait() == 0, job.output()
+    return job
+
+
+def test_a_run_leaves_report_summary_metrics_rounds_and_policies(
+    job: jobs.Job, tmp_path: Path, tiny_sd1_folder: Path, one_ray: dict[str, str]
+) -> None:
     assert job.output().rstrip().endswith("run/report.html")
     assert foreign_lines(job) == []
     (log,) = (job.run / "logs").iterdir()
@@ -64,13 +79,37 @@ def test_a_run_leaves_report_summary_metrics_rounds_and_policies(
     assert said.exit_code == 0, said.output
     assert report.read_text() == (job.run / "report.html").read_text()
 
-    again = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "evaluate.every=1"], one_ray)
+    again = jobs.start(job.run.parent, "run", [f"model={tiny_sd1_folder}", *OVERRIDES], one_ray)
     assert again.wait() == 0
     assert jobs.summary(job.run) == summary
 
-    other = jobs.start(tmp_path, "run", [f"model={tiny_sd1_folder}", "train.objective.beta=7"])
+    other = jobs.start(job.run.parent, "run", [f"model={tiny_sd1_folder}", "train.objective.beta=7"])
     assert other.wait() == 2
     assert "train.objective.beta: the run has 75.0, this command says 7.0" in other.output()
+
+
+def test_the_loop_without_ray_makes_the_same_images(job: jobs.Job, tiny_sd1_folder: Path) -> None:
+    """`bake_off/plain_loop.py`, in this process: a round of the base, one of the policy that learned from it, and what
+    that learned."""
+    config, run = load("shapes_demo", [*jobs.SMALL, f"model={tiny_sd1_folder}", *OVERRIDES]), Storage(str(job.run))
+    plain = PlainLoop(config, threads=1)
+    for index in range(2):
+        stored = {sample.id: sample for sample in RoundStore(run).round(index).samples()}
+        requests = round_requests(
+            *(plain.train_prompts, config.seed, f"round-{index:05}", index),
+            *(config.generate.images_per_round, config.generate.images_per_prompt),
+        )
+        latents_NCHW, pixels_NHWC = plain._draw(requests)
+        assert stored.keys() == {request.id for request in requests}
+        for request, latents_CHW, pixels_HWC in zip(requests, latents_NCHW, pixels_NHWC, strict=True):
+            assert np.allclose(stored[request.id].latents_CHW, latents_CHW, atol=1e-4)
+            assert np.abs(stored[request.id].pixels_HWC.astype(int) - pixels_HWC).max() <= 1
+        assert plain.run_round(index).figures
+        policies = PolicyStore(run)
+        learned, base = plain.learner.sampling.tensors(), policies.load(policies.resolve(index))
+        for name, tensor in policies.load(policies.resolve(index + 1)).items():
+            assert np.allclose(tensor, learned[name].cpu(), atol=1e-6), name
+            assert not base or not np.allclose(tensor, base[name], atol=1e-6), name
 
 
 def test_failed_scores_are_counted_and_never_trained_on(

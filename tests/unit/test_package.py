@@ -59,7 +59,7 @@ def test_what_the_controller_of_ray_train_imports_is_light() -> None:
 
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "identity", "images", "pictures", "records", "sleeping", "stage", "stopwatch"),
+    ("errors", "identity", "images", "pictures", "records", "sleeping", "stage", "stopwatch", "telemetry"),
     ("concurrency", "draining", "lost", "plugins", "secrets", "shapes", "stalls", "storage", "text"),
     ("prompt_files", "section"),
     ("objectives",),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def invoke(*words: str) -> Result:
     return CliRunner().invoke(main, words, env={"COLUMNS": "300"})
+
+
+def test_the_notebook_reads_a_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its cells, one after the other."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "docs/notebooks/reading_a_run.ipynb").read_text())
+    found: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), found)
+    assert "policy 2: 75% pass (70% to 80%)" in capsys.readouterr().out
+    assert found["counts"] == {"desirable": 1, "undesirable": 2, None: 1}
+    images_NHWC = RunFolder(str(run)).images(0)
+    assert np.array_equal(np.asarray(found["picture"]), np.concatenate(list(images_NHWC), axis=1))
+    assert all(bool((tensor == 0.1).all()) for tensor in found["tensors"].values())
 
 
 def test_rounds_are_tables(run: Path) -> None:
