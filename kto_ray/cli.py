@@ -307,9 +307,11 @@ def _people(run: str) -> Iterator[tuple["People", str]]:
 
     folder = Storage(run)
     config = saved_config(folder)
-    human = config.label.human
-    if config.label.labeler != "human":
-        raise UserError(f"run: no people judge {folder}: its label.labeler is {config.label.labeler!r}, not 'human'")
+    human = config.label.people
+    if human is None:
+        raise UserError(
+            f"run: no people judge {folder}: its label.labeler is {config.label.labeler!r}, not 'human' or 'feedback'"
+        )
     engine = open_database(database_url(human, folder), database_owner(human, folder))
     try:
         yield People(engine, human, Clock()), base_url(human, folder)
