@@ -136,7 +136,7 @@ class FeedbackLabeler(HumanLabeler):
         return (
             f"the application's votes: {standing.judged} of {standing.asked} images answered by {standing.answers} "
             f"votes, {target} needed"
-            + (f"; {lost} votes came to nothing" if lost else "")
+            + (f"; votes that came to nothing: {lost}" if lost else "")
             + (f"; {self._trouble}" if self._trouble else "")
         )
 

@@ -97,13 +97,11 @@ class SqlVotes:
     def _new(self, start: Any) -> sa.Select[Any]:
         """The cursor, the id, and the cells of `VoteRow`, from a place on, which may have got more rows."""
         cursor, of = sa.column(self._cursor), self.columns
-        cells = [of["id"], of["image"], of["verdict"]]
-        more = [sa.column(name) if (name := of.get(what)) else sa.null() for what in ("who", "when")]
-        place = cursor.is_not(None) if start is None else cursor >= start
-        ids = [cursor, *map(sa.column, cells), *more]
-        return sa.select(*(each.label(f"c{n}") for n, each in enumerate(ids))).select_from(self._rows).where(
-            place
-        ).order_by(cursor, sa.column(of["id"]))  # fmt: skip
+        cells = [cursor, sa.column(of["id"]), sa.column(of["image"]), sa.column(of["verdict"])]
+        cells += [sa.column(name) if (name := of.get(what)) else sa.null() for what in ("who", "when")]
+        named = [cell.label(f"cell_{number}") for number, cell in enumerate(cells)]
+        new = cursor.is_not(None) if start is None else cursor >= start
+        return sa.select(*named).select_from(self._rows).where(new).order_by(cursor, sa.column(of["id"]))
 
     def read(self, position: str | None) -> Iterator[NewVotes]:
         if not self._reached:
@@ -117,7 +115,8 @@ class SqlVotes:
             raise self._refused(error) from error
 
     def _votes(self, rows: Sequence[sa.Row[Any]]) -> NewVotes:
-        odd, new = Outcomes(), []
+        odd = Outcomes()
+        new: list[VoteRow] = []
         for place, key, *cells in rows:
             # A row that was changed, and so moved, is another vote.
             name = f"table:{key}" if self._cursor == self.columns["id"] else f"table:{key}@{place}"

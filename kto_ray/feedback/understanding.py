@@ -6,7 +6,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from math import isfinite
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ USUAL: Mapping[str, Sequence[str]] = {
     "image": ("image", "image_id", "sample", "sample_id", "image_name", "image_file", "image_url", "file", "file_name"),
 }
 """The usual names of each column; those of verdicts, of whom and of when are the same as in logs of votes."""
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 ENDING = re.compile(r"\.(png|jpe?g)$", re.IGNORECASE)
 
 
@@ -103,8 +104,15 @@ class Understanding:
             if moment is None and _text(row.when):
                 odd.add("odd", f"time {row.when!r}")
                 continue
-            verdict = "none" if yes is None else "desirable" if yes else "undesirable"
-            found.append(Vote(row.key, image, verdict, _text(row.who), moment))
+            found.append(
+                Vote(
+                    row.key,
+                    image,
+                    "none" if yes is None else "desirable" if yes else "undesirable",
+                    _text(row.who),
+                    moment,
+                )
+            )
         return found
 
 
@@ -119,19 +127,17 @@ def image_id(cell: Any) -> str | None:
 
 def moment_of(cell: Any) -> float | None:
     """Seconds since 1970 of a time; None: there is none, or it is no time. Without a zone it is UTC."""
-    if isinstance(cell, str):
-        try:
-            cell = datetime.fromisoformat(cell.strip())
-        except ValueError:
-            try:
-                cell = float(cell)
-            except ValueError:
-                return None
-    if isinstance(cell, datetime):
-        return (cell if cell.tzinfo else cell.replace(tzinfo=UTC)).timestamp()
-    if cell is None or isinstance(cell, bool | date):
+    if cell is None or isinstance(cell, bool):
         return None
-    return float(cell) if isfinite(cell) else None
+    try:
+        if isinstance(cell, str):
+            cell = cell.strip()
+            cell = float(cell) if NUMBER.fullmatch(cell) else datetime.fromisoformat(cell)
+        if isinstance(cell, datetime):
+            return (cell if cell.tzinfo else cell.replace(tzinfo=UTC)).timestamp()
+        return float(cell) if isfinite(cell) else None
+    except (TypeError, ValueError):
+        return None
 
 
 def _text(cell: Any) -> str | None:

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy import func, select
 
 from kto_ray.config.people import Human
-from kto_ray.people.people import Refused, bearer
+from kto_ray.people.people import OPERATOR, Refused, bearer
 from kto_ray.people.settling import STANDS, make_void, settle
 from kto_ray.people.tables import answers, in_transaction, items, labelers, meta, published, votes
 
@@ -26,6 +26,7 @@ APPLICATION: Final = "application"
 """Name and role of the program that sends votes."""
 STRANGER = "(anonymous "
 EXAMPLES = 5
+EXAMPLE_OF: Mapping[str, str] = {"too_late": "{vote.image!r}", "excluded": "{vote.who!r}", "odd": "{vote.who!r}"}
 POSITION = "votes read up to"
 
 Outcome = Literal["counted", "known", "older", "taken_back", "unknown_image", "too_late", "excluded", "odd"]
@@ -56,9 +57,9 @@ class Outcomes:
 
     def add(self, outcome: Outcome, example: str = "") -> None:
         self.counts[outcome] += 1
-        shown = self.examples.setdefault(outcome, [])
-        if example and example not in shown and len(shown) < EXAMPLES:
-            shown.append(example)
+        if example:
+            shown = self.examples.setdefault(outcome, [])
+            shown.extend([example] if example not in shown and len(shown) < EXAMPLES else [])
 
     def update(self, other: "Outcomes") -> None:
         self.counts.update(other.counts)
@@ -134,7 +135,7 @@ class Votes:
                 known.add(vote.key)
                 outcome, answer = self._answer(connection, image, vote)
                 connection.execute(votes.insert().values(key=vote.key, answer=answer, moment=vote.moment))
-                outcomes.add(outcome, repr(vote.who) if outcome in ("excluded", "odd") else repr(vote.image))
+                outcomes.add(outcome, EXAMPLE_OF.get(outcome, "").format(vote=vote))
                 if outcome in ("counted", "taken_back"):
                     touched[image.id] = None
             settle(connection, self.settings.overlap, touched)
@@ -185,11 +186,13 @@ class Votes:
         """Who is called so; None: nobody can be."""
         if not (name.isprintable() and name.strip() == name and 0 < len(name) <= 80):
             return None
+        if name in (OPERATOR, APPLICATION):
+            return None
         row = connection.execute(select(labelers).where(labelers.c.name == name)).one_or_none()
         if row is None:
             adding = labelers.insert().values(name=name, role="labeler").returning(labelers)
             row = connection.execute(adding).one()
-        return row if row.role == "labeler" else None
+        return row
 
     def _stranger(self, connection: sa.Connection, item: str) -> Any:
         """The next one who votes on an image."""
