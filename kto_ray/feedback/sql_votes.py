@@ -66,7 +66,7 @@ class SqlVotes:
 
     @cached_property
     def columns(self) -> FoundColumns:
-        all_ = sa.select(sa.literal_column("*")).select_from(self._rows)
+        all_: sa.Select[Any] = sa.select(sa.literal_column("*")).select_from(self._rows)
         try:
             with self.engine.connect() as connection:
                 names = list(self._ask(connection, all_.limit(0)).keys())
@@ -96,8 +96,10 @@ class SqlVotes:
 
     def _new(self, start: Any) -> sa.Select[Any]:
         """The cursor, the id, and the cells of `VoteRow`, from a place on, which may have got more rows."""
-        cursor, of = sa.column(self._cursor), self.columns
-        cells = [cursor, sa.column(of["id"]), sa.column(of["image"]), sa.column(of["verdict"])]
+        of = self.columns
+        cursor: sa.ColumnElement[Any] = sa.column(self._cursor)
+        cells: list[sa.ColumnElement[Any]] = [cursor]
+        cells += [sa.column(of[what]) for what in ("id", "image", "verdict")]
         cells += [sa.column(name) if (name := of.get(what)) else sa.null() for what in ("who", "when")]
         named = [cell.label(f"cell_{number}") for number, cell in enumerate(cells)]
         new = cursor.is_not(None) if start is None else cursor >= start
@@ -117,7 +119,8 @@ class SqlVotes:
     def _votes(self, rows: Sequence[sa.Row[Any]]) -> NewVotes:
         odd = Outcomes()
         new: list[VoteRow] = []
-        for place, key, *cells in rows:
+        for row in rows:
+            place, key, *cells = tuple(row)
             # A row that was changed, and so moved, is another vote.
             name = f"table:{key}" if self._cursor == self.columns["id"] else f"table:{key}@{place}"
             if name in self._seen:

@@ -70,7 +70,7 @@ class Thumbs:
         self.do("INSERT INTO thumbs VALUES (?, ?, ?, ?, ?)", list(rows))
 
     def reader(self, **settings: Any) -> Reader:
-        return Reader(SqlVotes(Feedback(database=self.url, **({"table": "thumbs"} | settings))))
+        return Reader(SqlVotes(Feedback.model_validate({"database": self.url, "table": "thumbs"} | settings)))
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_only_new_rows_are_given_and_each_once(thumbs: Thumbs) -> None:
 
 def test_what_is_long_read_is_not_looked_through_again(thumbs: Thumbs, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(sql_votes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("kto_ray.feedback.sql_votes.time.monotonic", lambda: now[0])
     reader = thumbs.reader(look_back_s=60)
     thumbs.add(*((n, "a", 1, f"u{n}", None) for n in range(10, 15)))
     assert len(reader()) == 5

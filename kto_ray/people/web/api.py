@@ -135,7 +135,7 @@ async def votes(some: wire.SomeVotes, me: ApplicationsBadge, desk: TheDesk) -> w
         me, [Vote(f"api:{v.id}", v.image, v.verdict, v.who, now if v.when is None else v.when) for v in some.votes]
     )
     counts = {outcome: outcomes.counts[outcome] for outcome in get_args(Outcome)}
-    return wire.VotesReply(**counts, examples=dict(outcomes.examples))
+    return wire.VotesReply(**counts, examples={str(what): those for what, those in outcomes.examples.items()})
 
 
 # -- for the operator
