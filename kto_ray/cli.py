@@ -296,8 +296,8 @@ RUN = click.option("--run", required=True, help="The run's folder or URI.")
 
 
 @contextlib.contextmanager
-def _people(run: str) -> Iterator[tuple["People", str]]:
-    """Those of a run, and what their links begin with."""
+def _people(run: str, on_page: bool = False) -> Iterator[tuple["People", str]]:
+    """Those of a run, and what their links begin with. `on_page`: it must be one in which people judge on a page."""
     from kto_ray.people.address import base_url, database_owner, database_url
     from kto_ray.people.clock import Clock
     from kto_ray.people.people import People
@@ -307,9 +307,13 @@ def _people(run: str) -> Iterator[tuple["People", str]]:
 
     folder = Storage(run)
     config = saved_config(folder)
-    human = config.label.human
-    if config.label.labeler != "human":
-        raise UserError(f"run: no people judge {folder}: its label.labeler is {config.label.labeler!r}, not 'human'")
+    human = config.label.people
+    if human is None:
+        raise UserError(
+            f"run: no people judge {folder}: its label.labeler is {config.label.labeler!r}, not 'human' or 'feedback'"
+        )
+    if on_page and config.label.labeler == "feedback":
+        raise UserError(f"run: {folder} has no page to judge on: its users vote in an application (docs/feedback.md)")
     engine = open_database(database_url(human, folder), database_owner(human, folder))
     try:
         yield People(engine, human, Clock()), base_url(human, folder)
@@ -331,7 +335,7 @@ def labelers_add(name: str, run: str, days: int | None) -> None:
     """Let NAME label, who need not be new, and print a personal link."""
     from kto_ray.people.access import Signer, link, secret_of
 
-    with _people(run) as (people, base):
+    with _people(run, on_page=True) as (people, base):
         badge = people.admit(name, days=days)
         _say(link(base, Signer(secret_of(people.engine)).token(badge)))
 

@@ -14,12 +14,13 @@ from kto_ray.storage import Storage
 LABELERS: dict[str, str] = {
     "threshold": "kto_ray.label.threshold_labeler:ThresholdLabeler",
     "human": "kto_ray.people.labeler:HumanLabeler",
+    "feedback": "kto_ray.feedback.labeler:FeedbackLabeler",
 }
 """The built-in labelers by name."""
 
 
 def make_labeler(config: RunConfig, run: Storage, console: Console) -> Labeler:
-    """By thresholds, people, or a class of the user's built with `label.labeler_args`.
+    """By thresholds, people, an application's users, or a class of the user's built with `label.labeler_args`.
 
     Args:
         run: the run's folder, where people's answers are kept.
@@ -35,6 +36,10 @@ def make_labeler(config: RunConfig, run: Storage, console: Console) -> Labeler:
             from kto_ray.people.labeler import HumanLabeler
 
             return HumanLabeler(config, run, console)
+        case "feedback":
+            from kto_ray.feedback.labeler import FeedbackLabeler
+
+            return FeedbackLabeler(config, run, console)
     return labeler_class(config.label.labeler)(**config.label.labeler_args)
 
 

@@ -161,7 +161,7 @@ class _Loop:
 
     async def _start(self) -> None:
         """Start all parts; what cannot be started ends the starting of the others."""
-        people = self.config.label.human if self.config.label.labeler == "human" else None
+        people = self.config.label.people
         # What is refused here has cost no machine time yet.
         async with noisily("the run's caretaker, and Serve", self.config.cluster):
             alone = await asyncio.to_thread(self.caretaker.start)

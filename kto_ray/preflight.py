@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import kto_ray.diffusion.checks
+import kto_ray.feedback.checks
 import kto_ray.people.checks
 import kto_ray.score.checks
 from kto_ray import placement, prompts, tracking
@@ -87,6 +88,8 @@ class Preflight:
             _check_replay(config, held_out)
         if config.label.labeler == "human":
             kto_ray.people.checks.check(config.label.human, run)
+        if config.label.labeler == "feedback":
+            kto_ray.feedback.checks.check(config.label, run)
         if config.cluster.gpu_gb is not None and source.local_folder(config.model) is None:
             _require_fit(config, source.configs(config.model))  # before anything is downloaded
         found = cls(run, train, held_out)
@@ -124,6 +127,8 @@ def _check_credentials(config: RunConfig) -> None:
         "runs_folder": config.runs_folder,
         "prompts.train.source": config.prompts.train.source,
         "prompts.held_out.source": config.prompts.held_out.source,
+        "label.feedback.folder": config.label.feedback.folder or "",
+        "label.feedback.path": config.label.feedback.path or "",
         "replay.run": config.replay.run if config.replay else "",
         "tracking.mlflow_uri": config.tracking.mlflow_uri or "",
     }

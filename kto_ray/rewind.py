@@ -96,7 +96,7 @@ def _rewind(run: Storage, config: RunConfig, to: int, overrides: Sequence[str]) 
 
     optimizer = _set_checkpoints_aside(run, to, folder)
     run.write_json(BEGINNING, {"to": to})
-    if config.label.labeler == "human":
+    if config.label.people:
         _set_answers_aside(config, run, plan["gone"], folder)
     for index in plan["gone"]:
         set_aside(f"rounds/{index:05}")

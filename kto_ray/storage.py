@@ -71,17 +71,18 @@ class Storage:
     Args:
         uri: a local path, or anything that pyarrow or else fsspec opens (s3://..., gs://..., memory://...).
         fence: asked before every write.
+        field: of the configuration, which names the folder; for messages.
     """
 
-    def __init__(self, uri: str, fence: Fence | None = None) -> None:
+    def __init__(self, uri: str, fence: Fence | None = None, field: str = "runs_folder") -> None:
         self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
-        self.fence = fence
+        self.fence, self.field = fence, field
 
-    def __reduce__(self) -> tuple[type["Storage"], tuple[str, Fence | None]]:
-        return Storage, (self.uri, self.fence)
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str, Fence | None, str]]:
+        return Storage, (self.uri, self.fence, self.field)
 
     def __truediv__(self, name: str) -> "Storage":
-        below = Storage(f"{self.uri}/{name}", self.fence)
+        below = Storage(f"{self.uri}/{name}", self.fence, self.field)
         filesystem, folder = self._opened
         below._opened = filesystem, f"{folder}/{name}"  # opening s3://... anew would ask for its region anew
         return below
@@ -105,7 +106,7 @@ class Storage:
             advice = ""
         else:
             advice = "; is it spelled right, is there such a bucket, may you use it, and can it be reached from here?"
-        return UserError(f"runs_folder: cannot {action} {where}: {why}{advice}")
+        return UserError(f"{self.field}: cannot {action} {where}: {why}{advice}")
 
     @property
     def _is_local(self) -> bool:
@@ -172,7 +173,7 @@ class Storage:
     @property
     def unfenced(self) -> "Storage":
         """The same folder for whoever has just asked the lease (`require_mine`)."""
-        same = Storage(self.uri)
+        same = Storage(self.uri, field=self.field)
         same._opened = self._opened
         return same
 
@@ -252,18 +253,18 @@ class Storage:
             with self._told("read", ""):
                 there_is = filesystem.get_file_info(bucket).type != pafs.FileType.NotFound
             if not there_is:
-                raise UserError(f"runs_folder: cannot write {self.uri}: there is no bucket {bucket!r}; make it first")
+                raise UserError(f"{self.field}: cannot write {self.uri}: there is no bucket {bucket!r}; make it first")
         if self.local is None:
             return
         there = next(folder for folder in (self.local, *self.local.parents) if folder.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             what = "cannot be written" if there.is_dir() else "is no folder"
             raise UserError(
-                f"runs_folder: cannot write {self.uri}: {there} {what}; give a folder that can be written and has room"
+                f"{self.field}: cannot write {self.uri}: {there} {what}; give a folder that can be written and has room"
             )
         if (free := shutil.disk_usage(there).free) < needed_bytes:
             raise UserError(
-                f"runs_folder: {self.uri} has {free / 1e9:.2f} GB free, the run needs about "
+                f"{self.field}: {self.uri} has {free / 1e9:.2f} GB free, the run needs about "
                 f"{needed_bytes / 1e9:.2f} GB; make room, or give another folder"
             )
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from kto_ray.config.feedback import Feedback
 from kto_ray.config.machines import Resources
 from kto_ray.config.people import Human, RouteAll, RouteDisagreement
 from kto_ray.config.watching import HackingWatch, as_watch
@@ -68,10 +69,12 @@ class Labeling(Section):
     """Who says yes or no. A scorer and a threshold by default."""
 
     labeler: Fixed[str] = "threshold"
-    """"threshold", "human" (people, on a page), or the dotted path `package.module:Name` of a `Labeler`."""
+    """"threshold", "human" (people, on a page), "feedback" (an application's votes), or the dotted path
+    `package.module:Name` of a `Labeler`."""
     labeler_args: Fixed[dict[str, Any]] = {}
     """Keyword arguments that a `Labeler` of one's own is built with."""
     human: Human = Human()
+    feedback: Feedback = Feedback()
     scorers: Fixed[Annotated[dict[str, ScorerSettings], BeforeValidator(as_scorers)]] = {"shapes": ScorerSettings()}
     """Scorers by the name their scores are stored under. They run at the same time, each in its own pool."""
     combine: Fixed[Combination] = WeightedSum()
@@ -104,7 +107,7 @@ class Labeling(Section):
 
     @model_validator(mode="after")
     def _people_can_be_helped(self) -> "Labeling":
-        if self.labeler != "human":
+        if self.people is None:
             return self
         if not self.voting and self.human.on_deadline == "scorer":
             raise ValueError("human.on_deadline: scorer needs a scorer that is not held_out; name one in scorers")
@@ -120,6 +123,22 @@ class Labeling(Section):
                 "or =majority"
             )
         return self
+
+    @model_validator(mode="after")
+    def _applications_have_no_page(self) -> "Labeling":
+        if self.labeler == "feedback" and self.human.gold.file:
+            raise ValueError("human.gold.file is for people who judge on the page; an application shows its own images")
+        if self.labeler == "feedback" and self.human.labelers not in ((), Human().labelers):
+            raise ValueError(
+                f"human.labelers: {list(self.human.labelers)} would be given no page to judge on, with "
+                "labeler: feedback whoever uses the application votes; leave it out"
+            )
+        return self
+
+    @property
+    def people(self) -> Human | None:
+        """Settings of the queue and its server, where people judge, be it on our page or in an application."""
+        return self.human if self.labeler in ("human", "feedback") else None
 
     @property
     def voting(self) -> dict[str, ScorerSettings]:

@@ -17,11 +17,14 @@ class Overlap(Section):
     """How many people judge an image, and how their answers become one verdict."""
 
     labels: Fixed[Count] = 1
-    """Answers that an image needs; "unsure" is one, a skip is none."""
+    """Answers that an image needs; "unsure" is one, a skip is none. Of an application's votes, the least number."""
     share: Fixed[Share] = 1
     """Share of the images that need so many; the others need one. A small share is enough to measure agreement."""
-    rule: Fixed[Literal["majority", "unanimous"]] = "majority"
-    """majority: more yes than no, or the reverse, else abstain; unanimous: abstain unless all say the same."""
+    rule: Fixed[Literal["majority", "unanimous", "share", "latest"]] = "majority"
+    """majority: more yes than no, or the reverse, else abstain; unanimous: abstain unless all say the same; share: yes
+    if at least `least_yes` of those who say yes or no say yes, else no; latest: the last yes or no."""
+    least_yes: Fixed[InnerShare] = 0.5
+    """For `rule: share`."""
 
 
 class Gold(Section):
@@ -82,7 +85,8 @@ def as_route(value: Any) -> Any:
 
 
 class Human(Section):
-    """People as the labeler, with `label.labeler: human`. When a round is sealed without them is `label.deadline_s`."""
+    """People as the labeler, with `label.labeler: human`; most of it holds for an application's users, too, whose votes
+    `label.feedback` takes. When a round is sealed without them is `label.deadline_s`."""
 
     labelers: Free[tuple[str, ...]] = ("me",)
     """Who is given a link when the run starts; `kto-ray labelers add` adds others at any time."""
@@ -90,8 +94,9 @@ class Human(Section):
     """SQLAlchemy URL, for instance postgresql+psycopg://user:$PASSWORD@host/name, one database a run; None: a SQLite
     file in the run's folder. $NAME is an environment variable of whoever starts the run; a password that stands here
     itself is not kept and has to be given at every start."""
-    min_labels: Noted[Count | None] = None
-    """A round is sealed as soon as so many of its images are judged; None: all that people are asked about."""
+    min_labels: Noted[Count | InnerShare | None] = None
+    """A round is sealed as soon as so many of its images are judged, or, below 1, such a share of those that people are
+    asked about; None: all of these."""
     on_deadline: Noted[Literal["train", "scorer", "wait"]] = "train"
     """What happens at `label.deadline_s`: train on what came; let scorers judge what people did not; or wait on until
     `min_labels` is reached, saying so."""

@@ -55,7 +55,12 @@ class FoundColumns:
 
 
 def find_columns(
-    schema: pa.Schema, named: Mapping[str, str | None], where: str, field: str, optional: frozenset[str] = OPTIONAL
+    schema: pa.Schema,
+    named: Mapping[str, str | None],
+    where: str,
+    field: str,
+    optional: frozenset[str] = OPTIONAL,
+    spellings: Mapping[str, Sequence[str]] = SPELLINGS,
 ) -> FoundColumns:
     """The columns of a table by what they are.
 
@@ -64,6 +69,7 @@ def find_columns(
         where: the table, for messages.
         field: the source's field in the configuration, for messages.
         optional: what need not be there.
+        spellings: the usual names.
 
     Raises:
         UserError: one is not there, or two could be meant; lists the columns that are there.
@@ -76,7 +82,7 @@ def find_columns(
                 raise UserError(f"{field}: {what}: {where} has no column {name!r}; it has: {there}")
             found[what] = name
             continue
-        fitting = usual(schema, what)
+        fitting = usual(schema, what, spellings)
         if len(fitting) == 1:
             found[what] = fitting[0]
         elif what not in optional:
@@ -88,9 +94,9 @@ def find_columns(
     return FoundColumns(found)
 
 
-def usual(schema: pa.Schema, what: str) -> Sequence[str]:
+def usual(schema: pa.Schema, what: str, spellings: Mapping[str, Sequence[str]] = SPELLINGS) -> Sequence[str]:
     """Columns that have a usual name for it."""
-    return [name for name in schema.names if _plain(name) in SPELLINGS[what]]
+    return [name for name in schema.names if _plain(name) in spellings[what]]
 
 
 def _plain(name: str) -> str:

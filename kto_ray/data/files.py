@@ -10,7 +10,7 @@ import os
 import posixpath
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
@@ -32,10 +32,11 @@ URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 @dataclass(frozen=True)
 class File:
-    """A file of a source: where it is, and its name there, which moves with the source."""
+    """A file of a source: where it is, its name there, which moves with the source, and its size where it was found."""
 
     uri: str
     name: str
+    size: int | None = field(default=None, compare=False)
 
     @property
     def folder(self) -> str:
@@ -84,13 +85,14 @@ def is_missing(uri: str) -> bool:
     return not is_uri(uri) and not os.path.isfile(uri)  # noqa: PTH113  asked a million times
 
 
-def find(where: str, endings: Sequence[str], what: str) -> list[File]:
+def find(where: str, endings: Sequence[str], what: str, may_be_none: bool = False) -> list[File]:
     """The files that a source names, by name: one file, those of a folder and its folders, or those of a pattern.
 
     Args:
         where: a path or URI; * ? [...] stand for parts of names, ** for folders, {000..099} for numbers.
         endings: of files that are wanted, where it is a folder.
         what: how messages begin, for instance "data: kind: table".
+        may_be_none: a folder, or the one of a pattern, may have none of them yet.
 
     Raises:
         UserError: there are none, or they cannot be looked for.
@@ -102,34 +104,38 @@ def find(where: str, endings: Sequence[str], what: str) -> list[File]:
         return [
             file
             for number in numbers
-            for file in find(f"{uri[: braces.start()]}{number}{uri[braces.end() :]}", endings, what)
+            for file in find(f"{uri[: braces.start()]}{number}{uri[braces.end() :]}", endings, what, may_be_none)
         ]
     try:
         filesystem, path = open_uri(uri)
-        kind = filesystem.get_file_info(path).type
-        if kind == pafs.FileType.File:
-            return [File(uri, posixpath.basename(path))]
-        if kind == pafs.FileType.Directory:
-            found = [name for name in _below(filesystem, path) if name.lower().endswith(tuple(endings))]
-            if not found:
+        info = filesystem.get_file_info(path)
+        if info.type == pafs.FileType.File:
+            return [File(uri, posixpath.basename(path), info.size)]
+        if info.type == pafs.FileType.Directory:
+            sizes = _below(filesystem, path)
+            found = [name for name in sizes if name.lower().endswith(tuple(endings))]
+            if not found and not may_be_none:
                 raise UserError(f"{what}: {where} has no files of the right kind in it ({', '.join(endings)})")
-            return [File(join(uri, name), name) for name in found]
+            return [File(join(uri, name), name, sizes[name]) for name in found]
         if WILD.search(uri):
             # What comes before the first folder with a pattern in its name, and the pattern itself.
             root, pattern = (uri[: (cut := WILD.split(uri)[0].rindex("/"))], uri[cut + 1 :])
-            names = _below(filesystem, path.removesuffix(f"/{pattern}"))
-            if found := [name for name in names if re.match(glob_translate(pattern), name)]:
-                return [File(join(root, name), name) for name in found]
+            folder = path.removesuffix(f"/{pattern}")
+            sizes = _below(filesystem, folder)
+            found = [name for name in sizes if re.match(glob_translate(pattern), name)]
+            if found or (may_be_none and filesystem.get_file_info(folder).type == pafs.FileType.Directory):
+                return [File(join(root, name), name, sizes[name]) for name in found]
     except (ValueError, ImportError, *TROUBLE) as error:
         raise UserError(f"{what}: {where} cannot be read: {error}") from error
     raise UserError(f"{what}: there is nothing at {where}; give a file, a folder, or a pattern such as data/*.parquet")
 
 
-def _below(filesystem: pafs.FileSystem, folder: str) -> list[str]:
-    """Names of all files in a folder and its folders, sorted, without hidden ones."""
+def _below(filesystem: pafs.FileSystem, folder: str) -> dict[str, int]:
+    """Sizes of all files in a folder and its folders, by their names, sorted, without hidden ones."""
     infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
-    names = (info.path.removeprefix(folder).lstrip("/") for info in infos if info.type == pafs.FileType.File)
-    return sorted(name for name in names if not HIDDEN.search(name))
+    files = [info for info in infos if info.type == pafs.FileType.File]
+    sizes = {info.path.removeprefix(folder).lstrip("/"): info.size for info in files}
+    return {name: sizes[name] for name in sorted(sizes) if not HIDDEN.search(name)}
 
 
 def listed(where: str, what: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import sqlalchemy as sa
+from pydantic import SecretStr
 
 from kto_ray.config.data import VotesData
 from kto_ray.data.formats import BYTES, FIRST, ROWS
@@ -84,10 +85,7 @@ class SqlRows:
         database, query = self.settings.database, self.settings.query
         assert database
         assert query
-        try:
-            engine = sa.create_engine(fill(database.get_secret_value(), f"{self.what}: database"))
-        except (sa.exc.ArgumentError, ImportError) as error:
-            raise UserError(f"{self.what}: database: {self.where} cannot be opened: {error}") from error
+        engine = open_engine(database, f"{self.what}: database")
         try:
             with engine.connect().execution_options(yield_per=AT_ONCE) as connection:
                 answer = connection.execute(sa.text(query))
@@ -97,10 +95,27 @@ class SqlRows:
                 for row in answer:
                     yield names, row
         except sa.exc.SQLAlchemyError as error:
-            why = str(getattr(error, "orig", None) or error).split("\n")[0]
-            raise UserError(f"{self.what}: query: {self.where} does not answer: {why}") from error
+            raise UserError(f"{self.what}: query: {self.where} does not answer: {reason(error)}") from error
         finally:
             engine.dispose()
+
+
+def open_engine(database: SecretStr, field: str) -> sa.Engine:
+    """An engine for a database of the user's, without having called it.
+
+    Raises:
+        UserError: its URL cannot be read, or no driver for it is installed.
+    """
+    url = database.get_secret_value()
+    try:
+        return sa.create_engine(fill(url, field))
+    except (sa.exc.ArgumentError, ImportError) as error:
+        raise UserError(f"{field}: {hide_in_database(url)} cannot be opened: {error}") from error
+
+
+def reason(error: sa.exc.SQLAlchemyError) -> str:
+    """What a database said, in a line."""
+    return str(getattr(error, "orig", None) or error).split("\n")[0]
 
 
 def _type(cells: Sequence[Any]) -> pa.DataType:

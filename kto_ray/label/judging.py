@@ -111,7 +111,7 @@ def worth_training(config: Labeling, index: int, verdicts: Sequence[Verdict], ob
         wants = f"{objective.kind} needs {'both' if needs.undesirable else 'desirable ones'}"
         remedy = (
             "Give people more time (label.deadline_s)"
-            if config.labeler == "human"
+            if config.people
             else f"Choose another label.threshold than {config.threshold} (in a new run)"
         )
         raise UserError(

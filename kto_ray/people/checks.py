@@ -18,7 +18,7 @@ def check(human: Human, run: Storage) -> None:
     """Raises UserError: a database or gold that cannot be used, or nobody who could label."""
     if human.gold.file:
         load_gold(human.gold.file)
-    people, field = _everybody(human, run), "label.human.labelers"
+    people, field = everybody(human, run), "label.human.labelers"
     if not human.labelers and not any(person.role == "labeler" and person.links for person in people):
         raise UserError(
             f"{field}: nobody can label: name somebody, for instance {field}=[ann], or add people with: "
@@ -26,7 +26,8 @@ def check(human: Human, run: Storage) -> None:
         )
 
 
-def _everybody(human: Human, run: Storage) -> list[Person]:
+def everybody(human: Human, run: Storage) -> list[Person]:
+    """Who is known to the database. Raises UserError: it cannot be used."""
     url = database_url(human, run)
     if url.startswith("sqlite:") and (file := sa.make_url(url).database) and not Path(file).exists():
         # Opening it would make the file; the folder of a run that begins is not there either.

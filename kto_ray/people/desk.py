@@ -7,7 +7,7 @@ does not follow from the database: killed, it is started again by Ray and calls 
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -25,6 +25,7 @@ from kto_ray.people.queue import Queue
 from kto_ray.people.tables import PATIENCE_S, open_database
 from kto_ray.people.tallies import Tallies
 from kto_ray.people.terms import Judged, NewItem, Offer, Progress, Standing
+from kto_ray.people.votes import Outcomes, Vote, Votes
 
 Result = TypeVar("Result")
 NEWS_S = 10.0
@@ -54,10 +55,12 @@ class Desk:
         self.intake = Intake(self.engine, settings, self.clock)
         self.queue = Queue(self.engine, settings, self.clock, max_policy_lag)
         self.people = People(self.engine, settings, self.clock)
+        self.votes = Votes(self.engine, settings, self.clock)
         self.settings, self.max_policy_lag, self.tallies = settings, max_policy_lag, Tallies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._revision = secrets.randbits(32)  # differs from that of the actor before
         self._changed = asyncio.Condition()
+        self._sent = Outcomes()
 
     async def _do(self, work: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
@@ -116,6 +119,21 @@ class Desk:
         """Everything that was said on the samples whose label went into this round; see `ANSWER_SCHEMA`."""
         return await self._do(answers_table, self.engine, stage)
 
+    async def announce(self, names: Mapping[str, str]) -> dict[str, str]:
+        """Names under which samples are published, by their ids; those that are not yet."""
+        return await self._do(self.votes.announce, names)
+
+    async def is_out(self, names: Sequence[str]) -> None:
+        await self._do(self.votes.is_out, names)
+
+    async def position(self) -> str | None:
+        """How far votes were read."""
+        return await self._do(self.votes.position)
+
+    async def take(self, new: Sequence[Vote], position: str | None = None) -> Outcomes:
+        """Count votes that were read up to a position."""
+        return await self._change(self.votes.take, new, position)
+
     async def end(self, ended: bool) -> None:
         await self._change(self.intake.end, ended)
 
@@ -147,6 +165,19 @@ class Desk:
     async def role(self, badge: str) -> tuple[str, Role]:
         """Name and role of whoever has this badge."""
         return await self._do(self.people.whose, badge)
+
+    # -- for an application
+
+    async def send(self, badge: str, new: Sequence[Vote]) -> Outcomes:
+        """Count votes of its users."""
+        outcomes = await self._change(self.votes.send, badge, new)
+        self._sent.update(outcomes)
+        return outcomes
+
+    async def sent(self) -> Outcomes:
+        """What became of votes that were sent since this was last asked for."""
+        sent, self._sent = self._sent, Outcomes()
+        return sent
 
     # -- for the operator
 

@@ -4,6 +4,7 @@ The other side of the same tables is `queue.py`, where people take images and an
 calls them; a crash at any point leaves the state before or after a call, and calls may be repeated.
 """
 
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from kto_ray.people.terms import Judged, NewItem, Standing
 from kto_ray.records import derive_seed
 
 Result = TypeVar("Result")
+SHOWN = 20
+"""Answers that a verdict's rule names."""
 ITEM_FIELDS = ("sample_id", "prompt_id", "prompt", "policy_version", "needed", "expected")
 
 
@@ -134,7 +137,7 @@ class Intake:
                 Judged(
                     row.sample_id,
                     row.label,
-                    rule=f"{rule}@1(of {row.needed}): {', '.join(said[row.id])}",
+                    rule=f"{rule}@1(of {row.needed}): {_told(said[row.id])}",
                     policy_version=row.policy_version,
                 )
                 for row in connection.execute(fixed.order_by(items.c.sample_id))
@@ -153,6 +156,12 @@ class Intake:
         self._do(work)
 
 
+def _told(said: Sequence[str]) -> str:
+    """Who said what, of the first few where there are many."""
+    more = [f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else []
+    return ", ".join([*said[:SHOWN], *more])
+
+
 def counts_of(connection: sa.Connection, stage: str) -> tuple[int, int]:
     """Images of a round that people were asked about, and those that are judged."""
     asked, judged = connection.execute(
@@ -165,4 +174,5 @@ def target_of(settings: Human, asked: int, finished: bool) -> int | None:
     """How many judged images are enough; None while it is not known how many there will be."""
     if not finished:
         return None
-    return min(asked, settings.min_labels or asked)
+    least = asked if settings.min_labels is None else settings.min_labels
+    return min(asked, least) if isinstance(least, int) else math.ceil(round(least * asked, 6))

@@ -103,13 +103,8 @@ class HumanLabeler(Labeler):
 
     async def _say_links(self, signer: Signer) -> None:
         base = base_url(self.human, self.run)
-
-        def say(what: str, token: str) -> None:
-            self.console.print(f"{what}: {link(base, token)}", markup=False, highlight=False)
-
-        for name in self.human.labelers:
-            say(f"judge images, as {name}", signer.token(await self.desk.badge_of(name)))
-        say("watch the labeling", signer.token(await self.desk.badge_of(OPERATOR, "operator")))
+        await self._invite(base, signer)
+        self._say(f"watch the labeling: {link(base, signer.token(await self.desk.badge_of(OPERATOR, 'operator')))}")
         if not is_loopback(self.human.host):
             self.console.print(
                 f"label.human.host: the page listens on {self.human.host}:{self.human.port}, where other machines "
@@ -118,6 +113,14 @@ class HumanLabeler(Labeler):
                 markup=False,
                 highlight=False,
             )
+
+    async def _invite(self, base: str, signer: Signer) -> None:
+        """Say how answers are given. `base`: of the run's page."""
+        for name in self.human.labelers:
+            self._say(f"judge images, as {name}: {link(base, signer.token(await self.desk.badge_of(name)))}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
 
     async def submit(self, samples: Samples) -> None:
         if self.scorers:
@@ -156,7 +159,11 @@ class HumanLabeler(Labeler):
             for sample, png in zip(samples, pngs, strict=True)
         ]
         await self.desk.add(stage, round_number(stage), new)
+        await self._show(stage, new)
         self._rounds[stage].people |= {sample.id for sample in samples}
+
+    async def _show(self, stage: str, new: Sequence[NewItem]) -> None:
+        """Let people see images that are in the queue; our page asks for them itself."""
 
     async def finish(self, stage: str) -> None:
         round_ = self._rounds.setdefault(stage, _Asked())

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 
 from kto_ray.config.people import Human
 from kto_ray.people.agreement import Reliability
-from kto_ray.people.people import OPERATOR, doubt, require_operator, works
+from kto_ray.people.people import doubt, require_operator, works
 from kto_ray.people.settling import OPEN
 from kto_ray.people.tables import answers, badges, in_transaction, items, labelers, leases, rounds
 from kto_ray.people.tallies import Labels, Tallies
@@ -131,7 +131,7 @@ def _labeler_rows(connection: sa.Connection, settings: Human, tallies: Tallies, 
         return {row.labeler: row.number for row in connection.execute(rows)}
 
     links, looking, rows = numbers(badges, works(now)), numbers(leases, leases.c.expires_at > now), []
-    for person in connection.execute(select(labelers).where(labelers.c.role != OPERATOR).order_by(labelers.c.name)):
+    for person in connection.execute(select(labelers).where(labelers.c.role == "labeler").order_by(labelers.c.name)):
         tally = tallies.people[person.id]
         rows.append(
             LabelerRow(

@@ -18,11 +18,11 @@ from kto_ray.errors import UserError
 from kto_ray.people.settling import COUNTS, STANDS, make_void, settle
 from kto_ray.people.tables import answers, badges, in_transaction, items, labelers, leases
 
-Role = Literal["labeler", "operator"]
+Role = Literal["labeler", "operator", "application"]
 OPERATOR = "operator"
 """Name and role of whoever runs it all."""
 
-AboutWho = Literal["badge", "expired", "revoked", "excluded", "operator"]
+AboutWho = Literal["badge", "expired", "revoked", "excluded", "operator", "application"]
 AboutWhat = Literal["verdict", "item", "lease", "taken", "answered", "sealed", "undo"]
 
 
@@ -44,7 +44,8 @@ class Badge:
 
 @dataclass(frozen=True)
 class Person:
-    """A labeler or the operator. `links` work: neither revoked nor expired; `answers` stand: not taken back."""
+    """A labeler, the operator, or the application. `links` work: neither revoked nor expired; `answers` stand: not
+    taken back."""
 
     name: str
     role: Role
@@ -88,7 +89,7 @@ def exclude(connection: sa.Connection, settings: Human, labeler: int, why: str, 
     taken_out = and_(answers.c.labeler == labeler, STANDS, answers.c.item.in_(open_items))
     touched = connection.scalars(select(answers.c.item).where(taken_out)).all()
     make_void(connection, taken_out, "excluded")
-    settle(connection, settings.overlap.rule, touched)
+    settle(connection, settings.overlap, touched)
 
 
 def known_answers(connection: sa.Connection, labeler: int) -> Counter[bool]:

@@ -144,7 +144,7 @@ class Queue:
             connection.execute(
                 answers.insert().values(item=item, labeler=me, answer=answer, seconds=seconds, at=now, late=late)
             )
-            settle(connection, self.settings.overlap.rule, [item])
+            settle(connection, self.settings.overlap, [item])
             judged_gold = row.expected is not None and self.settings.gold.action == "exclude"
             if judged_gold and (why := doubt(self.settings, known_answers(connection, me))):
                 exclude(connection, self.settings, me, why, now)
@@ -196,7 +196,7 @@ class Queue:
             if not connection.scalar(select(exists().where(images.c.item == item))):
                 raise Refused("undo", "this image is too old to be judged again")
             make_void(connection, answers.c.id == before.id, "undone")
-            settle(connection, self.settings.overlap.rule, [item])
+            settle(connection, self.settings.overlap, [item])
             # Asked for again after the image went to somebody else: it is theirs now.
             if row.expected is None and not self._is_free(connection, me, item, now):
                 raise Refused("taken", "somebody else has this image now")
@@ -264,6 +264,8 @@ class Queue:
         row = bearer(connection, badge, self.clock())
         if row.role == OPERATOR:
             raise Refused("operator", "this is the operator's link; answers are given with a labeler's")
+        if row.role != "labeler":
+            raise Refused("application", "this is the application's token; it sends votes, and is asked nothing")
         if row.excluded_at is not None:
             raise Refused("excluded", "your answers are no longer asked for; thank you")
         return int(row.id)

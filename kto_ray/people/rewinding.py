@@ -6,7 +6,18 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from sqlalchemy import select
 
-from kto_ray.people.tables import answers, images, in_transaction, items, leases, meta, rounds, voids
+from kto_ray.people.tables import (
+    answers,
+    images,
+    in_transaction,
+    items,
+    leases,
+    meta,
+    published,
+    rounds,
+    voids,
+    votes,
+)
 
 REWOUND = "rewound"
 """Fact that differs after every rewinding: who has counted answers has to begin anew."""
@@ -24,8 +35,9 @@ def take_back(engine: sa.Engine, stages: Sequence[str]) -> None:
         connection.execute(meta.delete().where(meta.c.key == REWOUND))
         connection.execute(meta.insert().values(key=REWOUND, value=secrets.token_hex(8)))
         said = select(answers.c.id).where(answers.c.item.in_(gone))
-        connection.execute(voids.delete().where(voids.c.answer.in_(said)))
-        for table in (answers, leases, images):
+        for table in (voids, votes):
+            connection.execute(table.delete().where(table.c.answer.in_(said)))
+        for table in (answers, leases, images, published):
             connection.execute(table.delete().where(table.c.item.in_(gone)))
         connection.execute(items.delete().where(items.c.stage.in_(stages)))
         connection.execute(items.update().where(items.c.sealed_in.in_(stages)).values(sealed_in=None))

@@ -9,6 +9,11 @@
     labelers  people and the operator      badges  their links: expiring, revocable
     rounds    stages of the loop           meta    facts about the whole
 
+Where an application asks its users in the place of our page (`votes.py`), there are besides
+
+    published   images by the names under which the application knows them
+    votes       which vote became which answer: one that comes again is known
+
 Times are seconds since 1970, as the queue's clock has them. A server that is away for a while is waited for: whatever
 is done here is a transaction, and may be repeated.
 """
@@ -129,6 +134,22 @@ voids = Table(
     metadata,
     Column("id", sa.Integer, primary_key=True),
     Column("answer", sa.Integer, ForeignKey("answers.id"), nullable=False),
+)
+
+published = Table(
+    "published",
+    metadata,
+    Column("item", sa.String, ForeignKey("items.id"), primary_key=True),
+    Column("name", sa.String, nullable=False, unique=True),
+    Column("at", sa.Float),  # null: it is being written
+)
+
+votes = Table(
+    "votes",
+    metadata,
+    Column("key", sa.String, primary_key=True),  # what tells it from all others
+    Column("answer", sa.Integer, ForeignKey("answers.id"), index=True),  # null: it is none, or came too late
+    Column("moment", sa.Float),  # that it says it was given at
 )
 
 

@@ -17,6 +17,7 @@ from kto_ray.people.people import People, Person, Refused
 from kto_ray.people.queue import Queue
 from kto_ray.people.tables import open_database
 from kto_ray.people.terms import NewItem
+from kto_ray.people.votes import Vote, Votes
 from kto_ray.relabel import saved_config
 from kto_ray.storage import Storage
 
@@ -189,6 +190,22 @@ def test_folders_without_a_run_of_people(call: Call, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "its label.labeler is 'threshold', not 'human'" in result.stderr
     assert not (other / "people.sqlite").exists()
+
+
+def test_who_votes_in_an_application_can_be_excluded_but_has_no_page(tmp_path: Path, call: Call) -> None:
+    run = write_run(tmp_path / "feedback", "label.labeler=feedback")
+    desk = Desk(run, images=1)
+    votes = Votes(desk.engine, desk.people.settings, desk.clock)
+    votes.announce({"s0": "s0-1"})
+    assert votes.take([Vote("1", "s0-1", "desirable", "troll")]).counts == {"counted": 1}
+    result = call("add", "ann", run=run)
+    assert (result.exit_code, "has no page to judge on" in result.stderr) == (2, True)
+    assert call("exclude", "troll", run=run).exit_code == 0
+    assert votes.take([Vote("2", "s0-1", "desirable", "troll")]).counts == {"excluded": 1}
+    assert [(person.name, person.answers, person.excluded_why) for person in desk.people.everybody()] == [
+        ("troll", 0, "by the operator")
+    ]
+    desk.engine.dispose()
 
 
 def test_a_database_that_cannot_be_used_is_said(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -608,7 +608,7 @@ async def test_openapi_describes_every_call(site: Site) -> None:
     described = (await site.client(site.token()).get("api/openapi.json")).json()
     calls = {(method.upper(), path) for path, methods in described["paths"].items() for method in methods}
     assert calls == {
-        *(("POST", f"/api/{path}") for path in ("lease", "answer", "extend", "release", "undo")),
+        *(("POST", f"/api/{path}") for path in ("lease", "answer", "extend", "release", "undo", "votes")),
         *(("POST", f"/api/labelers/{act}") for act in ("exclude", "include")),
         *(
             ("GET", f"/api/{path}")
@@ -631,8 +631,8 @@ async def test_openapi_describes_every_call(site: Site) -> None:
 
 def test_the_page_on_the_api_shows_every_call() -> None:
     text = (Path(__file__).parents[2] / "docs/labeling_api.md").read_text(encoding="utf-8")
-    calls = ("lease", "answer", "extend", "release", "undo", "progress", "overview", "export.jsonl", "openapi.json")
-    for path in calls:
+    calls = ("lease", "answer", "extend", "release", "undo", "votes", "progress", "overview", "export.jsonl")
+    for path in (*calls, "openapi.json"):
         assert f"api/{path}" in text, path
     for why in (*STATUS, "form", "site", "rate", "size", "request", "name"):
         assert f"`{why}`" in text, why

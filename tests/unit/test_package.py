@@ -71,6 +71,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("holdings", "label"),
     ("people", "evaluate", "relabel"),
     ("data",),
+    ("feedback",),
     ("labelers", "making", "retention", "run_folder", "telling"),
     ("learning",),
     ("bake_off", "beginning", "check", "doctor", "export", "planning", "preflight", "rewind", "submitting"),

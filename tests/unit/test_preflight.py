@@ -595,7 +595,12 @@ def test_the_dry_run_refuses_what_a_run_refuses_and_writes_nothing(
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["label.labeler=human"], ["label.labeler=human", "label.human.database=sqlite:///{folder}/people.sqlite"]],
+    [
+        [],
+        ["label.labeler=human"],
+        ["label.labeler=human", "label.human.database=sqlite:///{folder}/people.sqlite"],
+        ["label.labeler=feedback", "label.feedback.folder={folder}/published"],
+    ],
 )
 def test_the_dry_run_makes_neither_folder_nor_database(base: list[str], tmp_path: Path, overrides: list[str]) -> None:
     before = set(tmp_path.iterdir())
@@ -606,6 +611,11 @@ def test_the_dry_run_makes_neither_folder_nor_database(base: list[str], tmp_path
 def test_a_database_file_needs_a_folder(base: list[str], tmp_path: Path) -> None:
     text = message(base, "label.labeler=human", f"label.human.database=sqlite:///{tmp_path}/no/people.sqlite")
     assert f"there is no folder {tmp_path}/no" in text
+
+
+def test_an_application_is_looked_for_before_a_run_begins(base: list[str], tmp_path: Path) -> None:
+    text = message(base, "label.labeler=feedback", f"label.feedback.path={tmp_path}/no/*.parquet")
+    assert f"label.feedback.path: there is nothing at {tmp_path}/no/*.parquet" in text
 
 
 # -- estimates --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import io
 import json
 import time
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pyarrow.parquet as pq
 from fastapi import APIRouter, Depends, Path, Request, Response
@@ -13,8 +13,9 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from kto_ray.people.desk import Turn
 from kto_ray.people.overview import Overview
 from kto_ray.people.terms import Offer
+from kto_ray.people.votes import Outcome, Vote
 from kto_ray.people.web import wire
-from kto_ray.people.web.entrance import AnyBadge, LabelersBadge, OperatorsBadge, TheDesk, same_site
+from kto_ray.people.web.entrance import AnyBadge, ApplicationsBadge, LabelersBadge, OperatorsBadge, TheDesk, same_site
 
 PNG = "image/png"
 IMMUTABLE = {"Cache-Control": "private, max-age=86400, immutable"}
@@ -121,6 +122,20 @@ async def progress(me: LabelersBadge, desk: TheDesk) -> wire.ProgressReply:
 async def image(item: Annotated[wire.Item, Path()], me: AnyBadge, desk: TheDesk) -> Response:
     """The picture itself, of an image that was given to this labeler; of any, for the operator."""
     return Response(await desk.image(me, item), media_type=PNG, headers=IMMUTABLE)
+
+
+# -- for applications
+
+
+@router.post("/votes", tags=["application"])
+async def votes(some: wire.SomeVotes, me: ApplicationsBadge, desk: TheDesk) -> wire.VotesReply:
+    """Send votes of the application's users. They may be sent again: each counts once."""
+    now = time.time()
+    outcomes = await desk.send(
+        me, [Vote(f"api:{v.id}", v.image, v.verdict, v.who, now if v.when is None else v.when) for v in some.votes]
+    )
+    counts = {outcome: outcomes.counts[outcome] for outcome in get_args(Outcome)}
+    return wire.VotesReply(**counts, examples={str(what): those for what, those in outcomes.examples.items()})
 
 
 # -- for the operator

@@ -22,7 +22,7 @@ from kto_ray.people.web.guard import Guard
 
 STATUS = {
     **dict.fromkeys(("badge", "expired", "revoked"), HTTPStatus.UNAUTHORIZED),
-    **dict.fromkeys(("excluded", "operator"), HTTPStatus.FORBIDDEN),
+    **dict.fromkeys(("excluded", "operator", "application"), HTTPStatus.FORBIDDEN),
     "item": HTTPStatus.NOT_FOUND,
     "verdict": HTTPStatus.UNPROCESSABLE_ENTITY,
     **dict.fromkeys(("lease", "taken", "answered", "sealed", "undo"), HTTPStatus.CONFLICT),

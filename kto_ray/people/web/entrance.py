@@ -132,6 +132,7 @@ class _Caller:
 
 
 LabelersBadge = Annotated[str, Depends(_Caller("labeler", "operator"))]
+ApplicationsBadge = Annotated[str, Depends(_Caller())]  # no browser's: it has no cookie
 OperatorsBadge = Annotated[str, Depends(_Caller("operator", "labeler"))]
 AnyBadge = LabelersBadge
 

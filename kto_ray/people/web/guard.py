@@ -14,7 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 16 * 1024
-"""Of a request's body."""
+"""Of a request's body, ..."""
+MOST_BYTES_OF = {"/api/votes": 1024 * 1024}
+"""... and of those that carry many things at once."""
 
 SAME = "'self'"
 POLICY = {
@@ -58,11 +60,11 @@ class Guard:
             await send(message)
 
         try:
-            body = await _read(receive)
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            most = MOST_BYTES_OF.get(path, MOST_BYTES)
+            body = await _read(receive, most)
             if body is None:
-                await _refuse(
-                    send_guarded, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "size", f"send {MOST_BYTES} bytes at most"
-                )
+                await _refuse(send_guarded, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "size", f"send {most} bytes at most")
             elif scope["path"] == scope.get("root_path"):  # relative addresses need the slash at the end
                 await _redirect(send_guarded, f"./{quote(scope['path'].rsplit('/', 1)[-1])}/")
             else:
@@ -74,13 +76,13 @@ class Guard:
                 await _refuse(send_guarded, HTTPStatus.INTERNAL_SERVER_ERROR, "fault", message)
 
 
-async def _read(receive: Receive) -> bytes | None:
+async def _read(receive: Receive, most: int) -> bytes | None:
     """The whole body, whatever Content-Length says; None: it is too large."""
     body = bytearray()
     while True:
         message = await receive()
         body += message.get("body", b"")
-        if len(body) > MOST_BYTES:
+        if len(body) > most:
             return None
         if not message.get("more_body", False):  # all of it, or the client has left
             return bytes(body)

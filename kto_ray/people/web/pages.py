@@ -79,6 +79,8 @@ def shut_door(request: Request, status: int, message: str) -> HTMLResponse:
 async def enter(request: Request, token: str, entrance: TheEntrance, desk: TheDesk) -> Response:
     badge = entrance.admit(request, token)
     _, role = await desk.role(badge.id)
+    if role == "application":
+        raise Refused("application", "this is the application's token; programs send it as Authorization: Bearer TOKEN")
     if role == "labeler":
         await desk.turn(badge.id, 0)  # refuses who is excluded
     response = RedirectResponse("../" if role == "labeler" else "../overview", HTTPStatus.SEE_OTHER)

@@ -9,6 +9,7 @@ from kto_ray.section import NonNegative, Section
 
 Item = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", examples=["3f9a1c0de4b87256"])]
 MOST_OFFERS = 10
+MOST_VOTES = 1000
 
 
 class Ask(Section):
@@ -30,6 +31,50 @@ class Said(Section):
     """How long the person looked at it, if that is known."""
     count: Annotated[int, Field(ge=0, le=MOST_OFFERS)] = 1
     """How many images to give next."""
+
+
+class OneVote(Section):
+    """What a user of the application said of an image."""
+
+    id: Annotated[str, Field(min_length=1, max_length=200, examples=["81723"])]
+    """Tells it from all other votes: sent again, it counts once."""
+    image: Annotated[str, Field(min_length=1, max_length=200)]
+    """The id under which the image was published."""
+    verdict: Literal["desirable", "undesirable", "none"]
+    """none: the person takes an earlier vote on this image back."""
+    who: Annotated[str, Field(pattern=r"^[^\x00-\x1f]{1,80}$", examples=["user-4711"])] | None = None
+    """Of one person's votes on an image the last one counts; null: somebody who has not voted on it."""
+    when: NonNegative | None = None
+    """Seconds since 1970; null: now."""
+
+
+class SomeVotes(Section):
+    """Several votes, in the order in which they were given."""
+
+    votes: Annotated[list[OneVote], Field(min_length=1, max_length=MOST_VOTES)]
+
+
+class VotesReply(Section):
+    """What became of votes."""
+
+    counted: int
+    """They count as long as their voter does not vote otherwise."""
+    known: int
+    """They came before."""
+    older: int
+    """A later vote of the same person on the same image came before."""
+    taken_back: int
+    """Of verdict none."""
+    unknown_image: int
+    """Nothing was published under that id."""
+    too_late: int
+    """The image's round is sealed with a verdict."""
+    excluded: int
+    """Of people whom the operator has excluded."""
+    odd: int
+    """Of somebody with a name that nobody can have, such as that of the operator."""
+    examples: dict[str, list[str]]
+    """A few of the images, or people, by what became of their votes."""
 
 
 class OneItem(Section):
