@@ -80,6 +80,8 @@ class Preflight:
         _require_unseen(trained_on(held_out, [prompt.text for prompt in train]))
         tracking.check(config.tracking)
         kto_ray.score.checks.check(config.label.scorers)
+        if config.data is not None:
+            kto_ray.score.checks.check(config.data.filters, "data.filters")
         labeler_class(config.label.labeler)
         optimizers.check(config.train)
         placement.require_one_a_card(config)
@@ -261,6 +263,9 @@ def _argument_marks(config: RunConfig) -> dict[str, Marks]:
     """What arguments of the run's plug-ins may change, by the field that holds them."""
     scorers = {name: settings.scorer or name for name, settings in config.label.scorers.items()}
     marks: dict[str, Marks] = {f"label.scorers.{name}.args": scorer_marks(path) for name, path in scorers.items()}
+    if config.data is not None:
+        filters = {name: settings.scorer or name for name, settings in config.data.filters.items()}
+        marks |= {f"data.filters.{name}.args": scorer_marks(path) for name, path in filters.items()}
     return marks | {"label.labeler_args": marks_of(labeler_class(config.label.labeler))}
 
 

@@ -2,12 +2,14 @@
 
 Each kind of source is a section; a path alone stands for whatever kind lies there.
 """
+# ruff: noqa: RUF012  pydantic copies mutable defaults
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from kto_ray.config.label import Filter
 from kto_ray.config.people import DatabaseUrl
 from kto_ray.config.preparing import Prepare, StreamSettings
 from kto_ray.identity import ByContent, Fixed
@@ -265,6 +267,12 @@ class Data(Section):
     held_out_share: Fixed[Share] = 0
     """Share of their prompts that is set apart to evaluate on, in the place of `prompts.held_out`; by a hash of the
     prompt, whatever its case and spaces. Images of held-out prompts are never trained on."""
+    score: Fixed[Literal["none", "missing", "all"]] = "none"
+    """Which images get their verdict from `label`, by its scorers, combination and threshold, as those of a round do:
+    none; those without a verdict of their own; or all. The scores are kept."""
+    filters: Fixed[dict[str, Filter]] = {}
+    """Scorers by which images are left out, by the names that their scores are kept under: `{nsfw: {scorer:
+    my_module:Nsfw, at_most: 0.5}}`."""
     prepare: Prepare = Prepare()
     """How images are read, cut to size and encoded."""
     stream: StreamSettings = StreamSettings()

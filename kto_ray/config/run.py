@@ -254,6 +254,13 @@ class RunConfig(Section):
                 f"train.own_noise ({self.train.own_noise:g}): the noise that images of `data` were drawn from is not "
                 "known; give 0"
             )
+        if self.data.score != "none" and not self.label.voting:
+            raise ValueError(
+                f"data.score ({self.data.score}): images are judged by label.scorers, which names none that is not "
+                "held_out; name one"
+            )
+        if both := sorted(self.data.filters.keys() & self.label.scorers.keys()):
+            raise ValueError(f"data.filters and label.scorers both have {both[0]!r}: give one of them another name")
         if self.replay:
             raise ValueError("replay and data: give one of them; a run is a source of `data`, too (kind: run)")
         return self

@@ -32,7 +32,7 @@ from kto_ray.generate.client import Generators
 from kto_ray.learning import Learning, finished
 from kto_ray.lease import held
 from kto_ray.offline.encoding import encoding_of
-from kto_ray.offline.planning import IN_WORDS_NO_VERDICT
+from kto_ray.offline.planning import FILTERED, IN_WORDS_NO_VERDICT
 from kto_ray.offline.preparing import Preparing, prepared_folder
 from kto_ray.offline.texts import encode_texts
 from kto_ray.placement import Placement, placed
@@ -114,7 +114,8 @@ class Intervals(RoundStore):
         for index in self.indices():
             trained.update(self.round(index).trained_ids())
         left_out = Counter(manifest["left_out"])
-        abstained = sum(left_out[why] for why in IN_WORDS_NO_VERDICT)
+        blameless = [why for why in left_out if why in IN_WORDS_NO_VERDICT or why.startswith(FILTERED)]
+        abstained = sum(left_out[why] for why in blameless)
         return Ledger(
             generated=manifest["images"] + left_out.total(),
             labeled=manifest["images"],
