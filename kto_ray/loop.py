@@ -68,6 +68,7 @@ from kto_ray.rounds import Round, RoundStore
 from kto_ray.score.pool import Scorers
 from kto_ray.serving import start_serve
 from kto_ray.stalls import stalls_said
+from kto_ray.starting import kept, started
 from kto_ray.stopwatch import Stopwatch
 from kto_ray.telling import nothing_trained, progress_bars, round_sentence
 from kto_ray.tracking import Metrics
@@ -90,9 +91,9 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
             "data: this job draws its own images; to train on labelled ones that are there already, give the same to "
             "jobs/offline_kto.py"
         )
-    preflight = Preflight.check(config)
+    preflight = Preflight.check(started(config))
     with held(preflight.run, config.cluster.lease_renew_s, config.cluster.lease_stale_s) as (lease, run):
-        preflight = replace(preflight, run=run)
+        config, preflight = kept(config, run), replace(preflight, run=run)
         preflight.begin(config)
         if summary := finished(config, run):
             return summary

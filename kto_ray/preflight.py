@@ -35,6 +35,7 @@ from kto_ray.records import Prompt
 from kto_ray.relabel import Replayed, saved_config
 from kto_ray.score.scorers import scorer_marks
 from kto_ray.secrets import hide
+from kto_ray.starting import started
 from kto_ray.storage import Storage
 from kto_ray.train import optimizers
 from kto_ray.train.checkpoints import REWINDING
@@ -127,6 +128,7 @@ def _check_credentials(config: RunConfig) -> None:
         "prompts.train.source": config.prompts.train.source,
         "prompts.held_out.source": config.prompts.held_out.source,
         "replay.run": config.replay.run if config.replay else "",
+        "start_from": config.start_from or "",
         "tracking.mlflow_uri": config.tracking.mlflow_uri or "",
     }
     for name, address in addresses.items():
@@ -304,6 +306,7 @@ def _memory(config: RunConfig) -> dict[str, str]:
 
 def describe(config: RunConfig) -> str:
     """The resolved tree and what it implies, checked as a run's is, but for a model that is still to be downloaded."""
+    config = started(config)
     found = Preflight.check(config, download=False)
     train, held_out = len(found.train_prompts), len(found.held_out_prompts)
     trained = f"{train} for training, " if config.data is None else ""

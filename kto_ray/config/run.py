@@ -158,6 +158,9 @@ class RunConfig(Section):
     replay: Fixed[Replay | None] = None
     """Train on another run's rounds first."""
     model: Annotated[Model, BeforeValidator(as_model)] = Model()
+    start_from: Fixed[str | None] = None
+    """`RUN@POLICY`: begin with a policy that another run (its folder or URI) has trained of the same `model`; without
+    `@POLICY`, with its newest. It becomes a part of the base model: policy 0, and a fixed reference, are it."""
     prompts: Prompts = Prompts()
     data: Fixed[Annotated[Data | None, BeforeValidator(as_data)]] = None
     """Labelled images that are there already, to train on; None: all images are drawn and judged by the run itself."""

@@ -44,6 +44,7 @@ from kto_ray.rounds import Ledger, Round, RoundStore
 from kto_ray.score.pool import Scorers
 from kto_ray.serving import start_serve
 from kto_ray.stalls import stalls_said
+from kto_ray.starting import kept, started
 from kto_ray.stopwatch import Stopwatch
 from kto_ray.telling import interval_sentence, progress_bars
 from kto_ray.tracking import Metrics
@@ -64,9 +65,9 @@ def run_offline_kto(config: RunConfig, console: Console | None = None) -> dict[s
             "data: a run on labelled images needs some: give data=PATH, for instance a folder that has liked/ and "
             "disliked/ in it; a run on images of its own is jobs/online_kto.py"
         )
-    preflight = Preflight.check(config)
+    preflight = Preflight.check(started(config))
     with held(preflight.run, config.cluster.lease_renew_s, config.cluster.lease_stale_s) as (lease, run):
-        preflight = replace(preflight, run=run)
+        config, preflight = kept(config, run), replace(preflight, run=run)
         if summary := finished(config, run):
             return summary
         with connected(config.cluster, run):
