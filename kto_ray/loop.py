@@ -59,6 +59,7 @@ from kto_ray.labelers import make_labeler
 from kto_ray.learning import Learning, finished
 from kto_ray.lease import held
 from kto_ray.making import Making
+from kto_ray.offline.readying import ready
 from kto_ray.placement import Placement, placed
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight
@@ -86,7 +87,7 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
         UserError: something in the configuration or around it is not as it must be; found before machine time is spent
             where it can be.
     """
-    if config.data is not None:
+    if config.offline:
         raise UserError(
             "data: this job draws its own images; to train on labelled ones that are there already, give the same to "
             "jobs/offline_kto.py"
@@ -98,7 +99,10 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
         if summary := finished(config, run):
             return summary
         with connected(config.cluster, run):
-            return asyncio.run(lease.while_held(_Loop(config, preflight, console or Console(), placed(config)).run()))
+            console, placement = console or Console(), placed(config)
+            if config.mixed_places:
+                ready(config, preflight, console)
+            return asyncio.run(lease.while_held(_Loop(config, preflight, console, placement).run()))
 
 
 class _Loop:

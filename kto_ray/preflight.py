@@ -73,7 +73,7 @@ class Preflight:
         run = Storage(config.runs_folder) / config.run
         _check_rewound(run)
         # Of a run on labelled images, `offline/loop.py` reads them.
-        train = prompts.prompts_of(run, "prompts.train", config.prompts.train) if config.data is None else []
+        train = prompts.prompts_of(run, "prompts.train", config.prompts.train) if not config.offline else []
         if config.data is not None and config.data.held_out_share:
             held_out = prompts.kept(run, "prompts.held_out")  # those of the data, once they were looked at
         else:
@@ -280,7 +280,7 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     evaluations = 2 + config.rounds // config.evaluate.every + 2 * (config.evaluate.stop_at_pass_rate is not None)
     a_round, kept = config.generate.images_per_round, config.keep_pixels
     an_evaluation = config.evaluate.prompts_of(held_out_prompts) * config.evaluate.images_per_prompt
-    drawn = (config.rounds * a_round if config.data is None else 0) + evaluations * an_evaluation
+    drawn = (0 if config.offline else config.rounds * a_round) + evaluations * an_evaluation
     # Besides the rounds that are kept, those in the making and in training; besides two evaluations, the one in work.
     with_pixels = min(drawn, (kept + 2) * a_round + 3 * an_evaluation) if kept != "all" else drawn
     adapter = config.train.adapter
@@ -309,7 +309,7 @@ def describe(config: RunConfig) -> str:
     config = started(config)
     found = Preflight.check(config, download=False)
     train, held_out = len(found.train_prompts), len(found.held_out_prompts)
-    trained = f"{train} for training, " if config.data is None else ""
+    trained = "" if config.offline else f"{train} for training, "
     facts = {"prompts": f"{trained}{held_out} held out", **implied(config, held_out)}
     facts["disk"] = "unknown until the model is downloaded"
     if found.folder is not None:

@@ -81,9 +81,11 @@ class Preparing:
         self.parts = list(source.parts())
         # A run keeps to what it has listed; another one looks anew: files have the same names when votes have come.
         run = f"{config.runs_folder.rstrip('/')}/{config.run}"
-        named = [run, public(config.data)["sources"], [part.name for part in self.parts], sorted(held_out), self.share]
+        data = public(config.data)
+        sources = data["mix"]["source"] if config.data.mix else data["sources"]
+        named = [run, sources, [part.name for part in self.parts], sorted(held_out), self.share]
         if asks_scorers(config):
-            named += [config.data.score, public(config.data)["filters"], public(config.label)]
+            named += [config.data.score, data["filters"], public(config.label)]
         self.set = PreparedSet(self.folder, hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16])
 
     def prepare(self) -> PreparedSet:
