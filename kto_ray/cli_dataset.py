@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from kto_ray.config import Data
     from kto_ray.data.protocol import Preview
     from kto_ray.data.showing import Look
+    from kto_ray.data.writing import Layout
 
 
 @click.group("dataset")
 def dataset() -> None:
-    """Labelled images that are there already, to train on."""
+    """Labelled images: what is there already to train on, and what a run has drawn."""
 
 
 @dataset.command("show")
@@ -47,6 +48,36 @@ def dataset_show(sources: tuple[str, ...], sheet: str, each: int) -> None:
     if found.thumbnails:
         contact_sheet(found, each).save(Path(sheet), "png")
         console.print(f"contact sheet: {sheet}", markup=False, highlight=False)
+
+
+@dataset.command("export")
+@click.argument("run")
+@click.option("--to", required=True, type=click.Choice(["parquet", "imagefolder", "hf"]), help="The layout.")
+@click.option("--out", help="A folder, new or empty; by default ./RUN-dataset.")
+@click.option(
+    "--labels", metavar="NAME", help="A label set of `kto-ray relabel`, in the place of the run's own verdicts."
+)
+def dataset_export(run: str, to: "Layout", out: str | None, labels: str | None) -> None:
+    """Write the images that RUN (its folder or URI) has drawn in sealed rounds, and its verdicts, as a data set with a
+    card.
+
+    parquet: images in the rows, as hubs of data sets show them; imagefolder: images as files, with metadata.jsonl; hf:
+    what load_from_disk of `datasets` opens.
+    """
+    from kto_ray.data.writing import export_dataset
+    from kto_ray.storage import Storage
+
+    console, opened = Console(soft_wrap=True), Storage(run)
+    folder = Path(out or f"{opened.uri.rstrip('/').rpartition('/')[2]}-dataset")
+    with console.status(f"writing {folder}"):
+        written = export_dataset(opened, to, folder, labels)
+    size = sum(file.stat().st_size for file in written.files)
+    console.print(
+        f"{written.images:,} images, {written.desirable:,} desirable, {written.undesirable:,} undesirable: {folder} "
+        f"({len(written.files):,} files, {size / 1e6:,.2f} MB)",
+        markup=False,
+        highlight=False,
+    )
 
 
 def _as_data(sources: Sequence[str]) -> "Data":

@@ -86,7 +86,7 @@ def _run(settings: "RunConfig", verbose: bool, offline: bool) -> None:
     from kto_ray.console import only_own_lines
     from kto_ray.storage import Storage
 
-    offline = offline or settings.data is not None
+    offline = offline or settings.offline
     with only_own_lines(Storage(settings.runs_folder) / settings.run, verbose) as (console, elsewhere):
         for name, value in config.implied(settings).items():
             console.print(f"{name}: {value}", highlight=False)

@@ -59,6 +59,7 @@ from kto_ray.labelers import make_labeler
 from kto_ray.learning import Learning, finished
 from kto_ray.lease import held
 from kto_ray.making import Making
+from kto_ray.offline.readying import ready
 from kto_ray.placement import Placement, placed
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight
@@ -68,6 +69,7 @@ from kto_ray.rounds import Round, RoundStore
 from kto_ray.score.pool import Scorers
 from kto_ray.serving import start_serve
 from kto_ray.stalls import stalls_said
+from kto_ray.starting import kept, started
 from kto_ray.stopwatch import Stopwatch
 from kto_ray.telling import LiveView, nothing_trained, round_sentence
 from kto_ray.tracking import Metrics
@@ -85,19 +87,22 @@ def run_online_kto(config: RunConfig, console: Console | None = None) -> dict[st
         UserError: something in the configuration or around it is not as it must be; found before machine time is spent
             where it can be.
     """
-    if config.data is not None:
+    if config.offline:
         raise UserError(
             "data: this job draws its own images; to train on labelled ones that are there already, give the same to "
             "jobs/offline_kto.py"
         )
-    preflight = Preflight.check(config)
+    preflight = Preflight.check(started(config))
     with held(preflight.run, config.cluster.lease_renew_s, config.cluster.lease_stale_s) as (lease, run):
-        preflight = replace(preflight, run=run)
+        config, preflight = kept(config, run), replace(preflight, run=run)
         preflight.begin(config)
         if summary := finished(config, run):
             return summary
         with connected(config.cluster, run):
-            return asyncio.run(lease.while_held(_Loop(config, preflight, console or Console(), placed(config)).run()))
+            console, placement = console or Console(), placed(config)
+            if config.mixed_places:
+                ready(config, preflight, console)
+            return asyncio.run(lease.while_held(_Loop(config, preflight, console, placement).run()))
 
 
 class _Loop:

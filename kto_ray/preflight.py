@@ -36,6 +36,7 @@ from kto_ray.records import Prompt
 from kto_ray.relabel import Replayed, saved_config
 from kto_ray.score.scorers import scorer_marks
 from kto_ray.secrets import hide
+from kto_ray.starting import started
 from kto_ray.storage import Storage
 from kto_ray.train import optimizers
 from kto_ray.train.checkpoints import REWINDING
@@ -73,7 +74,7 @@ class Preflight:
         run = Storage(config.runs_folder) / config.run
         _check_rewound(run)
         # Of a run on labelled images, `offline/loop.py` reads them.
-        train = prompts.prompts_of(run, "prompts.train", config.prompts.train) if config.data is None else []
+        train = prompts.prompts_of(run, "prompts.train", config.prompts.train) if not config.offline else []
         if config.data is not None and config.data.held_out_share:
             held_out = prompts.kept(run, "prompts.held_out")  # those of the data, once they were looked at
         else:
@@ -81,6 +82,8 @@ class Preflight:
         _require_unseen(trained_on(held_out, [prompt.text for prompt in train]))
         tracking.check(config.tracking)
         kto_ray.score.checks.check(config.label.scorers)
+        if config.data is not None:
+            kto_ray.score.checks.check(config.data.filters, "data.filters")
         labeler_class(config.label.labeler)
         optimizers.check(config.train)
         placement.require_one_a_card(config)
@@ -130,6 +133,7 @@ def _check_credentials(config: RunConfig) -> None:
         "label.feedback.folder": config.label.feedback.folder or "",
         "label.feedback.path": config.label.feedback.path or "",
         "replay.run": config.replay.run if config.replay else "",
+        "start_from": config.start_from or "",
         "tracking.mlflow_uri": config.tracking.mlflow_uri or "",
     }
     for name, address in addresses.items():
@@ -266,6 +270,9 @@ def _argument_marks(config: RunConfig) -> dict[str, Marks]:
     """What arguments of the run's plug-ins may change, by the field that holds them."""
     scorers = {name: settings.scorer or name for name, settings in config.label.scorers.items()}
     marks: dict[str, Marks] = {f"label.scorers.{name}.args": scorer_marks(path) for name, path in scorers.items()}
+    if config.data is not None:
+        filters = {name: settings.scorer or name for name, settings in config.data.filters.items()}
+        marks |= {f"data.filters.{name}.args": scorer_marks(path) for name, path in filters.items()}
     return marks | {"label.labeler_args": marks_of(labeler_class(config.label.labeler))}
 
 
@@ -278,7 +285,7 @@ def disk_bytes(config: RunConfig, folder: Path, held_out_prompts: int) -> int:
     evaluations = 2 + config.rounds // config.evaluate.every + 2 * (config.evaluate.stop_at_pass_rate is not None)
     a_round, kept = config.generate.images_per_round, config.keep_pixels
     an_evaluation = config.evaluate.prompts_of(held_out_prompts) * config.evaluate.images_per_prompt
-    drawn = (config.rounds * a_round if config.data is None else 0) + evaluations * an_evaluation
+    drawn = (0 if config.offline else config.rounds * a_round) + evaluations * an_evaluation
     # Besides the rounds that are kept, those in the making and in training; besides two evaluations, the one in work.
     with_pixels = min(drawn, (kept + 2) * a_round + 3 * an_evaluation) if kept != "all" else drawn
     adapter = config.train.adapter
@@ -304,9 +311,10 @@ def _memory(config: RunConfig) -> dict[str, str]:
 
 def describe(config: RunConfig) -> str:
     """The resolved tree and what it implies, checked as a run's is, but for a model that is still to be downloaded."""
+    config = started(config)
     found = Preflight.check(config, download=False)
     train, held_out = len(found.train_prompts), len(found.held_out_prompts)
-    trained = f"{train} for training, " if config.data is None else ""
+    trained = "" if config.offline else f"{train} for training, "
     facts = {"prompts": f"{trained}{held_out} held out", **implied(config, held_out)}
     facts["disk"] = "unknown until the model is downloaded"
     if found.folder is not None:

@@ -58,7 +58,12 @@ FOR_TRAINING = ["sample_id", "prompt", "desirable", "height", "width", "part", "
 
 def sample_id(content: str, prompt: str) -> str:
     """Args: content: the SHA-256 of an image file."""
-    return f"data-{hashlib.sha256(f'{content} {prompt}'.encode()).hexdigest()[:24]}"
+    return f"{STAGE}-{hashlib.sha256(f'{content} {prompt}'.encode()).hexdigest()[:24]}"
+
+
+def is_labelled(sample_id: str) -> bool:
+    """Whether it is the id of a labelled image, and not of one that a policy of the run has drawn."""
+    return sample_id.startswith(f"{STAGE}-")
 
 
 def text_id(prompt: str) -> str:

@@ -498,7 +498,7 @@ class RoundStore:
             round_ = self.round(index)
             generated |= round_.sample_ids
             labels = {verdict.sample_id: verdict.label for verdict in round_.verdicts()} | labels
-            trained += round_.trained_ids()
+            trained += [sample_id for sample_id in round_.trained_ids() if sample_id in generated]  # data.mix: not it
         became = Counter(labels.values())
         counts = np.unique(trained, return_counts=True)[1]
         return Ledger(

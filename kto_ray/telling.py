@@ -115,9 +115,10 @@ def who_waits(roles: frozenset[Role]) -> str:
 def round_sentence(facts: Mapping[str, Any]) -> str:
     """One trained round: its verdicts, how long it took, and how healthy its training was."""
     share = f"{facts['pass_rate']:.1%} pass, " if "pass_rate" in facts else ""
+    mixed = f"{facts['mixed/images']:.0f} labelled images mixed in, " if "mixed/images" in facts else ""
     return (
         f"round {facts['round']}: {facts['desirable']} yes, {facts['undesirable']} no, "
-        f"{facts['abstained'] + facts['failed'] + facts['pending']} without verdict, {share}"
+        f"{facts['abstained'] + facts['failed'] + facts['pending']} without verdict, {share}{mixed}"
         f"generated in {facts.get('seconds/generate', 0):.0f} s, trained in {facts['seconds/train']:.0f} s"
         f"{_health(facts)}"
     )

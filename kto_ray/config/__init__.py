@@ -10,7 +10,7 @@ keys are refused, with the nearest known key.
 from kto_ray.config.data import Data
 from kto_ray.config.explaining import implied
 from kto_ray.config.generate import Generate, Otherwise, shaping
-from kto_ray.config.label import Labeling, ScorerSettings
+from kto_ray.config.label import Filter, Labeling, ScorerPoolSettings, ScorerSettings
 from kto_ray.config.machines import Cluster, Device, Dtype, Resources
 from kto_ray.config.people import Human
 from kto_ray.config.prompts import Prompts, PromptSet
@@ -29,6 +29,7 @@ __all__ = [
     "Device",
     "Dtype",
     "Evaluate",
+    "Filter",
     "Generate",
     "Human",
     "Labeling",
@@ -40,6 +41,7 @@ __all__ = [
     "Resources",
     "RunConfig",
     "SamplingPolicy",
+    "ScorerPoolSettings",
     "ScorerSettings",
     "Tracking",
     "Train",

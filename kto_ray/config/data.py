@@ -2,12 +2,14 @@
 
 Each kind of source is a section; a path alone stands for whatever kind lies there.
 """
+# ruff: noqa: RUF012  pydantic copies mutable defaults
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from kto_ray.config.label import Filter
 from kto_ray.config.people import DatabaseUrl
 from kto_ray.config.preparing import Prepare, StreamSettings
 from kto_ray.identity import ByContent, Fixed
@@ -257,18 +259,48 @@ def as_sources(value: Any) -> Any:
     return [as_source(one) for one in several] if isinstance(several, list | tuple) else several
 
 
+class Mix(Section):
+    """Labelled images that an online run learns from besides those that it draws."""
+
+    source: ByContent[Annotated[tuple[AnySource, ...], BeforeValidator(as_sources), Field(min_length=1)]]
+    """One or several; a path stands for the source of whatever kind lies there."""
+    share: Fixed[InnerShare] = 0.2
+    """Of the samples of every optimizer step, rounded to whole samples."""
+
+
 class Data(Section):
     """Labelled images to learn from that are there already; a path alone is short for `{sources: PATH}`."""
 
-    sources: ByContent[Annotated[tuple[AnySource, ...], BeforeValidator(as_sources), Field(min_length=1)]]
-    """One or several; a path stands for the source of whatever kind lies there."""
+    sources: ByContent[Annotated[tuple[AnySource, ...], BeforeValidator(as_sources)]] = ()
+    """One or several, to learn from alone; a path stands for the source of whatever kind lies there."""
+    mix: Fixed[Mix | None] = None
+    """In the place of `sources`: the run draws rounds of its own, and these images are mixed into their training."""
     held_out_share: Fixed[Share] = 0
     """Share of their prompts that is set apart to evaluate on, in the place of `prompts.held_out`; by a hash of the
     prompt, whatever its case and spaces. Images of held-out prompts are never trained on."""
+    score: Fixed[Literal["none", "missing", "all"]] = "none"
+    """Which images get their verdict from `label`, by its scorers, combination and threshold, as those of a round do:
+    none; those without a verdict of their own; or all. The scores are kept."""
+    filters: Fixed[dict[str, Filter]] = {}
+    """Scorers by which images are left out, by the names that their scores are kept under: `{nsfw: {scorer:
+    my_module:Nsfw, at_most: 0.5}}`."""
     prepare: Prepare = Prepare()
     """How images are read, cut to size and encoded."""
     stream: StreamSettings = StreamSettings()
     """How training draws from what was prepared."""
+
+    @model_validator(mode="after")
+    def _they_are_learned_from_alone_or_mixed(self) -> "Data":
+        if bool(self.sources) == bool(self.mix):
+            raise ValueError(
+                "give sources, to learn from labelled images alone, or mix, to learn from them besides what is drawn"
+            )
+        return self
+
+    @property
+    def named(self) -> tuple[AnySource, ...]:
+        """All sources."""
+        return self.mix.source if self.mix else self.sources
 
 
 def as_data(value: Any) -> Any:

@@ -82,7 +82,7 @@ def implied(config: RunConfig, held_out_prompts: int | None = None) -> dict[str,
     per_worker = train.global_batch // train.workers
     accumulated = per_worker // min(train.micro_batch, per_worker)
     batch = f"{train.global_batch} = {train.workers} workers x {per_worker // accumulated} x {accumulated} accumulated"
-    if config.data is not None:
+    if config.offline:
         lines = {
             "optimizer steps": f"{steps} an interval x {config.rounds} intervals = {steps * config.rounds}",
             "effective batch": batch,
@@ -95,6 +95,8 @@ def implied(config: RunConfig, held_out_prompts: int | None = None) -> dict[str,
             "effective batch": batch,
             "draws of a sample": f"{train.epochs:g} a round on average",
         }
+    if config.mixed_places:
+        lines["mixed in"] = f"{config.mixed_places} labelled images of the {train.global_batch} samples of a step"
     if held_out_prompts is not None:
         prompts, each = config.evaluate.prompts_of(held_out_prompts), config.evaluate.images_per_prompt
         lines["held-out images"] = f"{prompts} prompts x {each} = {prompts * each} an evaluation"

@@ -14,8 +14,8 @@ from kto_ray.section import Count, Positive, Section, Share
 from kto_ray.verdicts.thresholds import Absolute, Combination, Threshold, WeightedSum
 
 
-class ScorerSettings(Section):
-    """One scorer and the pool of actors that run it."""
+class ScorerPoolSettings(Section):
+    """A scorer, and the pool of actors that run it."""
 
     scorer: Fixed[str | None] = None
     """A built-in scorer, or the dotted path `package.module:Name` of a `Scorer` or a function; None: the key under
@@ -24,16 +24,6 @@ class ScorerSettings(Section):
     """Keyword arguments it is built with: checkpoint, device, dtype, ..."""
     env: Noted[str | None] = None
     """Environment it runs in: a name of `kto-ray env list`, or the path of a Python; None: the job's own."""
-    held_out: Fixed[bool] = False
-    """Never used for verdicts, always reported: a second opinion on whether images get better."""
-    weight: Fixed[Positive] = 1
-    """In a weighted sum."""
-    mean: Fixed[float] = 0
-    """Of its scores, see `std`."""
-    std: Fixed[Positive] = 1
-    """A weighted sum with calibration "fixed" takes (score - mean) / std."""
-    threshold: Fixed[Threshold | None] = None
-    """Of this scorer's vote, when scorers vote; None: `label.threshold`."""
     min_actors: Free[Count] = 1
     """So many actors are always there."""
     max_actors: Free[Count] = 2
@@ -45,9 +35,41 @@ class ScorerSettings(Section):
     """An actor that holds a batch for so long is killed and replaced."""
 
     @model_validator(mode="after")
-    def _actors_are_a_range(self) -> "ScorerSettings":
+    def _actors_are_a_range(self) -> "ScorerPoolSettings":
         if self.max_actors < self.min_actors:
             raise ValueError(f"max_actors ({self.max_actors}) must be at least min_actors ({self.min_actors})")
+        return self
+
+
+class ScorerSettings(ScorerPoolSettings):
+    """One scorer, its part in verdicts, and the pool of actors that run it."""
+
+    held_out: Fixed[bool] = False
+    """Never used for verdicts, always reported: a second opinion on whether images get better."""
+    weight: Fixed[Positive] = 1
+    """In a weighted sum."""
+    mean: Fixed[float] = 0
+    """Of its scores, see `std`."""
+    std: Fixed[Positive] = 1
+    """A weighted sum with calibration "fixed" takes (score - mean) / std."""
+    threshold: Fixed[Threshold | None] = None
+    """Of this scorer's vote, when scorers vote; None: `label.threshold`."""
+
+
+class Filter(ScorerPoolSettings):
+    """A scorer by which images are left out, and the scores that stay."""
+
+    at_least: Fixed[float | None] = None
+    """Images with lower scores are left out."""
+    at_most: Fixed[float | None] = None
+    """Images with higher scores are left out."""
+
+    @model_validator(mode="after")
+    def _something_is_left_out(self) -> "Filter":
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("give at_least, at_most, or both: by which scores are images left out?")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"at_least ({self.at_least:g}) is above at_most ({self.at_most:g}): no image would stay")
         return self
 
 

@@ -158,6 +158,9 @@ class RunConfig(Section):
     replay: Fixed[Replay | None] = None
     """Train on another run's rounds first."""
     model: Annotated[Model, BeforeValidator(as_model)] = Model()
+    start_from: Fixed[str | None] = None
+    """`RUN@POLICY`: begin with a policy that another run (its folder or URI) has trained of the same `model`; without
+    `@POLICY`, with its newest. It becomes a part of the base model: policy 0, and a fixed reference, are it."""
     prompts: Prompts = Prompts()
     data: Fixed[Annotated[Data | None, BeforeValidator(as_data)]] = None
     """Labelled images that are there already, to train on; None: all images are drawn and judged by the run itself."""
@@ -224,12 +227,12 @@ class RunConfig(Section):
                 "and those of replayed rounds are another run's: use diffusion_kto with reference: fixed or round, or "
                 "no replay"
             )
-        if self.data is None and needs.pairs and self.generate.images_per_prompt < 2:
+        if not self.offline and needs.pairs and self.generate.images_per_prompt < 2:
             raise ValueError(
                 f"train.objective ({kind}) learns from pairs of images of one prompt: generate.images_per_prompt "
                 f"({self.generate.images_per_prompt}) must be at least 2, better 4 or more"
             )
-        if self.data is None and needs.pairs == "scores" and not self.label.voting:
+        if not self.offline and needs.pairs == "scores" and not self.label.voting:
             raise ValueError(
                 "train.objective.pairs: scores makes pairs of what scorers say, and label.scorers names none that is "
                 "not held_out: name one, or use pairs: verdicts"
@@ -241,7 +244,7 @@ class RunConfig(Section):
         if self.data is None:
             return self
         needs, kind = self.train.objective.needs, self.train.objective.kind
-        if needs.own_rounds or needs.reference in ("round", "ema"):
+        if needs.own_rounds or (self.offline and needs.reference in ("round", "ema")):
             raise ValueError(
                 f"train.objective ({kind}, reference: {needs.reference}) goes by the policies that drew the images, "
                 "and those of `data` were drawn by none of this run's: use diffusion_kto or dpo with reference: fixed, "
@@ -254,9 +257,50 @@ class RunConfig(Section):
                 f"train.own_noise ({self.train.own_noise:g}): the noise that images of `data` were drawn from is not "
                 "known; give 0"
             )
-        if self.replay:
+        if self.data.score != "none" and not self.label.voting:
+            raise ValueError(
+                f"data.score ({self.data.score}): images are judged by label.scorers, which names none that is not "
+                "held_out; name one"
+            )
+        if both := sorted(self.data.filters.keys() & self.label.scorers.keys()):
+            raise ValueError(f"data.filters and label.scorers both have {both[0]!r}: give one of them another name")
+        if self.replay and self.offline:
             raise ValueError("replay and data: give one of them; a run is a source of `data`, too (kind: run)")
         return self
+
+    @model_validator(mode="after")
+    def _labelled_images_can_be_mixed_in(self) -> "RunConfig":
+        if self.data is None or self.data.mix is None:
+            return self
+        if not 0 < self.mixed_places < self.train.global_batch:
+            raise ValueError(
+                f"data.mix.share ({self.data.mix.share:g}) of train.global_batch ({self.train.global_batch}) is "
+                f"{self.mixed_places} samples of a step: give a share that leaves some of either kind"
+            )
+        if self.data.prepare.resize != "crop":
+            raise ValueError(
+                "data.prepare.resize: buckets, but images that are mixed in have the size of those that are drawn: "
+                "give crop"
+            )
+        if self.data.held_out_share:
+            raise ValueError(
+                "data.held_out_share is for runs on labelled images alone: give 0; images of prompts.held_out are not "
+                "trained on in any case"
+            )
+        return self
+
+    @property
+    def offline(self) -> bool:
+        """Whether all images that are trained on are there already."""
+        return self.data is not None and self.data.mix is None
+
+    @property
+    def mixed_places(self) -> int:
+        """Samples of an optimizer step that are labelled images of `data.mix`; of pairs, both are."""
+        if self.data is None or self.data.mix is None:
+            return 0
+        together = 2 if self.train.objective.needs.pairs else 1
+        return together * round(self.data.mix.share * self.train.global_batch / together)
 
     def drawn(self, stage: str) -> Generate:
         """How the images of a stage are drawn."""
@@ -281,7 +325,7 @@ class RunConfig(Section):
     @property
     def optimizer_steps_per_round(self) -> int:
         """If every image gets a verdict; fewer verdicts, fewer steps. Of a stream, those of an interval."""
-        if self.data is not None:
+        if self.data is not None and self.offline:
             return self.data.stream.steps
         return steps_for(self.generate.images_per_round, self.train)
 

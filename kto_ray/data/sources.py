@@ -53,12 +53,12 @@ SOURCES = {
 
 
 def source_of(data: Data) -> Source:
-    """What `data.sources` names, one after the other.
+    """What `data.sources`, or `data.mix`, names, one after the other.
 
     Raises:
         UserError: nothing at a path is known.
     """
-    found = [make_source(settings) for settings in data.sources]
+    found = [make_source(settings) for settings in data.named]
     return found[0] if len(found) == 1 else Several(found)
 
 

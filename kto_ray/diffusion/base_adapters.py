@@ -4,15 +4,17 @@
 added to the weights, so that nobody after it knows of them.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kto_ray.config import BaseAdapter, Model
 from kto_ray.diffusion.family import Family
-from kto_ray.diffusion.hub import download_of
+from kto_ray.diffusion.hub import cache_folder, download_of
 from kto_ray.diffusion.weights import Header, read_header, weight_files
 from kto_ray.errors import UserError
+from kto_ray.storage import Storage
 
 FIELD = "model.adapters"
 SUFFIX = ".safetensors"
@@ -48,6 +50,8 @@ def files(model: Model) -> list[Path]:
 def _at_hand(adapter: BaseAdapter) -> Path | None:
     """Its file, where it needs no download. Raises UserError: there is none, and it is no hub name."""
     name, path = adapter.name, Path(adapter.name)
+    if "://" in name:
+        return _fetched(name)
     if path.is_dir():
         return path / _chosen(adapter, [file.name for file in path.glob(f"*{SUFFIX}")])
     if path.is_file():
@@ -59,6 +63,23 @@ def _at_hand(adapter: BaseAdapter) -> Path | None:
             f"{FIELD}: no file or folder {name!r}; give a {SUFFIX} file of a LoRA, a folder that has one, or a hub name"
         )
     return _downloaded(adapter)
+
+
+def _fetched(uri: str) -> Path:
+    """Of a file on storage, a copy on this machine: for files that stay as they are, such as published policies.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    folder, _, name = uri.rpartition("/")
+    copy = cache_folder() / "adapters" / hashlib.sha256(uri.encode()).hexdigest() / name
+    if not copy.exists():
+        try:
+            data = Storage(folder).read(name)
+        except FileNotFoundError as error:
+            raise UserError(f"{FIELD}: there is no file {uri}") from error
+        Storage(str(copy.parent)).write(name, data)
+    return copy
 
 
 def _chosen(adapter: BaseAdapter, there: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """The model hub's errors in words: what is to be done when a name cannot be had. For all that is downloaded."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from kto_ray.secrets import hide
 
 CONFIG_FILES = ["*.json", "*.txt", "*.model"]
 """What is fetched of a hub's folder where its weights are not needed."""
+
+
+def cache_folder() -> Path:
+    """Where this project keeps what it makes of models, and copies of files on storage."""
+    return Path(os.environ.get("KTO_RAY_CACHE") or "~/.cache/kto-ray").expanduser().absolute()
 
 
 def configs_of(

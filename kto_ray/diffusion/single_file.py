@@ -9,7 +9,6 @@ tokenizers and perhaps text encoders, which are copied from `model.config`, or f
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from kto_ray.diffusion.checkpoint_kinds import ADVICE, Checkpoint, read_checkpoi
 from kto_ray.diffusion.components import components, config_file
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.family import Family, index_of
-from kto_ray.diffusion.hub import configs_of
+from kto_ray.diffusion.hub import cache_folder, configs_of
 from kto_ray.diffusion.noise import scheduler_config
 from kto_ray.diffusion.weights import NOT_WHOLE, weight_files
 from kto_ray.errors import UserError
@@ -151,8 +150,7 @@ def _target(config: Path, model: Model) -> Path:
     whose weights they really are."""
     used = [Path(model.name), *sorted(path for path in config.rglob("*") if path.is_file())]
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in used]
-    cache = Path(os.environ.get("KTO_RAY_CACHE") or "~/.cache/kto-ray").expanduser().absolute()
-    return cache / "models" / hashlib.sha256(json.dumps([states, model.family]).encode()).hexdigest()
+    return cache_folder() / "models" / hashlib.sha256(json.dumps([states, model.family]).encode()).hexdigest()
 
 
 def _make(checkpoint: Checkpoint, config: Path, family: type[Family], folder: Path) -> None:

@@ -118,13 +118,15 @@ class Card:
         config = self.published.config
         kind = config.train.objective.kind
         judges = ", ".join(f"`{name}`" for name in config.label.voting) if config.label.labeler == "threshold" else ""
-        if config.data is None:
+        if config.data is None or not config.offline:
             how, share = "online", f"one a round, of {config.generate.images_per_round} images"
             verdicts = f"labeler `{config.label.labeler}`" + (f", from the scores of {judges}" if judges else "")
         else:
             steps, batch = config.data.stream.steps, config.train.global_batch
             how, share = "offline", f"one every {steps} optimizer steps of {batch} labelled images"
             verdicts = "those that the images came with"
+        if config.data is not None and config.data.mix is not None:
+            share += f", with labelled images for {config.data.mix.share:.0%} of each optimizer step"
         lines = [
             f"{how} {OBJECTIVES.get(kind, kind)} (`{kind}`), by kto-ray; exported by version {kto_ray.__version__}",
             f"run `{config.run}`, policy {self.published.policy.version}: {share}",

@@ -21,9 +21,6 @@ from kto_ray.caretaker import Caretaker
 from kto_ray.cluster import connected, noisily
 from kto_ray.concurrency import all_closed, together
 from kto_ray.config import RunConfig
-from kto_ray.data.sources import source_of
-from kto_ray.diffusion.families import family_of
-from kto_ray.diffusion.geometry import image_size
 from kto_ray.diffusion.sampling import drawing_digest
 from kto_ray.errors import UserError
 from kto_ray.evaluate.evaluation import Evaluation
@@ -31,24 +28,23 @@ from kto_ray.evaluate.summary import write_results
 from kto_ray.generate.client import Generators
 from kto_ray.learning import Learning, finished
 from kto_ray.lease import held
-from kto_ray.offline.encoding import encoding_of
-from kto_ray.offline.planning import IN_WORDS_NO_VERDICT
-from kto_ray.offline.preparing import Preparing, prepared_folder
-from kto_ray.offline.texts import encode_texts
+from kto_ray.offline.planning import FILTERED, IN_WORDS_NO_VERDICT
+from kto_ray.offline.readying import ready
 from kto_ray.placement import Placement, placed
 from kto_ray.policies import PolicyStore
 from kto_ray.preflight import Preflight
-from kto_ray.prepared import OF_RUN, PreparedSet, keep_set, set_of
+from kto_ray.prepared import PreparedSet
 from kto_ray.retention import Retention
 from kto_ray.rounds import Ledger, Round, RoundStore
 from kto_ray.score.pool import Scorers
 from kto_ray.serving import start_serve
 from kto_ray.stalls import stalls_said
+from kto_ray.starting import kept, started
 from kto_ray.stopwatch import Stopwatch
 from kto_ray.telling import LiveView, interval_sentence
 from kto_ray.tracking import Metrics
 from kto_ray.train.job import Training
-from kto_ray.train.streaming import Stream, lacking
+from kto_ray.train.streaming import Stream
 from kto_ray.turns import stage_of
 
 
@@ -59,46 +55,24 @@ def run_offline_kto(config: RunConfig, console: Console | None = None) -> dict[s
         UserError: something in the configuration, in the data or around them is not as it must be.
     """
     console = console or Console()
-    if config.data is None:
+    if config.data is None or not config.offline:
         raise UserError(
             "data: a run on labelled images needs some: give data=PATH, for instance a folder that has liked/ and "
             "disliked/ in it; a run on images of its own is jobs/online_kto.py"
         )
-    preflight = Preflight.check(config)
+    preflight = Preflight.check(started(config))
     with held(preflight.run, config.cluster.lease_renew_s, config.cluster.lease_stale_s) as (lease, run):
-        preflight = replace(preflight, run=run)
+        config, preflight = kept(config, run), replace(preflight, run=run)
         if summary := finished(config, run):
             return summary
         with connected(config.cluster, run):
             placement = placed(config)  # what can never fit is refused before anything is encoded
-            prepared = prepare(config, preflight, console)
-            if why := lacking(prepared, config.train):
-                raise UserError(f"data: {why}")
-            encode_texts(config, run, prepared.prompts(), console)
+            prepared = ready(config, preflight, console)
             if config.data.held_out_share:
                 preflight = replace(preflight, held_out_prompts=prepared.held_out())
             preflight.begin(config)
             loop = _OfflineLoop(config, preflight, prepared, console, placement)
             return asyncio.run(lease.while_held(loop.run()))
-
-
-def prepare(config: RunConfig, preflight: Preflight, console: Console) -> PreparedSet:
-    """The set that the run trains on: the one that it began with, or a new one."""
-    assert config.data is not None
-    assert preflight.folder is not None
-    run = preflight.run
-    if run.exists(OF_RUN):
-        return set_of(run)
-    family, folder = family_of(preflight.folder, config.model), prepared_folder(config)
-    geometry = family.geometry_of(preflight.folder)
-    size = image_size(config.generate, geometry)
-    encoding = encoding_of(config, size, geometry.multiple, preflight.components["vae"], family.__name__)
-    with held(folder / encoding.key, config.cluster.lease_renew_s, config.cluster.lease_stale_s) as (_, fenced):
-        texts = [prompt.text for prompt in preflight.held_out_prompts]
-        preparing = Preparing(config, source_of(config.data), encoding, texts, fenced, console)
-        prepared = preparing.prepare()
-    keep_set(run, prepared)
-    return prepared
 
 
 class Intervals(RoundStore):
@@ -114,7 +88,8 @@ class Intervals(RoundStore):
         for index in self.indices():
             trained.update(self.round(index).trained_ids())
         left_out = Counter(manifest["left_out"])
-        abstained = sum(left_out[why] for why in IN_WORDS_NO_VERDICT)
+        blameless = [why for why in left_out if why in IN_WORDS_NO_VERDICT or why.startswith(FILTERED)]
+        abstained = sum(left_out[why] for why in blameless)
         return Ledger(
             generated=manifest["images"] + left_out.total(),
             labeled=manifest["images"],

@@ -26,8 +26,10 @@ LEFT_OUT = pa.schema(
 HELD_OUT, NO_VERDICT = "its prompt is held out", "it has no verdict"
 CONTRARY = "it is liked and disliked by as many, for one prompt"
 ONCE = "it is there more than once; one is kept"
+FILTERED = "a filter leaves it out"
+"""How reasons of `data.filters` begin."""
 IN_WORDS_NO_VERDICT = (HELD_OUT, NO_VERDICT, CONTRARY, ONCE)
-"""Reasons that are no fault of the image; all others are that it cannot be read."""
+"""Reasons that are no fault of the image, besides filters; all others are that it cannot be read, or scored."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,7 @@ def plan_set(
         multiple: of which sides must be multiples.
         encoded: contents that have latents.
     """
-    numbers = [np.arange(listed.num_rows) for listed in lists]
-    parts = np.repeat(np.arange(len(lists)), [len(rows) for rows in numbers])
-    table = pa.concat_tables(lists)
-    table = table.append_column("part", pa.array(parts, pa.int32()))
-    table = table.append_column("row", pa.array(np.concatenate([*numbers, np.zeros(0)]), pa.int32()))
+    table = _numbered(lists)
     left = [table.filter(pc.is_valid(table["why"])).select(["id", "why"])]
     table = table.filter(pc.is_null(table["why"])).drop_columns(["why"])
 
@@ -80,6 +78,46 @@ def plan_set(
     rows = rows.set_column(rows.column_names.index("width"), "width", widths)
     left_out = pa.concat_tables(part.cast(LEFT_OUT) for part in left)
     return SetPlan(rows.drop_columns(["part", "row"]), left_out, _shards(rows, encoded))
+
+
+def plan_scoring(
+    lists: Sequence[pa.Table],
+    size: tuple[int, int],
+    multiple: int,
+    resize: str,
+    held_out: Apart,
+    also_with_verdict: bool,
+    also_without: bool,
+) -> pa.Table:
+    """What is to be scored, each image and prompt once, with the columns of `SetPlan.to_encode`.
+
+    Args:
+        also_with_verdict: images that have a verdict, ...
+        also_without: ... and those that have none.
+    """
+    table = _numbered(lists)
+    table = table.filter(pc.is_null(table["why"]))
+    table = table.filter(pc.invert(held_out.of(table["prompt"].combine_chunks())))
+    if not also_with_verdict:
+        table = table.filter(pc.is_null(table["desirable"]))
+    if not also_without:
+        table = table.filter(pc.is_valid(table["desirable"]))
+    table = table.append_column("place", pa.array(np.arange(table.num_rows)))
+    firsts = table.group_by(["content", "prompt"], use_threads=False).aggregate([("place", "min")])
+    rows = table.take(firsts["place_min"]).sort_by("place")
+    heights, widths = _sizes(rows, size, multiple, resize)
+    keys = [json.dumps(pair) for pair in zip(rows["content"].to_pylist(), rows["prompt"].to_pylist(), strict=True)]
+    rows = rows.select(["part", "row", "content"]).append_column("height", heights).append_column("width", widths)
+    return rows.append_column("shard", _named(rows, keys))
+
+
+def _numbered(lists: Sequence[pa.Table]) -> pa.Table:
+    """All rows of all lists, with the number of their part and theirs in it."""
+    numbers = [np.arange(listed.num_rows) for listed in lists]
+    parts = np.repeat(np.arange(len(lists)), [len(rows) for rows in numbers])
+    table = pa.concat_tables(lists)
+    table = table.append_column("part", pa.array(parts, pa.int32()))
+    return table.append_column("row", pa.array(np.concatenate([*numbers, np.zeros(0)]), pa.int32()))
 
 
 def _without(table: pa.Table, mask: pa.ChunkedArray, why: str, left: list[pa.Table]) -> pa.Table:
@@ -128,19 +166,23 @@ def _shards(rows: pa.Table, encoded: Set[str]) -> pa.Table:
     rows = rows.take(places).select(["part", "row", "content", "height", "width"])
     first = np.sort(np.unique(np.array(rows["content"].to_pylist(), dtype=object), return_index=True)[1])
     rows = rows.take(first)
+    return rows.append_column("shard", _named(rows, rows["content"].to_pylist()))
+
+
+def _named(rows: pa.Table, keys: Sequence[str]) -> pa.Array:
+    """The shard of each row, of one part and size, named after the keys of all that are in it."""
     members: dict[tuple[int, int, int], list[int]] = {}
-    for place, row in enumerate(rows.to_pylist()):
+    for place, row in enumerate(rows.select(["part", "height", "width"]).to_pylist()):
         members.setdefault((row["part"], row["height"], row["width"]), []).append(place)
-    contents = rows["content"].to_pylist()
     shard = [""] * rows.num_rows
     for (_, height, width), those in members.items():
         count = images_of_a_shard(height, width)
         for start in range(0, len(those), count):
             group = those[start : start + count]
-            named = json.dumps([contents[place] for place in group])
+            named = json.dumps([keys[place] for place in group])
             for place in group:
                 shard[place] = hashlib.sha256(named.encode()).hexdigest()[:16]
-    return rows.append_column("shard", pa.array(shard, pa.string()))
+    return pa.array(shard, pa.string())
 
 
 def images_of_a_shard(height: int, width: int) -> int:

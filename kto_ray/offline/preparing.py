@@ -1,6 +1,7 @@
 """A prepared set of a source, made with Ray Data: listed, planned, encoded, sealed; each step only as far as it lacks.
 
     listing.py    every part of the source: what its images are              -> sets/<key>/listed/
+    scoring.py    verdicts and filters by scorers, where `data` asks for them  -> sets/<key>/scores/
     planning.py   what is in the set, what is left out, which shards         -> sets/<key>/plan.parquet
     encoding.py   read -> decode (tasks) -> encode (actors) -> store (tasks)  -> latents/, samples/
     here          what became of every image                                  -> sets/<key>/set.json
@@ -39,6 +40,7 @@ from kto_ray.offline.encoding import (
 )
 from kto_ray.offline.listing import LISTED, ListPart, name_of
 from kto_ray.offline.planning import LEFT_OUT, SHARD_BYTES, SetPlan, plan_set
+from kto_ray.offline.scoring import Scoring, asks_scorers
 from kto_ray.offline.showing import counting, quietly
 from kto_ray.parts import AT_ONCE
 from kto_ray.prepared import HELD_OUT, PREPARED, PreparedSet, sample_id, write_set
@@ -79,7 +81,11 @@ class Preparing:
         self.parts = list(source.parts())
         # A run keeps to what it has listed; another one looks anew: files have the same names when votes have come.
         run = f"{config.runs_folder.rstrip('/')}/{config.run}"
-        named = [run, public(config.data)["sources"], [part.name for part in self.parts], sorted(held_out), self.share]
+        data = public(config.data)
+        sources = data["mix"]["source"] if config.data.mix else data["sources"]
+        named = [run, sources, [part.name for part in self.parts], sorted(held_out), self.share]
+        if asks_scorers(config):
+            named += [config.data.score, data["filters"], public(config.label)]
         self.set = PreparedSet(self.folder, hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16])
 
     def prepare(self) -> PreparedSet:
@@ -124,7 +130,11 @@ class Preparing:
             lists = lists or [LISTED.empty_table()]
             known = set(self._index()["content"].to_pylist())
             size, multiple, resize = self.encoding.size, self.encoding.multiple, self.encoding.resize
-            plan = plan_set(lists, size, multiple, resize, Apart(self.held_out, self.share), known)
+            apart = Apart(self.held_out, self.share)
+            if asks_scorers(self.config):
+                scoring = Scoring(self.config, self.source, self.parts, self.encoding, storage, self.console)
+                lists = scoring.judge(lists, apart)
+            plan = plan_set(lists, size, multiple, resize, apart, known)
             if self.share:
                 texts = pc.unique(pa.concat_tables(lists)["prompt"]).to_pylist()
                 storage.write_json(HELD_OUT, [asdict(prompt) for prompt in held_out_prompts(texts, self.share)])

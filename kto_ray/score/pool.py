@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from kto_ray import telemetry
 from kto_ray.cluster import noisily
 from kto_ray.concurrency import as_done, together
-from kto_ray.config import Cluster, Labeling, ScorerSettings
+from kto_ray.config import Cluster, Labeling, ScorerPoolSettings
 from kto_ray.draining import drained, node_of, seconds_left
 from kto_ray.errors import UserError
 from kto_ray.lost import is_lost, last_words, pixels_lost, taken_away
@@ -46,10 +46,11 @@ class ScorerPool:
 
     Args:
         name: the name that scores are stored under.
+        field: of the configuration that the settings stand in, by name.
     """
 
-    def __init__(self, name: str, settings: ScorerSettings, cluster: Cluster) -> None:
-        self.name, self.settings, self.cluster = name, settings, cluster
+    def __init__(self, name: str, settings: ScorerPoolSettings, cluster: Cluster, field: str = "label.scorers") -> None:
+        self.name, self.settings, self.cluster, self.field = name, settings, cluster, field
         resources = settings.resources
         runtime_env: dict[str, Any] = {
             "env_vars": {"OMP_NUM_THREADS": str(resources.threads or max(1, int(resources.num_cpus)))}
@@ -81,7 +82,7 @@ class ScorerPool:
         try:
             described = await asyncio.gather(*(actor.describe.remote() for actor in self._actors))
         except RayError as error:
-            raise UserError(f"label.scorers.{self.name} could not be built: {last_words(error)}") from error
+            raise UserError(f"{self.field}.{self.name} could not be built: {last_words(error)}") from error
         scorer, version = described[0]
         self.version = version if scorer == self.name else f"{scorer}@{version}"
 
@@ -255,12 +256,19 @@ class ScorerPool:
             self._dismiss(actor)
 
 
-def require_scored(label: Labeling, what: str, failures: Sequence[Score], images: int) -> None:
-    """Raises UserError when voting scorers failed on more of so many images than `label.max_failed_fraction`."""
-    of_voters = [score for score in failures if score.scorer in label.voting]
-    failed = len({score.sample_id for score in of_voters})
+def require_scored(
+    label: Labeling, what: str, failures: Sequence[Score], images: int, scorers: Collection[str] | None = None
+) -> None:
+    """Raises UserError when scorers failed on more of so many images than `label.max_failed_fraction`.
+
+    Args:
+        scorers: that must not; None: those that vote.
+    """
+    needed = label.voting if scorers is None else scorers
+    of_needed = [score for score in failures if score.scorer in needed]
+    failed = len({score.sample_id for score in of_needed})
     if failed > label.max_failed_fraction * images:
-        first = of_voters[0]
+        first = of_needed[0]
         raise UserError(
             f"{what}: {failed} of {images} images could not be scored, more than "
             f"label.max_failed_fraction ({label.max_failed_fraction:g}) allows; "

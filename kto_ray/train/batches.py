@@ -241,24 +241,13 @@ class RoundBatches:
 
     def _plan(self, steps: int) -> npt.NDArray[np.int64]:
         """See `plan_round` and `plan_pairs`; over the samples that are not left out. No steps without any, or pairs."""
-        config, index = self.config, self.data.round_index
+        config = self.config
         if self.data.plan_SG is not None:
             rest_SG = self.data.plan_SG[len(self.data.plan_SG) - steps :]
             rest_SG = instead(rest_SG, self.data.kind_N, self.left_out, 2 if self.needs.pairs else 1)
             self.data.latents.prepare(rest_SG[:, self._share(config.global_batch)])
             return rest_SG
-        wanted = [n for n, yes in enumerate(self.data.desirable_N) if yes or self.needs.undesirable]
-        members = np.array([n for n in wanted if n not in self.left_out], np.int64)
-        desirable, size = self.data.desirable_N[members], config.global_batch
-        if self.needs.pairs:
-            prompts = [self.data.prompts[n] for n in members]
-            values_N = self.data.desirable_N if self.needs.pairs == "verdicts" else self.data.values_N
-            assert values_N is not None, "pairs of scores, without any"
-            places_SG = plan_pairs(values_N[members].astype(np.float64), prompts, steps, size, self.seed, index)
-        else:
-            steps = steps if len(members) else 0
-            places_SG = plan_round(desirable, config.gamma, steps, size, self.seed, index, config.max_draws)
-        plan_SG = members[places_SG]
+        plan_SG = draw_plan(self.data, config, steps, config.global_batch, self.seed, self.left_out)
         self.data.latents.prepare(plan_SG[:, self._share(config.global_batch)])
         return plan_SG
 
@@ -296,6 +285,25 @@ class RoundBatches:
 
     def _texts(self, rows_B: Tensor) -> Conditioning:
         return self.text_P[rows_B].to(self.device, torch.float32)
+
+
+def draw_plan(
+    data: RoundData, config: Train, steps: int, size: int, seed: int, left_out: Set[int] = frozenset()
+) -> npt.NDArray[np.int64]:
+    """What steps of so many samples take of a round, (S, size); see `plan_round` and `plan_pairs`."""
+    needs = config.objective.needs
+    wanted = [n for n, yes in enumerate(data.desirable_N) if yes or needs.undesirable]
+    members = np.array([n for n in wanted if n not in left_out], np.int64)
+    desirable_N = data.desirable_N[members]
+    if needs.pairs:
+        prompts = [data.prompts[n] for n in members]
+        values_N = data.desirable_N if needs.pairs == "verdicts" else data.values_N
+        assert values_N is not None, "pairs of scores, without any"
+        places_SG = plan_pairs(values_N[members].astype(np.float64), prompts, steps, size, seed, data.round_index)
+    else:
+        steps = steps if len(members) else 0
+        places_SG = plan_round(desirable_N, config.gamma, steps, size, seed, data.round_index, config.max_draws)
+    return members[places_SG]
 
 
 def instead(

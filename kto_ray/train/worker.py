@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 import ray.train
 import ray.train.torch
@@ -42,7 +43,7 @@ from kto_ray.diffusion.texts import texts_of
 from kto_ray.errors import UserError
 from kto_ray.naming import unique_name
 from kto_ray.policies import DigestError, PolicyStore
-from kto_ray.prepared import set_of
+from kto_ray.prepared import is_labelled, set_of
 from kto_ray.rounds import RoundStore, by_sample
 from kto_ray.ruling import values_of
 from kto_ray.stopwatch import Doing, Laps, Spent, added, as_figures
@@ -54,6 +55,7 @@ from kto_ray.train.coordinator import RoundTask, TrainingReport
 from kto_ray.train.finite import NotFiniteError
 from kto_ray.train.following import reference_of
 from kto_ray.train.learner import Learner
+from kto_ray.train.mixing import Mixed
 from kto_ray.train.moving import Looks, Moving
 from kto_ray.train.streaming import Stream
 
@@ -145,6 +147,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
             version=version,
             figures={f"objective/{name}": value for name, value in figures.items()}
             | {"seconds/load": loaded - began + reading, "seconds/train": time.monotonic() - loaded - reading}
+            | mixed_figures(ids, draws)
             | as_figures("train_workers", now, said),
             draws={sample_id: int(count) for sample_id, count in zip(ids, draws, strict=True)},
             left_out=left_out,
@@ -154,6 +157,13 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
         if again:
             require_same_policy(store, learner, version, run)
         commit_checkpoint(learner, version, report, run)
+
+
+def mixed_figures(ids: Sequence[str], draws_N: npt.NDArray[np.int64]) -> dict[str, float]:
+    """How many labelled images were trained on besides those of the round, and how often; nothing where none were."""
+    mixed = [count for sample_id, count in zip(ids, draws_N.tolist(), strict=True) if count and is_labelled(sample_id)]
+    of_round = int(draws_N.sum()) > sum(mixed)
+    return {"mixed/images": float(len(mixed)), "mixed/draws": float(sum(mixed))} if mixed and of_round else {}
 
 
 def everybody_sleeps(ranks: int) -> None:
@@ -211,9 +221,14 @@ def _some(ids: Sequence[str], most: int = 20) -> str:
 
 def reader_of(config: RunConfig, run: Storage) -> Callable[[RoundTask, int], tuple[list[str], TrainingData | None]]:
     """What gives a round's samples to train on, by their ids, to whoever has this policy version; see `read_round`."""
-    if config.data is None:
-        rounds = RoundStore(run)
-        return lambda task, version: read_round(rounds, task, version, config)
+    if config.data is None or not config.offline:
+        rounds, mixed = RoundStore(run), Mixed(set_of(run), config) if config.mixed_places else None
+
+        def read_mixed(task: RoundTask, version: int) -> tuple[list[str], TrainingData | None]:
+            ids, data = read_round(rounds, task, version, config)
+            return mixed.mix(ids, data) if mixed and data else (ids, data)
+
+        return read_mixed
     stream = Stream(set_of(run), config.train, config.data.stream, config.seed)
 
     def read_interval(index: int) -> tuple[list[str], TrainingData]:

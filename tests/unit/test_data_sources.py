@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from kto_ray.cli import main
-from kto_ray.config import Data, load, to_yaml
+from kto_ray.config import Data, load, to_yaml, yaml12
 from kto_ray.config.data import RunData, TableData
 from kto_ray.data.held_out import Apart, held_out_prompts, require_apart
 from kto_ray.data.protocol import LABELLED, Preview
@@ -87,6 +87,47 @@ def test_a_run_without_rounds_or_pixels_is_refused(run: Storage, tmp_path: Path)
         RunSource(RunData(run=str(run))).preview()
     with pytest.raises(UserError, match="is not a run folder"):
         RunSource(RunData(run=str(tmp_path))).preview()
+
+
+@pytest.mark.parametrize("to", ["parquet", "imagefolder", "hf"])
+def test_an_exported_run_is_read_again_as_what_it_was(run: Storage, tmp_path: Path, to: str) -> None:
+    out = tmp_path / "out"
+    said = CliRunner().invoke(main, ["dataset", "export", str(run), "--to", to, "--out", str(out)])
+    assert said.exit_code == 0, said.output
+    assert "7 images, 3 desirable, 2 undesirable" in said.output
+    source = make_source(kind_at(str(out)))
+    assert source.preview().kind == {"parquet": "table", "imagefolder": "imagefolder", "hf": "hugging_face"}[to]
+    assert counts_of(source) == (3, 2, 2)
+    for row, before in zip(rows_of(source), rows_of(RunSource(RunData(run=str(run)))), strict=True):
+        assert {name: row[name] for name in ("prompt", "desirable", "who")} == {
+            name: before[name] for name in ("prompt", "desirable", "who")
+        }
+        assert (row["image"] or Path(row["uri"]).read_bytes()) == before["image"]
+
+    _, front, text = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml12.load(front)["size_categories"] == ["n<1K"]
+    assert "| 7 | 3 | 2 | 2 |" in text
+    assert "`score_shapes`" in text
+    if to == "parquet":
+        ((declared,),) = [configs["data_files"] for configs in yaml12.load(front)["configs"]]
+        tables = [pq.read_table(file) for file in sorted(out.glob(declared["path"]))]
+        features = json.loads(tables[0].schema.metadata[b"huggingface"])["info"]["features"]
+        assert features["image"] == {"_type": "Image"}
+        assert features.keys() == set(tables[0].column_names)
+        assert pa.concat_tables(tables)["score_shapes"].to_pylist() == [0.7] * 7
+    assert (
+        "is there already"
+        in CliRunner().invoke(main, ["dataset", "export", str(run), "--to", to, "--out", str(out)]).output
+    )
+
+
+def test_a_run_that_has_drawn_nothing_is_no_data_set(run: Storage, tmp_path: Path) -> None:
+    empty = Storage(str(tmp_path / "offline"))
+    empty.write("config.yaml", run.read("config.yaml"))
+    RoundStore(empty).round(0).seal(round=0)
+    said = CliRunner().invoke(main, ["dataset", "export", str(empty), "--to", "hf", "--out", str(tmp_path / "x")])
+    assert (said.exit_code, (tmp_path / "x").exists()) == (2, False)
+    assert "has drawn no images" in said.output
 
 
 # -- which kind it is -------------------------------------------------------------------------------------------------

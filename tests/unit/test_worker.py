@@ -18,7 +18,7 @@ from ray.train import Checkpoint
 from kto_ray.config import RunConfig
 from kto_ray.config.preparing import StreamSettings as Streaming
 from kto_ray.policies import PolicyStore, digest_of
-from kto_ray.prepared import keep_set
+from kto_ray.prepared import is_labelled, keep_set
 from kto_ray.records import PolicyRef
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.storage import Storage
@@ -268,6 +268,25 @@ def test_intervals_of_a_prepared_set_are_trained_as_rounds_are_and_again_to_the_
     train()
     assert digests(run) == before
     assert office.reports[2].draws == reports[2].draws
+
+
+def test_labelled_images_are_mixed_into_rounds_and_counted_apart(
+    run: Storage, office: Office, tiny_sd1_folder: Path, tmp_path: Path
+) -> None:
+    keep_set(run, make_set(tmp_path / "set", [n % 2 == 0 for n in range(32)], side=64))
+    config = config_of(tiny_sd1_folder, objective={"reference": "round"}).model_dump()
+    config |= {"data": {"mix": {"source": "not asked any more", "share": 0.25}}}
+    train_worker({"config": RunConfig.model_validate(config), "run": run, "coordinator": office})
+    assert office.why is None
+    record(run, office)
+    assert len(set(digests(run))) == 3
+    for report in office.reports.values():
+        mixed = {name: count for name, count in report.draws.items() if is_labelled(name) and count}
+        assert report.figures["mixed/draws"] == sum(mixed.values()) == sum(report.draws.values()) / 4
+        assert report.figures["mixed/images"] == len(mixed)
+    ledger = RoundStore(run).ledger()
+    assert (ledger.generated, ledger.trained_twice) == (32, 0)
+    assert 0 < ledger.trained <= 32
 
 
 FOLLOWING = {"reference": "round", "reference_point": "noise_mean", "noise_parts": 4}
