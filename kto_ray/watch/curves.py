@@ -89,14 +89,16 @@ def curves_of(plots: Iterable[Plot], rounds: Sequence[Row], evaluations: Sequenc
 
 
 def _of_plot(plot: Plot, rounds: Sequence[Row], evaluations: Sequence[Row]) -> Curve | None:
-    series = [
-        Series(label, CLASSES[color], [(float(row[plot.x]), _value(row, key)) for row in rounds if plot.x in row])
-        for key, label, color in plot.columns
-    ]
+    series = [of_rows(rounds, key, label, CLASSES[color], plot.x) for key, label, color in plot.columns]
     if plot.held_out:
         series.insert(0, held_out(evaluations, plot.held_out, "held-out prompts", "blue"))
     x_label = "round" if plot.x == "round" else "policy (0 is the base)"
     return laid_out(plot.title, plot.note, x_label, series, plot.share, plot.stacked, plot.at_least or 0)
+
+
+def of_rows(rounds: Sequence[Row], key: str, label: str, color: str, x: str = "step") -> Series:
+    """A figure of rounds."""
+    return Series(label, color, [(float(row[x]), _value(row, key)) for row in rounds if row.get(x) is not None])
 
 
 def held_out(evaluations: Sequence[Row], name: str, label: str, color: str) -> Series:

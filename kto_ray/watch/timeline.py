@@ -138,7 +138,9 @@ def _placed(config: RunConfig, rows: Sequence[Row], evaluations: Sequence[Row]) 
     placed: list[_Round] = []
     for row in rows:
         number, ended = int(row["step"]), float(row["time"])
-        generate, label, load, train = (float(row.get(f"seconds/{w}") or 0) for w in ("generate", "label", "load", "train"))
+        generate, label, load, train = (
+            float(row.get(f"seconds/{w}") or 0) for w in ("generate", "label", "load", "train")
+        )
         training = ended - train
         loading = training - load
         drawing = loading - label - generate
