@@ -1,4 +1,4 @@
-"""What the processes of each role have spent their seconds on, of rows of rounds: for the summary and the watch page."""
+"""What the processes of each role have spent their seconds on, by the rows of rounds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args

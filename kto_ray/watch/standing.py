@@ -152,8 +152,8 @@ def _well(row: Mapping[str, Any], doubted: bool) -> list[str]:
     accuracy, saturated = figure(row, "objective/accuracy"), figure(row, "objective/saturated")
     if not math.isnan(accuracy):
         texts.append(
-            f"In {accuracy:.0%} of the draws the model has moved towards the image if its verdict was yes and away from "
-            "it if it was no; half would be chance."
+            f"In {accuracy:.0%} of the draws the model has moved towards what was liked, or away from what "
+            "was not; half would be chance."
         )
     if not math.isnan(saturated):
         texts.append(f"{saturated:.0%} of the draws lie where the utility is flat and teach next to nothing.")

@@ -21,6 +21,7 @@ from kto_ray.stopwatch import Doing
 LATEST = 40
 """Rounds that are shown unless more are asked for."""
 NAMES = {"generators": "Generators", "scorers": "Scorers", "train_workers": "Train workers"}
+STAGES = ("generate", "label", "load", "train")
 IDLE: tuple[Doing, ...] = ("wait", "sleep")
 WORDS: dict[Doing, str] = {"work": "work", "load": "load weights", "wait": "wait", "sleep": "sleep"}
 
@@ -138,9 +139,7 @@ def _placed(config: RunConfig, rows: Sequence[Row], evaluations: Sequence[Row]) 
     placed: list[_Round] = []
     for row in rows:
         number, ended = int(row["step"]), float(row["time"])
-        generate, label, load, train = (
-            float(row.get(f"seconds/{w}") or 0) for w in ("generate", "label", "load", "train")
-        )
+        generate, label, load, train = (float(row.get(f"seconds/{stage}") or 0) for stage in STAGES)
         training = ended - train
         loading = training - load
         drawing = loading - label - generate

@@ -18,7 +18,7 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from kto_ray.config.run import NAME
-from kto_ray.evaluate.charts import duration, number, percent
+from kto_ray.evaluate.charts import duration, percent
 from kto_ray.evaluate.hacking import with_opinions
 from kto_ray.evaluate.plots import PLOTS, Plot, opinion_plots
 from kto_ray.images import to_png
@@ -43,7 +43,7 @@ STATIC = {name: people_pages.STATIC[name] for name in SHARED} | {
     file.name: (file.read_bytes(), people_pages.TYPES[file.suffix]) for file in sorted((HERE / "static").iterdir())
 }
 """Read once: no request reaches the file system for them."""
-ROUNDS, STRIP = 12, 10
+ROUNDS, STRIP = 12, 16
 """Rounds on the overview, and pictures of each."""
 SIGNS = {"desirable": "✓", "undesirable": "✗", "abstain": "?", "failed": "!", "pending": "…"}
 MISSING = people_pages.MISSING
@@ -59,7 +59,6 @@ templates = jinja2.Environment(
 templates.globals |= {"SIGNS": SIGNS, "MISSING": MISSING, "box": (curves.WIDTH, curves.HEIGHT)}
 templates.filters |= {
     "percent": percent,
-    "number": number,
     "duration": duration,
     "quoted": lambda text: quote(text, ""),
 }
@@ -297,7 +296,7 @@ def image(request: Request, run: TheRun, key: TheKey, sample_id: str, wish: Anno
 
 
 @inside.get("/runs/{name}/timeline")
-def timeline(request: Request, run: TheRun, all: bool = False) -> Response:  # noqa: A002  as the address has it
+def timeline(request: Request, run: TheRun, all: bool = False) -> Response:
     now = run.now()
     line = timeline_of(run.config, now.rows["round"], now.rows["evaluation"], None if all else LATEST)
     return page(request, "timeline.html.j2", line=line, all=all)
