@@ -1,4 +1,4 @@
-"""A run one can watch, while it goes on or long after: `kto-ray watch`, and `watch.port` in a run itself.
+"""A run one can watch, while it goes on or long after: `kto-ray watch`.
 
     run's folder --> reading.py: what is there now --> albums.py: images with their whole story
                          |                                 |
@@ -7,7 +7,7 @@
         curves.py, timeline.py, standing.py: figures as pictures and words
                          |
                          v
-    web/: pages and images --> serving.py: `kto-ray watch`;  deployment.py: on Ray Serve
+    web/: pages and pictures --> serving.py: a server of its own
 
 All of it reads, and only reads, what a run keeps in its folder, so neither Ray nor the run notices; `web/` alone knows
 of requests.

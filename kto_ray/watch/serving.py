@@ -9,10 +9,10 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import uvicorn
 
-from kto_ray.config.watch_page import WatchPage
 from kto_ray.errors import UserError
 from kto_ray.people.access import Signer, link
 from kto_ray.people.address import is_loopback
@@ -23,11 +23,26 @@ from kto_ray.watch.web.app import create_app
 from kto_ray.watch.web.pages import named
 
 
-class Server:
-    """Listens from its making on; answers while `run` runs, which returns after `stop` or a signal.
+@dataclass(frozen=True)
+class WatchPage:
+    """How the page is served.
 
     Args:
-        settings: a port of None, or 0, is any that is free.
+        port: None is any that is free.
+        public_url: what the link begins with; None: http://host:port.
+        link_days: after so many the link no longer works.
+        requests_per_minute: more are told to wait. Each small picture is one.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    public_url: str | None = None
+    link_days: float = 30
+    requests_per_minute: int = 6000
+
+
+class Server:
+    """Listens from its making on; answers while `run` runs, which returns after `stop` or a signal.
 
     Raises:
         UserError: it cannot listen there.

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
-from kto_ray.config.watch_page import WatchPage
 from kto_ray.lease import held
 from kto_ray.watch.reading import WatchedRun
-from kto_ray.watch.serving import Server
+from kto_ray.watch.serving import Server, WatchPage
 from tests.browser import CONTRAST, Visitor, launch
 from tests.watched import WatchedFolder
 

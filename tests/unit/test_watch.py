@@ -19,7 +19,6 @@ from starlette.testclient import TestClient
 
 from kto_ray.cli import main
 from kto_ray.config import RunConfig
-from kto_ray.config.watch_page import WatchPage
 from kto_ray.errors import UserError
 from kto_ray.evaluate.plots import PLOTS
 from kto_ray.people.access import Signer
@@ -31,6 +30,7 @@ from kto_ray.watch import curves, reading, standing, timeline
 from kto_ray.watch.albums import ImageStory, Key, disagreements
 from kto_ray.watch.finding import PAGE, Wish, find
 from kto_ray.watch.reading import WatchedRun
+from kto_ray.watch.serving import WatchPage
 from kto_ray.watch.thumbnails import EDGE, Thumbnails, to_webp
 from kto_ray.watch.web.app import create_app
 from kto_ray.watch.web.pages import STATIC, named

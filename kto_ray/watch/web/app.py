@@ -1,6 +1,6 @@
 """The app: pages and pictures of some runs, behind the guard and the entrance of people's page."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
@@ -18,22 +18,15 @@ from kto_ray.watch.reading import WatchedRun
 from kto_ray.watch.thumbnails import Thumbnails
 from kto_ray.watch.web import pages
 
-Asks = Callable[[str], Awaitable[None]]
-"""Told the id of a badge whose signature and date are right. Raises Refused where it opens nothing here."""
 
-
-async def nobody_is_refused(_: str) -> None:
-    """For badges that cannot be revoked: they end with the process that signed them."""
-
-
-def create_app(runs: Mapping[str, WatchedRun], entrance: Entrance, asks: Asks = nobody_is_refused) -> FastAPI:
+def create_app(runs: Mapping[str, WatchedRun], entrance: Entrance) -> FastAPI:
     """Put it together. It may lie under any path: the server says so in ASGI's `root_path`.
 
     Args:
         runs: by the name in their addresses, see `pages.named`.
     """
     app = FastAPI(title="kto-ray watch", version=kto_ray.__version__, openapi_url=None, redirect_slashes=False)
-    app.state.runs, app.state.entrance, app.state.asks, app.state.thumbnails = runs, entrance, asks, Thumbnails()
+    app.state.runs, app.state.entrance, app.state.thumbnails = runs, entrance, Thumbnails()
     app.include_router(pages.router)
     app.add_middleware(Guard)
     app.add_exception_handler(Refused, _on_refused)
