@@ -35,7 +35,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Standing:
-    """See the module. `doing` is a sentence without a full stop; `left_s`: None where nobody can tell."""
+    """See the module. `doing` is a sentence without a full stop; `left_s`: None where nobody can tell; `took_s`: all
+    that a run that has ended took, or its last start."""
 
     state: State
     doing: str
@@ -44,13 +45,14 @@ class Standing:
     trained: int
     images: int
     left_s: float | None
+    took_s: float | None
 
 
 @dataclass(frozen=True)
 class Finding:
     """One sentence on a run's health."""
 
-    kind: Literal["doubt", "hint", "fine"]
+    kind: Literal["doubt", "hint", "fine", "figures"]
     text: str
 
 
@@ -73,6 +75,7 @@ def standing_of(run: WatchedRun) -> Standing:
         trained=len(rows),
         images=counted + sum(int(row.get(label) or 0) for row in rows for label in labels),
         left_s=_left_s(rows, config.rounds) if state == "runs" else None,
+        took_s=now.summary.get("seconds", {}).get("total") if now.summary and state == "finished" else None,
     )
 
 
@@ -131,34 +134,38 @@ def _left_s(rows: Sequence[Row], rounds: int) -> float | None:
 
 
 def health_of(config: RunConfig, rows: Sequence[Row]) -> list[Finding]:
-    """What the rows of the rounds so far, in order, say: doubts first, then hints, then what is well."""
+    """What the rows of the rounds so far, in order, say: doubts first, then hints, and the last round's figures."""
     if not rows:
         return [Finding("fine", "No round has been trained on yet, so there is nothing to say.")]
-    doubts = [Finding("doubt", _sentence(doubt.text)) for doubt in doubts_of(config, rows)]
-    hints = [Finding("hint", _sentence(hint)) for hint in hints_of(config, rows).values()]
-    return doubts + hints + [Finding("fine", text) for text in _well(rows[-1], bool(doubts or hints))]
+    found = [Finding("doubt", _sentence(doubt.text)) for doubt in doubts_of(config, rows)]
+    found += [Finding("hint", _sentence(hint)) for hint in hints_of(config, rows).values()]
+    if not found:
+        found.append(Finding("fine", f"Nothing gives reason to doubt after round {rows[-1]['step']}."))
+    if text := _figures(rows[-1]):
+        found.append(Finding("figures", f"Round {rows[-1]['step']}: {text}."))
+    return found
 
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
-def _well(row: Mapping[str, Any], doubted: bool) -> list[str]:
-    """The figures of a round in sentences; without those that it does not have."""
-    texts = [] if doubted else [f"Nothing gives reason to doubt after round {row['step']}."]
+def _figures(row: Mapping[str, Any]) -> str:
+    """In words, without those that the round does not have."""
+    texts = []
     yes, no = figure(row, "desirable"), figure(row, "undesirable")
     if yes + no > 0:
-        texts.append(f"{yes / (yes + no):.0%} of its verdicts say yes.")
+        texts.append(f"{yes / (yes + no):.0%} of the verdicts say yes")
     accuracy, saturated = figure(row, "objective/accuracy"), figure(row, "objective/saturated")
     if not math.isnan(accuracy):
         texts.append(
-            f"In {accuracy:.0%} of the draws the model has moved towards what was liked, or away from what "
-            "was not; half would be chance."
+            f"in {accuracy:.0%} of the draws the model has moved towards what was liked, or away from what was not "
+            "(half would be chance)"
         )
     if not math.isnan(saturated):
-        texts.append(f"{saturated:.0%} of the draws lie where the utility is flat and teach next to nothing.")
+        texts.append(f"{saturated:.0%} of the draws lie where the utility is flat and teach next to nothing")
     good, bad = figure(row, "objective/g_desirable"), figure(row, "objective/g_undesirable")
     if not math.isnan(good + bad):
-        side = "as it should be" if good > bad else "the wrong way round"
-        texts.append(f"Implicit rewards of yes and no lie {good - bad:+.3g} apart, {side}.")
-    return texts
+        side = "as they should" if good > bad else "the wrong way round"
+        texts.append(f"implicit rewards of yes and no lie {good - bad:+.3g} apart, {side}")
+    return "; ".join(texts)

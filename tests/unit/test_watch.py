@@ -198,8 +198,8 @@ def test_images_are_found(run: WatchedRun) -> None:
     for label in ("desirable", "undesirable"):
         assert found(run, verdict=label) == [image for image in everything if image.label == label] != []
     assert {image.key.number for image in found(run, verdict="failed")} == {0}
-    blue = found(run, prompt=" BLUE ")
-    assert blue == [image for image in everything if "blue" in image.record.prompt.text] != []
+    black = found(run, prompt=" On BLACK ")
+    assert black == [image for image in everything if "on black" in image.record.prompt.text] != []
     between = found(run, low=0.2, high=0.7)
     assert (
         between
@@ -406,10 +406,11 @@ def test_health_is_told_with_the_runs_own_doubts() -> None:
     assert [finding.kind for finding in standing.health_of(config, [])] == ["fine"]
     row = {"step": 0, "desirable": 3, "undesirable": 1, "objective/accuracy": 0.6, "objective/saturated": 0.0}
     texts = [finding.text for finding in standing.health_of(config, [row])]
-    assert texts[:2] == ["Nothing gives reason to doubt after round 0.", "75% of its verdicts say yes."]
+    assert texts[0] == "Nothing gives reason to doubt after round 0."
+    assert texts[1].startswith("Round 0: 75% of the verdicts say yes; in 60% of the draws")
     bad = [{**row, "step": step, "objective/accuracy": 0.3, "objective/saturated": 0.9} for step in range(3)]
     found = standing.health_of(config, bad)
-    assert [finding.kind for finding in found[:2]] == ["doubt", "hint"]
+    assert [finding.kind for finding in found] == ["doubt", "hint", "figures"]
     assert found[0].text.startswith("Possible collapse: 90% of the drawn samples")
     assert "Nothing gives reason" not in " ".join(finding.text for finding in found)
 
