@@ -16,6 +16,7 @@ import scale
 import scorers
 import storage
 import true_size
+import watching
 from measuring import Table, arguments, become_like_a_worker, machine
 from rich.console import Console
 
@@ -33,7 +34,7 @@ def main() -> None:
     console.print(machine(), highlight=False)
     quick = "A quick run, too short for conclusions: " if args.quick else ""
     sections = [f"{quick}{machine()}."]
-    for benchmark in (kto_step, true_size, rounds, storage, pulling, scale, scorers, labeling, operator_page):
+    for benchmark in (kto_step, true_size, rounds, storage, pulling, scale, scorers, labeling, operator_page, watching):
         tables = benchmark.measure(args.quick)
         for table in [tables] if isinstance(tables, Table) else tables:
             console.print(table.rich())

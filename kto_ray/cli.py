@@ -23,6 +23,7 @@ from kto_ray.cli_run import run
 from kto_ray.cli_runs import runs
 from kto_ray.cli_sample import sample
 from kto_ray.cli_submit import submit
+from kto_ray.cli_watch import watch
 from kto_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ main.add_command(dataset)
 main.add_command(export)
 main.add_command(plan)
 main.add_command(runs)
+main.add_command(watch)
 main.add_command(completion)
 
 

@@ -91,9 +91,18 @@ class Claim:
     def process_gone(self) -> bool:
         return self.here and _started(self.pid) != self.started
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds since it was renewed, by the clock of its machine and of this one."""
+        renewed = datetime.strptime(self.renewed, _TIME).replace(tzinfo=UTC)
+        return max(0.0, (datetime.now(UTC) - renewed).total_seconds())
+
+
+_TIME = "%Y-%m-%d %H:%M:%S UTC"
+
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return datetime.now(UTC).strftime(_TIME)
 
 
 def _clock() -> float:
@@ -300,6 +309,12 @@ def _ended(folder: Storage, name: str, claim: Claim, renew_s: float) -> bool:
         if now != claim:
             raise refusal
     return False
+
+
+def newest_claim(run: Storage) -> Claim | None:
+    """Of whoever holds a run's folder, or was the last to hold it."""
+    claims = _claims(run / "lease")
+    return claims[max(claims, key=lambda name: (_number(name), name))] if claims else None
 
 
 def _claims(folder: Storage) -> dict[str, Claim]:

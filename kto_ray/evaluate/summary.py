@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 from kto_ray.config import RunConfig, to_yaml
 from kto_ray.evaluate.doubts import doubts_in_all
@@ -16,10 +16,10 @@ from kto_ray.evaluate.hacking import suspicion_of
 from kto_ray.evaluate.hints import hints_in_all
 from kto_ray.evaluate.people import people_summary
 from kto_ray.evaluate.report import Pair, ReportData, render_report, save_png_grid
+from kto_ray.evaluate.shares import shares_of
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval
 from kto_ray.outbox import Row
 from kto_ray.rounds import RoundStore
-from kto_ray.stopwatch import Doing
 from kto_ray.storage import Storage
 from kto_ray.tracking import Metrics
 
@@ -36,16 +36,6 @@ def evaluation_row(summary: EvaluationSummary) -> dict[str, Any]:
             row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
     row |= {f"score/{name}": interval.value for name, interval in summary.scores.items()}
     return {name: value for name, value in row.items() if not math.isnan(value)}
-
-
-def shares_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By role: shares of its processes' seconds in which they worked, waited, slept, and loaded or moved weights."""
-    shares: dict[str, dict[str, float]] = {}
-    for role in ("generators", "scorers", "train_workers"):
-        spent = {doing: sum(row.get(f"spent/{role}/{doing}") or 0.0 for row in rows) for doing in get_args(Doing)}
-        if whole := sum(spent.values()):
-            shares[role] = {doing: seconds / whole for doing, seconds in spent.items()}
-    return shares
 
 
 def _bounds(interval: Interval) -> dict[str, float]:

@@ -42,7 +42,7 @@ def create_app(desk: Desk, settings: Human, signer: Signer) -> FastAPI:
         openapi_url=None,  # the usual pages load scripts from elsewhere; `api.openapi` gives the description
         redirect_slashes=False,
     )
-    app.state.desk, app.state.entrance = desk, Entrance(signer, settings)
+    app.state.desk, app.state.entrance, app.state.lease_s = desk, Entrance(signer, settings), settings.lease_s
     app.include_router(api.router)
     app.include_router(pages.router)
     app.add_middleware(Guard)

@@ -5,8 +5,9 @@ are right. Whether it was revoked since, and whether it opens this door, the des
 """
 
 import time
+from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, Protocol, cast
 from urllib.parse import quote, urlsplit
 
 from fastapi import Depends, HTTPException, Request, Response, Security
@@ -15,7 +16,6 @@ from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from kto_ray.config.people import Human
 from kto_ray.people.access import Signer
 from kto_ray.people.address import is_loopback
 from kto_ray.people.desk import Desk
@@ -42,11 +42,25 @@ class Denied(HTTPException):
         self.why = why
 
 
-class Entrance:
-    """Reads badges, and counts who asks too often."""
+class Manners(Protocol):
+    """What of a page's settings is asked for here."""
 
-    def __init__(self, signer: Signer, settings: Human) -> None:
-        self.signer, self.settings = signer, settings
+    @property
+    def public_url(self) -> str | None: ...
+
+    @property
+    def requests_per_minute(self) -> int: ...
+
+
+class Entrance:
+    """Reads badges, and counts who asks too often.
+
+    Args:
+        cookies: the names of those that carry badges; a page of another kind, or port, must not take them for its own.
+    """
+
+    def __init__(self, signer: Signer, settings: Manners, cookies: Mapping[Role, str] = COOKIES) -> None:
+        self.signer, self.settings, self.cookies = signer, settings, cookies
         self._public = urlsplit(settings.public_url or "")
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
         self._requests = RateLimitItemPerMinute(settings.requests_per_minute)
@@ -74,7 +88,8 @@ class Entrance:
         """
         if bearer is not None:
             return self.admit(request, bearer)
-        tokens = [request.cookies[COOKIES[role]] for role in roles if COOKIES[role] in request.cookies]
+        names = [self.cookies[role] for role in roles if role in self.cookies]
+        tokens = [request.cookies[name] for name in names if name in request.cookies]
         if not tokens:
             raise Refused("badge", "a link is needed to come in here; ask the operator for one")
         badge = self.admit(request, tokens[0])
@@ -85,7 +100,7 @@ class Entrance:
     def let_in(self, request: Request, response: Response, role: Role, token: str, badge: Badge) -> None:
         """Have the browser send the token from now on, to this run's pages only."""
         response.set_cookie(
-            COOKIES[role],
+            self.cookies[role],
             token,
             max_age=max(0, int(badge.expires_at - time.time())),
             # Quoted, for a browser compares it with the path as it is sent.

@@ -102,7 +102,7 @@ async def visitor(request: Request, entrance: Entrance, desk: Desk, role: Role) 
 async def judge(request: Request, entrance: TheEntrance, desk: TheDesk) -> Response:
     who = await visitor(request, entrance, desk, "labeler")
     await desk.turn(who["badge"], 0)  # refuses who is excluded
-    return page(request, "judge.html.j2", lease_s=entrance.settings.lease_s, **who)
+    return page(request, "judge.html.j2", lease_s=request.app.state.lease_s, **who)
 
 
 @router.get("/overview")
