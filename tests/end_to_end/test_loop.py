@@ -40,7 +40,8 @@ OVERRIDES = ["evaluate.every=1", "generate.resources.threads=1"]
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, tiny_sd1_folder: Path) -> jobs.Job:
     """A run that ended well."""
-    job = jobs.start(tmp_path_factory.mktemp("loop"), "run", [f"model={tiny_sd1_folder}", *OVERRIDES], program=[jobs.JOB])
+    folder, overrides = tmp_path_factory.mktemp("loop"), [f"model={tiny_sd1_folder}", *OVERRIDES]
+    job = jobs.start(folder, "run", overrides, program=[jobs.JOB])
     assert job.wait() == 0, job.output()
     return job
 
