@@ -78,7 +78,7 @@ class WandbTracker:
     def __init__(self, config: RunConfig, run: Storage) -> None:
         import wandb
 
-        self._folder, self._picture = run, wandb.Image
+        self._folder, self._wandb = run, wandb
         self._run = wandb.init(
             project=config.tracking.wandb_project,
             name=config.run,
@@ -94,7 +94,7 @@ class WandbTracker:
     def log(self, row: Row) -> None:
         figures: dict[str, Any] = numbers(row) | {f"{row['kind']}/step": row["step"]}
         if (picture := picture_of(self._folder, row)) is not None:
-            figures[f"{row['kind']}/pictures"] = self._picture(picture)
+            figures[f"{row['kind']}/pictures"] = self._wandb.Image(picture)
         self._run.log(figures)
 
     def close(self) -> None:

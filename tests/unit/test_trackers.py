@@ -1,6 +1,6 @@
 """W&B and MLflow themselves, offline, writing to folders: figures, pictures and the resolved configuration arrive.
 
-Both are extras: these tests run where they are installed, see docs/metrics.md.
+Both are extras, and not among what the tests install: where one is missing, its test is skipped.
 """
 
 import io
