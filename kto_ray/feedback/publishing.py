@@ -1,8 +1,8 @@
 """Images of a run for an application to show: files named by id, and a manifest of each round that says what they are.
 
-    images/round-00003-p017-2-5f0c9a1e.png
-    manifest/00003.jsonl      {"id": "round-00003-p017-2-5f0c9a1e", "prompt": "a red circle", "round": 3, "policy": 2,
-                               "file": "images/round-00003-p017-2-5f0c9a1e.png", "uri": "s3://...", "width": 512, ...}
+    images/round-00003-04fdfde59f261263-5f0c9a1e.png
+    manifest/00003.jsonl    {"id": "round-00003-04fdfde59f261263-5f0c9a1e", "prompt": "a red circle", "round": 3,
+                             "policy": 2, "file": "images/...png", "uri": "s3://...png", "width": 512, "height": 512}
 
 An id is the sample's and the beginning of a digest of its image: a run that was rewound draws samples anew under the
 same names, and votes on the old images must not count for the new ones. Files are written whole, and an image is there

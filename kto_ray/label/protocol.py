@@ -2,7 +2,8 @@
 
 The loop submits samples as they are drawn, hands on what scorers say of them as they say it, and collects verdicts as
 they come, of whatever round: a function that answers in 10 ms and a person who answers in two days fit alike.
-`threshold_labeler.py` and `people/labeler.py` are the built-in labelers; `check/` tries one's own class.
+`threshold_labeler.py`, `people/labeler.py` and `feedback/labeler.py` are the built-in labelers; `check/` tries one's
+own class.
 """
 
 import asyncio
