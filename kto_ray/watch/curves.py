@@ -70,7 +70,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Curve:
+class SvgChart:
     """A chart, in units of a box of WIDTH x HEIGHT; ticks are (position, text)."""
 
     title: str
@@ -83,12 +83,12 @@ class Curve:
     alt: str
 
 
-def curves_of(plots: Iterable[Plot], rounds: Sequence[Row], evaluations: Sequence[Row]) -> list[Curve]:
+def curves_of(plots: Iterable[Plot], rounds: Sequence[Row], evaluations: Sequence[Row]) -> list[SvgChart]:
     """One for each plot of which there is something to show."""
     return [curve for plot in plots if (curve := _of_plot(plot, rounds, evaluations))]
 
 
-def _of_plot(plot: Plot, rounds: Sequence[Row], evaluations: Sequence[Row]) -> Curve | None:
+def _of_plot(plot: Plot, rounds: Sequence[Row], evaluations: Sequence[Row]) -> SvgChart | None:
     series = [of_rows(rounds, key, label, CLASSES[color], plot.x) for key, label, color in plot.columns]
     if plot.held_out:
         series.insert(0, held_out(evaluations, plot.held_out, "held-out prompts", "blue"))
@@ -125,7 +125,7 @@ def laid_out(
     share: bool = False,
     stacked: bool = False,
     at_least: float = 0,
-) -> Curve | None:
+) -> SvgChart | None:
     """None when no series has a figure."""
     series = [one for one in series if any(y is not None for _, y in one.points)]
     if stacked:
@@ -162,7 +162,7 @@ def laid_out(
 
     show = percent if share else number
     steps = [int(x) for x in MaxNLocator(6, integer=True).tick_values(first, last) if first <= x <= last]
-    return Curve(
+    return SvgChart(
         title=title,
         note=note,
         x_label=x_label,
