@@ -5,7 +5,7 @@ gives positions, and classes for colours; `templates/curves.html.j2` writes the 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from kto_ray.evaluate.charts import number, percent
 from kto_ray.evaluate.plots import BLUE, GRAY, GREEN, INK, MUTED, ORANGE, PALE, PURPLE, RED, Plot
 
 Row = Mapping[str, Any]
+Show = Callable[[float], str]
+At = Callable[[float], float]
+"""Where a value lies."""
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 26
@@ -70,7 +73,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Curve:
+class SvgChart:
     """A chart, in units of a box of WIDTH x HEIGHT; ticks are (position, text)."""
 
     title: str
@@ -83,12 +86,12 @@ class Curve:
     alt: str
 
 
-def curves_of(plots: Iterable[Plot], rounds: Sequence[Row], evaluations: Sequence[Row]) -> list[Curve]:
+def curves_of(plots: Iterable[Plot], rounds: Sequence[Row], evaluations: Sequence[Row]) -> list[SvgChart]:
     """One for each plot of which there is something to show."""
     return [curve for plot in plots if (curve := _of_plot(plot, rounds, evaluations))]
 
 
-def _of_plot(plot: Plot, rounds: Sequence[Row], evaluations: Sequence[Row]) -> Curve | None:
+def _of_plot(plot: Plot, rounds: Sequence[Row], evaluations: Sequence[Row]) -> SvgChart | None:
     series = [of_rows(rounds, key, label, CLASSES[color], plot.x) for key, label, color in plot.columns]
     if plot.held_out:
         series.insert(0, held_out(evaluations, plot.held_out, "held-out prompts", "blue"))
@@ -125,7 +128,7 @@ def laid_out(
     share: bool = False,
     stacked: bool = False,
     at_least: float = 0,
-) -> Curve | None:
+) -> SvgChart | None:
     """None when no series has a figure."""
     series = [one for one in series if any(y is not None for _, y in one.points)]
     if stacked:
@@ -162,7 +165,7 @@ def laid_out(
 
     show = percent if share else number
     steps = [int(x) for x in MaxNLocator(6, integer=True).tick_values(first, last) if first <= x <= last]
-    return Curve(
+    return SvgChart(
         title=title,
         note=note,
         x_label=x_label,
@@ -174,12 +177,12 @@ def laid_out(
     )
 
 
-def _said(series: Series, show: Any) -> str:
+def _said(series: Series, show: Show) -> str:
     known = [y for _, y in series.points if y is not None]
     return show(known[0]) + (f" to {show(known[-1])}" if len(known) > 1 else "")
 
 
-def _line(series: Series, at_x: Any, at_y: Any, show: Any, x_label: str, stacked: bool) -> Line:
+def _line(series: Series, at_x: At, at_y: At, show: Show, x_label: str, stacked: bool) -> Line:
     known = [(x, y) for x, y in series.points if y is not None]
     path, pen = [], "M"
     for x, y in () if stacked else series.points:
@@ -195,7 +198,7 @@ def _line(series: Series, at_x: Any, at_y: Any, show: Any, x_label: str, stacked
     return Line(series.label, series.color, "".join(path), band, () if stacked else dots, show(known[-1][1]))
 
 
-def _bars(series: Sequence[Series], at_x: Any, at_y: Any) -> list[Bar]:
+def _bars(series: Sequence[Series], at_x: At, at_y: At) -> list[Bar]:
     floors: dict[float, float] = {}
     bars = []
     for one in series:

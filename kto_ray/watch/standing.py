@@ -25,7 +25,7 @@ LATEST = 5
 
 
 @dataclass(frozen=True)
-class Progress:
+class StageProgress:
     """One thing that images of a round go through, and how far it is."""
 
     what: str
@@ -34,13 +34,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStanding:
     """See the module. `doing` is a sentence without a full stop; `left_s`: None where nobody can tell; `took_s`: all
     that a run that has ended took, or its last start."""
 
     state: State
     doing: str
-    progress: Sequence[Progress]
+    progress: Sequence[StageProgress]
     rounds: int
     trained: int
     images: int
@@ -49,14 +49,14 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Finding:
+class HealthNote:
     """One sentence on a run's health."""
 
     kind: Literal["doubt", "hint", "fine", "figures"]
     text: str
 
 
-def standing_of(run: WatchedRun) -> Standing:
+def standing_of(run: WatchedRun) -> RunStanding:
     """How a run stands now."""
     now, config = run.now(), run.config
     rows, keys = now.rows["round"], now.keys["round"]
@@ -67,7 +67,7 @@ def standing_of(run: WatchedRun) -> Standing:
     written = {int(row["step"]) for row in rows}
     counted = sum(len(run.album(key).images) for key in keys if key.number not in written)
     labels = ("desirable", "undesirable", "abstained", "failed", "pending")
-    return Standing(
+    return RunStanding(
         state=state,
         doing=doing,
         progress=progress,
@@ -98,13 +98,13 @@ def _ended(now: Now, state: State) -> str:
     return "no driver works on it; the same command goes on with it"
 
 
-def _doing(run: WatchedRun, now: Now, newest: Album | None) -> tuple[str, Sequence[Progress]]:
+def _doing(run: WatchedRun, now: Now, newest: Album | None) -> tuple[str, Sequence[StageProgress]]:
     for kind in ("evaluation", "fresh_evaluation"):
         if now.keys[kind] and not (album := run.album(now.keys[kind][-1])).sealed:
             base = now.rows[kind][0].get("images") if now.rows[kind] else None
             of = int(base) if base else len(album.images)
             scored = sum(bool(image.scores) for image in album.images)
-            bars = [Progress("drawn", len(album.images), of), Progress("scored", scored, of)]
+            bars = [StageProgress("drawn", len(album.images), of), StageProgress("scored", scored, of)]
             return f"policy {album.key.number} is being evaluated", bars
     if newest is None:
         return "it is starting", ()
@@ -112,7 +112,11 @@ def _doing(run: WatchedRun, now: Now, newest: Album | None) -> tuple[str, Sequen
     if not newest.sealed:
         images, of = newest.images, run.config.generate.images_per_round
         scored, judged = sum(bool(image.scores) for image in images), sum(image.verdict is not None for image in images)
-        bars = [Progress("drawn", len(images), of), Progress("scored", scored, of), Progress("judged", judged, of)]
+        bars = [
+            StageProgress("drawn", len(images), of),
+            StageProgress("scored", scored, of),
+            StageProgress("judged", judged, of),
+        ]
         whom = "drawn and scored"
         if len(images) >= of:
             whom = "judged by people" if run.config.label.labeler == "human" else "judged"
@@ -133,16 +137,16 @@ def _left_s(rows: Sequence[Row], rounds: int) -> float | None:
 # -- health -----------------------------------------------------------------------------------------------------------
 
 
-def health_of(config: RunConfig, rows: Sequence[Row]) -> list[Finding]:
+def health_of(config: RunConfig, rows: Sequence[Row]) -> list[HealthNote]:
     """What the rows of the rounds so far, in order, say: doubts first, then hints, and the last round's figures."""
     if not rows:
-        return [Finding("fine", "No round has been trained on yet, so there is nothing to say.")]
-    found = [Finding("doubt", _sentence(doubt.text)) for doubt in doubts_of(config, rows)]
-    found += [Finding("hint", _sentence(hint)) for hint in hints_of(config, rows).values()]
+        return [HealthNote("fine", "No round has been trained on yet, so there is nothing to say.")]
+    found = [HealthNote("doubt", _sentence(doubt.text)) for doubt in doubts_of(config, rows)]
+    found += [HealthNote("hint", _sentence(hint)) for hint in hints_of(config, rows).values()]
     if not found:
-        found.append(Finding("fine", f"Nothing gives reason to doubt after round {rows[-1]['step']}."))
+        found.append(HealthNote("fine", f"Nothing gives reason to doubt after round {rows[-1]['step']}."))
     if text := _figures(rows[-1]):
-        found.append(Finding("figures", f"Round {rows[-1]['step']}: {text}."))
+        found.append(HealthNote("figures", f"Round {rows[-1]['step']}: {text}."))
     return found
 
 

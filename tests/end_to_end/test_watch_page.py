@@ -91,7 +91,12 @@ def shoot(visitor: Visitor, name: str) -> None:
 
 
 def see(site: WatchSite, visitor: Visitor, path: str) -> None:
-    visitor.page.goto(f"{site.root}runs/large/{path}")
+    visitor.page.goto(f"{site.root}runs/large/{path}", wait_until="domcontentloaded")
+
+
+def arrive(visitor: Visitor, address: str | Callable[[str], bool]) -> None:
+    """Wait until the page has this address, and its scripts have run; pictures may still be on their way."""
+    visitor.page.wait_for_url(address, wait_until="domcontentloaded")
 
 
 def focused(visitor: Visitor) -> str:
@@ -162,12 +167,12 @@ def test_images_are_filtered_by_what_is_asked(large: WatchSite, new_context: Ope
     visitor.page.keyboard.press("/")
     assert focused(visitor) == "prompt"
     visitor.page.keyboard.type("red ring")
-    visitor.page.wait_for_url("**?prompt=red+ring")
+    arrive(visitor, "**?prompt=red+ring")
     assert focused(visitor) == "prompt"  # one can go on typing
     assert all("red ring" in str(tile.get_attribute("title")) for tile in visitor.page.locator(".tile").all()[:20])
     see(large, visitor, "images")
     visitor.page.select_option("select[name=verdict]", "failed")
-    visitor.page.wait_for_url("**?verdict=failed")
+    arrive(visitor, "**?verdict=failed")
     visitor.expect("it ran out of memory")
     visitor.expect("3 images")
     visitor.page.locator("#clear").click()
@@ -183,22 +188,22 @@ def test_keys_lead_through_grid_image_and_policies(large: WatchSite, new_context
         visitor.page.keyboard.press(key)
         assert focused(visitor) == tiles[place], key
     visitor.page.keyboard.press("Enter")
-    visitor.page.wait_for_url("**/images/evaluation-3/**")
+    arrive(visitor, "**/images/evaluation-3/**")
     source = "document.getElementById('picture').getAttribute('src')"
     assert "/evaluation-3/" in visitor.page.evaluate(source)
     visitor.page.keyboard.press("ArrowRight")
     assert "/evaluation-4/" in visitor.page.evaluate(source)
-    visitor.page.wait_for_url("**/images/evaluation-4/**")
+    arrive(visitor, "**/images/evaluation-4/**")
     visitor.expect("Policy 4, held out")
     for _ in range(4):
         visitor.page.keyboard.press("ArrowLeft")
     assert "/evaluation-0/" in visitor.page.evaluate(source)
-    visitor.page.wait_for_url("**/images/evaluation-0/**")
+    arrive(visitor, "**/images/evaluation-0/**")
     assert visitor.page.locator("#version").inner_text() == "0"
     visitor.page.keyboard.press("j")
-    visitor.page.wait_for_url(lambda address: "/evaluation-3/" in address and not address.endswith(tiles[0]))
+    arrive(visitor, lambda address: "/evaluation-3/" in address and not address.endswith(tiles[0]))
     visitor.page.keyboard.press("Escape")
-    visitor.page.wait_for_url("**/images?album=evaluation-3")
+    arrive(visitor, "**/images?album=evaluation-3")
     assert visitor.complaints == []
 
 
@@ -210,7 +215,7 @@ def test_it_fits_a_phone(large: WatchSite, new_context: OpenContext) -> None:
         shoot(visitor, f"watching_phone_{path or 'overview'}")
     see(large, visitor, "images?verdict=desirable")
     visitor.page.locator(".tile").first.tap()
-    visitor.page.wait_for_url("**/images/round-4/**")
+    arrive(visitor, "**/images/round-4/**")
     assert visitor.page.evaluate(TOO_WIDE) <= 0
     assert visitor.complaints == []
 
@@ -237,7 +242,7 @@ def test_the_door_is_shut_without_a_badge(large: WatchSite, new_context: OpenCon
         assert said
         assert said.status == 401
         assert "large" not in stranger.content()
-        assert stranger.get_by_text("A link is needed").is_visible()
+        assert stranger.get_by_role("heading", name="A link is needed").is_visible()
     said = stranger.goto(f"{large.root}enter/forged")
     assert said
     assert said.status == 401

@@ -29,10 +29,10 @@ from kto_ray.rounds import Round
 from kto_ray.samples import Pixels
 from kto_ray.watch import curves
 from kto_ray.watch.albums import ImageStory, Key
-from kto_ray.watch.curves import Curve, curves_of
+from kto_ray.watch.curves import SvgChart, curves_of
 from kto_ray.watch.finding import Found, Wish, find
 from kto_ray.watch.reading import WatchedRun
-from kto_ray.watch.standing import Standing, health_of, standing_of
+from kto_ray.watch.standing import RunStanding, health_of, standing_of
 from kto_ray.watch.thumbnails import Thumbnails
 from kto_ray.watch.timeline import LATEST, timeline_of
 
@@ -136,7 +136,7 @@ class Compared:
 
     name: str
     run: WatchedRun
-    standing: Standing
+    standing: RunStanding
     color: str
     pass_rates: tuple[str, str]
     idle: str
@@ -165,7 +165,7 @@ def _compared(name: str, run: WatchedRun, color: str) -> Compared:
     )
 
 
-def _side_by_side(compared: Sequence[Compared]) -> list[Curve]:
+def _side_by_side(compared: Sequence[Compared]) -> list[SvgChart]:
     """The same figure of all runs in one chart."""
 
     def series(one: Compared, kind: str, key: str) -> curves.Series:
