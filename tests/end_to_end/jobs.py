@@ -67,7 +67,7 @@ class Forked:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["kto_ray.loop", "kto_ray.cli_run"])
         with patch.dict(
-            os.environ, environment() | SETTINGS, clear=True
+            os.environ, environment() | SETTINGS | LOOPBACK, clear=True
         ):  # as libraries read it when they are imported
             multiprocessing.forkserver.ensure_running()
         self._process = context.Process(target=_drive, args=[log, env | SETTINGS | LOOPBACK, [*words]], daemon=True)
