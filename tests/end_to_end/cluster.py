@@ -124,7 +124,7 @@ def running_head(tmp_path: Path, cpus: int, gpus: int = 0) -> Iterator[Head]:
 @contextlib.contextmanager
 def shared_ray(folder: Path, cpus: int) -> Iterator[dict[str, str]]:
     """A Ray until the end of the block, without a dashboard; gives the environment of the drivers that join it."""
-    head = Head(jobs.environment() | jobs.LOOPBACK, f"127.0.0.1:{free_port()}", folder, [])
+    head = Head(jobs.environment() | jobs.PLAIN, f"127.0.0.1:{free_port()}", folder, [])
     with tempfile.TemporaryDirectory(prefix="kto") as short:
         port = head.gcs.rpartition(":")[2]
         head.start_node(

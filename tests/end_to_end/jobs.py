@@ -46,8 +46,8 @@ SMALL = [
 
 
 JOB = "jobs/online_kto.py"
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Ray then takes 127.0.0.1 for what it is, not for another address of this machine."""
+PLAIN = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
+"""Ray then takes 127.0.0.1 for what it is, not for another address of this machine, and asks for no token."""
 
 
 class Driver(Protocol):
@@ -66,11 +66,9 @@ class Forked:
     def __init__(self, log: Path, env: dict[str, str], words: Sequence[str]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["kto_ray.loop", "kto_ray.cli_run"])
-        with patch.dict(
-            os.environ, environment() | SETTINGS | LOOPBACK, clear=True
-        ):  # as libraries read it when they are imported
+        with patch.dict(os.environ, environment() | SETTINGS | PLAIN, clear=True):  # read by what is imported
             multiprocessing.forkserver.ensure_running()
-        self._process = context.Process(target=_drive, args=[log, env | SETTINGS | LOOPBACK, [*words]], daemon=True)
+        self._process = context.Process(target=_drive, args=[log, env | SETTINGS | PLAIN, [*words]], daemon=True)
         self._process.start()
         assert self._process.pid
         self.pid = self._process.pid
