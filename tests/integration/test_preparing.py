@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -20,9 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from kto_ray.config import RunConfig
-from kto_ray.data.folders import FoldersSource
-from kto_ray.data.protocol import Part
-from kto_ray.data.sources import make_source
+from kto_ray.data.sources import source_of
 from kto_ray.diffusion import source
 from kto_ray.diffusion.families import family_of
 from kto_ray.diffusion.loading import load_family
@@ -65,45 +60,17 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Deadly(FoldersSource):
-    """Kills the worker of Ray Data that lists the disliked images of it, and the one that reads them to be encoded.
-
-    Args:
-        calls: a folder, with a file for every time that they were read.
-    """
-
-    def __init__(self, settings: Any, calls: Path) -> None:
-        super().__init__(settings)
-        self.calls = calls
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "calls": self.calls}
-
-    def read(self, part: Part) -> Iterator[pa.Table]:
-        if "disliked" in part.name:
-            number = len(list(self.calls.iterdir()))
-            (self.calls / str(number)).touch()
-            if number in (0, 2):  # the second and the fourth time it is left alone
-                os.kill(os.getpid(), signal.SIGKILL)
-        yield from super().read(part)
-
-
-def prepare(
-    labelled: Path, model: Path, folder: Storage, run: str = "run", calls: Path | None = None, **more: Any
-) -> PreparedSet:
-    """Args: calls: of a source that kills who lists it, and who reads it to encode it."""
+def prepare(labelled: Path, model: Path, folder: Storage, run: str = "run", **more: Any) -> PreparedSet:
     prepared = {"batch_size": 2, "resources": {"num_cpus": 0.5, "threads": 1}}
     data = {"sources": {"kind": "folders", "path": str(labelled)}, "prepare": prepared} | more
     label = {"scorers": {"coin": {"scorer": "tests.plugins:CoinScorer"}}}
     config = RunConfig.model_validate({"run": run, "model": str(model), "data": data, "label": label})
     assert config.data is not None
-    (settings,) = config.data.sources
-    labelled_images = make_source(settings) if calls is None else Deadly(settings, calls)
     family = family_of(model, config.model)
     geometry, digests = family.geometry_of(model), source.component_digests(model, config.model)
     assert geometry.pixels is not None
     encoding = encoding_of(config, geometry.pixels, geometry.multiple, digests["vae"], family.__name__)
-    return Preparing(config, labelled_images, encoding, ["A blue square"], folder, Console(quiet=True)).prepare()
+    return Preparing(config, source_of(config.data), encoding, ["A blue square"], folder, Console(quiet=True)).prepare()
 
 
 def shards(folder: Storage) -> dict[str, bytes]:
@@ -157,16 +124,13 @@ def test_the_same_shards_come_whatever_dies_and_stops(
             expected = family.encode(images_1CHW)[0].numpy()
         np.testing.assert_allclose(latents_CHW, expected, atol=1e-5)
 
-    # Whoever lists the images dies, whoever reads them, and an encoder.
+    # An encoder dies.
     killed: list[int] = []
     killer = threading.Thread(target=kill_an_encoder, args=[other, killed], daemon=True)
     killer.start()
-    calls = tmp_path / "calls"
-    calls.mkdir()
-    again = prepare(labelled, tiny_sd1_folder, other, calls=calls)
+    again = prepare(labelled, tiny_sd1_folder, other)
     killer.join()
     assert killed
-    assert len(list(calls.iterdir())) == 4
     assert shards(other) == made
     assert again.manifest["files"] == whole.manifest["files"]
 
