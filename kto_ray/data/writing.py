@@ -157,9 +157,9 @@ def _write_saved(folder: Path, parts: int, tables: Tables, schema: pa.Schema) ->
             for table in tables(part):
                 writer.write_table(table)
                 digest.update("".join(table["sample"].to_pylist()).encode())
-    info = {"citation": "", "description": "", "homepage": "", "license": ""}
+    info: dict[str, Any] = {"citation": "", "description": "", "homepage": "", "license": ""}
     info |= {"features": json.loads(schema.metadata[b"huggingface"])["info"]["features"]}
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": digest.hexdigest()[:16],
         **dict.fromkeys(("_format_columns", "_format_type")),

@@ -68,7 +68,7 @@ def run_offline_kto(config: RunConfig, console: Console | None = None) -> dict[s
         with connected(config.cluster, run):
             placement = placed(config)  # what can never fit is refused before anything is encoded
             prepared = ready(config, preflight, console)
-            if config.data.held_out_share:
+            if config.data and config.data.held_out_share:
                 preflight = replace(preflight, held_out_prompts=prepared.held_out())
             preflight.begin(config)
             loop = _OfflineLoop(config, preflight, prepared, console, placement)

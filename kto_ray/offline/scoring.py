@@ -21,6 +21,7 @@ from rich.console import Console
 
 from kto_ray.concurrency import as_done, together
 from kto_ray.config import Filter, RunConfig
+from kto_ray.data.held_out import Apart
 from kto_ray.data.protocol import Part, Source
 from kto_ray.label.judging import BY_THRESHOLD, judge_round
 from kto_ray.offline.encoding import DecodeShard, Encoding, ReadPart, Row, bytes_table, table_bytes
@@ -49,7 +50,6 @@ class Scoring:
 
     Args:
         folder: of the set.
-        held_out: contains the prompts whose images are left out anyway.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Scoring:
         self.config, self.data, self.source, self.parts = config, config.data, source, parts
         self.encoding, self.folder, self.console = encoding, folder / "scores", console
 
-    def judge(self, lists: Sequence[pa.Table], held_out: Any) -> list[pa.Table]:
+    def judge(self, lists: Sequence[pa.Table], held_out: Apart) -> list[pa.Table]:
         """Lists of parts with what scorers say of their images.
 
         Args:
             lists: of `LISTED`, one a part.
-            held_out: an `Apart`; images of its prompts are left out, and not scored.
+            held_out: images of these prompts are left out, and not scored.
 
         Raises:
             UserError: a scorer cannot be built, or failed on more images than `label.max_failed_fraction` allows.
@@ -144,7 +144,7 @@ class Scoring:
             Samples(records[start : start + size], pixels_BHWC=pixels_NHWC[start : start + size])
             for start in range(0, len(records), size)
         ]
-        scores = []
+        scores = list[Score]()
         async with aclosing(as_done(pool.score(batch) for batch in batches for pool in pools.values())) as answers:
             async for answer in answers:
                 scores += answer

@@ -198,7 +198,7 @@ def test_several_sources_come_one_after_the_other(tmp_path: Path) -> None:
         ("data={kind: table, path: x, desirable: [1], undesirable: ['1']}", "both have '1'"),
         ("data={kind: table, path: x, verdict: y, expression: z}", "expression stands in the place of"),
         ("data={kind: ratings, path: x, top: 0.6, bottom: 0.6}", "are more than 1 together"),
-        ("data=[]", "data.sources: "),
+        ("data=[]", "data: give sources, to learn from labelled images alone, or mix"),
         ("data={sources: x, held_out_share: 2}", "data.held_out_share: "),
     ],
 )

@@ -53,7 +53,7 @@ def test_the_median_image_of_each_prompt_fights(tmp_path: Path) -> None:
     assert duel(better, other, "shapes").value == 1
     table = markdown(better, duels(better, [one, other], ["shapes"])).splitlines()
     assert table[0] == "| better against | shapes |"
-    assert [line.split(" (")[0] for line in table[2:]] == ["| one | 100.0%", "| other | 100.0%"]
+    assert [line.split("\u202f")[0] for line in table[2:]] == ["| one | 100", "| other | 100"]
 
 
 def test_what_was_evaluated_otherwise_is_no_opponent(tmp_path: Path) -> None:
