@@ -7,7 +7,7 @@ verdict, or neither; a verdict of people that came late stands in a later round,
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Key:
     @classmethod
     def parse(cls, text: str) -> "Key | None":
         kind, _, number = text.rpartition("-")
-        return cls(cast(Kind, kind), int(number)) if kind in FOLDERS and number.isdecimal() else None
+        return cls(kind, int(number)) if kind in FOLDERS and number.isdecimal() else None
 
     @property
     def title(self) -> str:
@@ -205,7 +205,7 @@ def disagreements(scores: Mapping[str, Mapping[str, Score]], scorers: Sequence[s
         found = {id_: of[scorer].value for id_, of in scores.items() if scorer in of and of[scorer].value is not None}
         values_N = np.array(list(found.values()), np.float64)
         in_order_N = np.sort(values_N)
-        below_N, up_to_N = (np.searchsorted(in_order_N, values_N, side) for side in ("left", "right"))  # type: ignore[call-overload]
+        below_N, up_to_N = (np.searchsorted(in_order_N, values_N, side) for side in ("left", "right"))
         ranks_N = (below_N + up_to_N) / 2 / max(1, len(values_N))
         for id_, rank in zip(found, ranks_N.tolist(), strict=True):
             places.setdefault(id_, []).append(rank)

@@ -26,7 +26,7 @@ from kto_ray.people.people import Badge
 from kto_ray.people.web.entrance import Entrance
 from kto_ray.people.web.guard import HEADERS
 from kto_ray.records import Prompt, Verdict
-from kto_ray.watch import curves, reading, standing, timeline
+from kto_ray.watch import albums, curves, reading, standing, timeline
 from kto_ray.watch.albums import ImageStory, Key, disagreements
 from kto_ray.watch.finding import PAGE, Wish, find
 from kto_ray.watch.reading import WatchedRun
@@ -128,7 +128,7 @@ def test_an_open_round_grows(tmp_path: Path) -> None:
 def test_parts_that_go_while_they_are_read_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = WatchedFolder(tmp_path / "sealing", rounds=1)
     round_ = folder.make_round(0)
-    read, tries = reading.read_round, list[int]()
+    read, tries = albums.read_round, list[int]()
 
     def torn(*arguments: Any) -> Any:
         tries.append(len(tries))
@@ -152,7 +152,7 @@ def test_verdicts_that_came_late_are_found_with_what_people_said(tmp_path: Path)
     folder.draw(second, folder.requests(1), 0)
     second.add_verdicts([Verdict(late, "abstain", "human", "majority@1: 1 yes, 1 no")])
     folder.seal(1, second)
-    rows = [
+    rows: list[tuple[str, str, str, str | None, int]] = [
         ("anna", on_time, "desirable", None, 0),
         ("anna", late, "desirable", None, 1),
         ("ben", late, "undesirable", None, 1),

@@ -266,7 +266,7 @@ def image(request: Request, run: TheRun, key: TheKey, sample_id: str, wish: Anno
     shown = run.image(key, sample_id)
     found = _found(run, wish).images
     place = next((place for place, one in enumerate(found) if one.record.id == sample_id and one.key == key), None)
-    around = (None, None)
+    around: tuple[ImageStory | None, ImageStory | None] = (None, None)
     if place is not None:
         around = (found[place - 1] if place else None, found[place + 1] if place + 1 < len(found) else None)
     album = run.album(key)
@@ -305,9 +305,11 @@ def timeline(request: Request, run: TheRun, all: bool = False) -> Response:
 def _pixels(run: WatchedRun, image: ImageStory) -> Pixels:
     """Raises UserError where they were not kept."""
     try:
-        return Round(run.storage / image.key.folder, image.key.stage).pixels_of([image.record])[0]
+        pixels_BHWC = Round(run.storage / image.key.folder, image.key.stage).pixels_of([image.record])
     except FileNotFoundError as error:
         raise HTTPException(HTTPStatus.NOT_FOUND, "the pixels of this image are gone") from error
+    pixels_HWC: Pixels = pixels_BHWC[0]
+    return pixels_HWC
 
 
 @inside.get("/runs/{name}/thumbnails/{album}/{sample_id}.webp")
