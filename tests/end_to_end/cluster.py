@@ -95,8 +95,13 @@ class Head:
 
 
 @contextlib.contextmanager
-def running_head(tmp_path: Path, cpus: int, gpus: int = 0) -> Iterator[Head]:
-    """A head, until the end of the block; its GPUs are fictional."""
+def running_head(tmp_path: Path, cpus: int, gpus: int = 0, report_s: int = 10) -> Iterator[Head]:
+    """A head, until the end of the block.
+
+    Args:
+        gpus: fictional ones.
+        report_s: every so often Ray's processes report metrics, all of them, which costs as much as a small run.
+    """
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, env={**os.environ, "HOME": str(tmp_path)})
     dashboard, gcs = free_port(), free_port()
     address = f"http://127.0.0.1:{dashboard}"
@@ -106,7 +111,7 @@ def running_head(tmp_path: Path, cpus: int, gpus: int = 0) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(tmp_path / ".ray" / "auth_token"),
         "RAY_API_SERVER_ADDRESS": address,
-        "RAY_metrics_report_interval_ms": "1000",  # in the place of 10 s
+        "RAY_metrics_report_interval_ms": str(1000 * report_s),
     }
     head = Head(env, f"127.0.0.1:{gcs}", tmp_path, [])
     with tempfile.TemporaryDirectory(prefix="kto") as short:  # Ray's sockets allow only short paths

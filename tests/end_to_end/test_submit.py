@@ -18,7 +18,7 @@ from tests.end_to_end.cluster import Head, running_head
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[Head]:
     """With a single CPU."""
-    with running_head(tmp_path, cpus=1) as head:
+    with running_head(tmp_path, cpus=1, report_s=1) as head:
         yield head
 
 
