@@ -95,11 +95,12 @@ class Head:
 
 
 @contextlib.contextmanager
-def running_head(tmp_path: Path, cpus: int, gpus: int = 0, report_s: int = 10) -> Iterator[Head]:
+def running_head(tmp_path: Path, cpus: int, gpus: int = 0, report_s: int = 10, plain: bool = False) -> Iterator[Head]:
     """A head, until the end of the block.
 
     Args:
         gpus: fictional ones.
+        plain: one for forked drivers, which show no token; no node can join it.
         report_s: every so often Ray's processes report metrics, all of them, which costs as much as a small run.
     """
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, env={**os.environ, "HOME": str(tmp_path)})
@@ -113,6 +114,8 @@ def running_head(tmp_path: Path, cpus: int, gpus: int = 0, report_s: int = 10) -
         "RAY_API_SERVER_ADDRESS": address,
         "RAY_metrics_report_interval_ms": str(1000 * report_s),
     }
+    if plain:
+        env |= jobs.PLAIN
     head = Head(env, f"127.0.0.1:{gcs}", tmp_path, [])
     with tempfile.TemporaryDirectory(prefix="kto") as short:  # Ray's sockets allow only short paths
         head.start_node(

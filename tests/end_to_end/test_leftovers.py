@@ -3,6 +3,7 @@
 One head, with fictional GPUs that every replica and scorer asks for, so that what stays taken is seen.
 """
 
+import os
 import re
 import signal
 import subprocess
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from kto_ray.rounds import RoundStore
@@ -35,7 +35,7 @@ SLOW = ["generate.steps=200", "generate.images_per_round=400"]
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with running_head(tmp_path_factory.mktemp("head"), cpus=2, gpus=4) as head:
+    with running_head(tmp_path_factory.mktemp("head"), cpus=2, gpus=4, plain=True) as head:
         yield head
 
 
@@ -81,16 +81,9 @@ def said(what: str, seconds: float) -> None:
     print(f"{what}: free after {seconds:.1f} s (promised: {PROMISED_S})")
 
 
-def driver_of(job: jobs.Job) -> psutil.Process:
-    """The driver itself, which is a child of the head's."""
-    processes = [child for pid in job.nodes for child in psutil.Process(pid).children(recursive=True)]
-    own = [f"runs_folder={job.run.parent}", "jobs/online_kto.py"]
-    (driver,) = [
-        process
-        for process in processes
-        if "python" in process.name() and all(word in process.cmdline() for word in own)
-    ]
-    return driver
+def begin(head: Head, folder: Path, name: str, *overrides: str) -> jobs.Job:
+    """A run that joins the head."""
+    return jobs.start(folder, name, [*HELD, *overrides], head.env | {"RAY_ADDRESS": head.gcs})
 
 
 def drawing(job: jobs.Job) -> jobs.Job:
@@ -100,15 +93,14 @@ def drawing(job: jobs.Job) -> jobs.Job:
 
 
 def test_two_runs_of_one_name_draw_with_their_own_settings(head: Head, tmp_path: Path, tiny_sd1_folder: Path) -> None:
-    submitted = []
+    begun = []
     for steps in (2, 3):
         folder = tmp_path / str(steps)
         folder.mkdir()
-        overrides = [f"model={tiny_sd1_folder}", *HELD, f"generate.steps={steps}"]
-        submitted.append(head.submit(folder, "twin", overrides, submission=f"twin-{steps}"))
-    for job in submitted:
+        begun.append(begin(head, folder, "twin", f"model={tiny_sd1_folder}", f"generate.steps={steps}"))
+    for job in begun:
         assert job.wait() == 0, job.output()
-    one, other = (RoundStore(Storage(str(job.run))).round(0) for job in submitted)
+    one, other = (RoundStore(Storage(str(job.run))).round(0) for job in begun)
     assert one.sample_ids == other.sample_ids
     assert not any(
         np.array_equal(a.latents_CHW, b.latents_CHW) for a, b in zip(one.samples(), other.samples(), strict=True)
@@ -119,7 +111,7 @@ def test_two_runs_of_one_name_draw_with_their_own_settings(head: Head, tmp_path:
 
 def test_a_scorer_that_cannot_be_built_leaves_nothing(head: Head, tmp_path: Path, tiny_sd1_folder: Path) -> None:
     broken = "label.scorers.CoinScorer.args.no_such_argument=1"
-    job = head.submit(tmp_path, "broken", [f"model={tiny_sd1_folder}", *HELD, broken])
+    job = begin(head, tmp_path, "broken", f"model={tiny_sd1_folder}", broken)
     assert job.wait() != 0
     began = time.monotonic()
     said("a scorer that cannot be built", Freed(head).wait(head, began))
@@ -131,7 +123,7 @@ def test_a_scorer_that_cannot_be_built_leaves_nothing(head: Head, tmp_path: Path
 def test_a_replica_that_cannot_be_built_says_why_and_leaves_nothing(
     head: Head, tmp_path: Path, tiny_sd1_folder: Path
 ) -> None:
-    job = head.submit(tmp_path, "cuda", [f"model={tiny_sd1_folder}", *HELD, "generate.device=cuda"])
+    job = begin(head, tmp_path, "cuda", f"model={tiny_sd1_folder}", "generate.device=cuda")
     assert job.wait() != 0
     began = time.monotonic()
     said("a replica that cannot be built", Freed(head).wait(head, began))
@@ -153,13 +145,13 @@ def test_a_stopped_job_with_people_leaves_nothing(head: Head, tmp_path: Path, ti
 def test_what_a_killed_driver_held_is_freed_and_the_next_one_goes_on(
     head: Head, tmp_path: Path, tiny_sd1_folder: Path
 ) -> None:
-    overrides = [f"model={tiny_sd1_folder}", *HELD, "generate.steps=50"]
-    job = drawing(head.submit(tmp_path, "killed", overrides))
+    overrides = [f"model={tiny_sd1_folder}", "generate.steps=50"]
+    job = drawing(begin(head, tmp_path, "killed", *overrides))
     freed, began = Freed(head), time.monotonic()
-    driver_of(job).send_signal(signal.SIGKILL)
+    os.kill(job.process.pid, signal.SIGKILL)
     said("kill -9", freed.wait(head, began))
     assert job.wait() != 0
-    again = head.submit(tmp_path, "killed", overrides, submission="killed-again")
+    again = begin(head, tmp_path, "killed", *overrides)
     assert again.wait() == 0, again.output()
     assert jobs.summary(again.run)["ledger"]["balances"]
 
@@ -167,7 +159,7 @@ def test_what_a_killed_driver_held_is_freed_and_the_next_one_goes_on(
 def test_runs_are_listed_and_what_nobody_looks_after_is_cleaned(
     head: Head, tmp_path: Path, tiny_sd1_folder: Path
 ) -> None:
-    job = drawing(head.submit(tmp_path, "orphan", [f"model={tiny_sd1_folder}", *HELD, *SLOW]))
+    job = drawing(begin(head, tmp_path, "orphan", f"model={tiny_sd1_folder}", *SLOW))
     (line,) = [line for line in runs(head, "list").splitlines() if "orphan-" in line and "alive" in line]
     assert str(job.run) in line
     assert "1 GPU" in line
@@ -189,7 +181,7 @@ def test_runs_are_listed_and_what_nobody_looks_after_is_cleaned(
     dismiss = "import ray, sys; from kto_ray.caretaker import caretakers; "
     dismiss += "ray.init(sys.argv[1]); [ray.kill(actor) for actor in caretakers().values()]"
     python(head, "-c", dismiss, head.gcs)
-    driver_of(job).send_signal(signal.SIGKILL)
+    os.kill(job.process.pid, signal.SIGKILL)
     assert job.wait() != 0
     deadline = time.monotonic() + PATIENCE_S
     while "gone" not in (listed := runs(head, "list")):
