@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # Before torch is imported: tiny tensors gain nothing from threads, and nothing may be downloaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What Ray's own processes do all the time, whether anything happens or not, takes a quarter of two cores.
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
+os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
 
 
 @pytest.fixture(scope="session")
