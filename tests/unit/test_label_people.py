@@ -489,7 +489,7 @@ def test_the_database_of_another_run_or_version_is_refused(tmp_path: Path) -> No
         ({"lease_s": 0}, "greater than 0"),
         ({"port": 70000}, "less than or equal to 65535"),
         ({"min_labels": 0}, "greater than or equal to 1"),
-        ({"overlap": {"rule": "most"}}, "'majority' or 'unanimous'"),
+        ({"overlap": {"rule": "most"}}, "'majority', 'unanimous', 'share' or 'latest'"),
         ({"overlap": {"share": 1.5}}, "less than or equal to 1"),
         ({"gold": {"share": 1}}, "less than 1"),
         ({"gold": {"action": "scold"}}, "'show' or 'exclude'"),
