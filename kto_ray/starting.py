@@ -36,7 +36,12 @@ def started(config: RunConfig) -> RunConfig:
     run = Storage(config.runs_folder) / config.run
     if run.exists(MARKER):
         return _with(config, [_address(run, name) for name in run.read_json(MARKER)["files"]])
-    origin, policy = _named(config.start_from)
+    return _with(config, _found(config, config.start_from)[2])
+
+
+def _found(config: RunConfig, start_from: str) -> tuple[Storage, PolicyRef, list[str]]:
+    """The earlier run, its policy, and the files that are to be added to the base: proved, the policy's the last."""
+    origin, policy = _named(start_from)
     saved = saved_config(origin, FIELD)
     added = _added(config, saved, origin)
     if saved.train.adapter.kind != "lora":
@@ -47,7 +52,7 @@ def started(config: RunConfig) -> RunConfig:
     store = PolicyStore(origin)
     if hashlib.sha256(store.read(policy)).hexdigest() != policy.digest:
         raise UserError(f"{FIELD}: policy {policy.version} of {origin} is damaged: its weights are not those published")
-    return _with(config, [*added, _address(store.storage, f"{policy.version:05}/policy{SUFFIX}")])
+    return origin, policy, [*added, _address(store.storage, f"{policy.version:05}/policy{SUFFIX}")]
 
 
 def kept(config: RunConfig, run: Storage) -> RunConfig:
@@ -57,13 +62,12 @@ def kept(config: RunConfig, run: Storage) -> RunConfig:
         config: as it was given.
         run: its folder, whose lease is held.
     """
-    found = started(config)
     if config.start_from is None or run.exists(MARKER):
-        return found
-    origin, policy = _named(config.start_from)
+        return started(config)
+    origin, policy, addresses = _found(config, config.start_from)  # once: the earlier run may publish meanwhile
     files = []
-    for adapter in found.model.adapters[len(config.model.adapters) :]:
-        folder, _, name = adapter.name.rpartition("/")
+    for address in addresses:
+        folder, _, name = address.rpartition("/")
         data = Storage(folder).read(name)
         files.append(f"start/{hashlib.sha256(data).hexdigest()}{SUFFIX}")
         run.write(files[-1], data)

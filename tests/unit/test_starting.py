@@ -83,6 +83,21 @@ def test_a_run_keeps_what_it_began_with_whatever_becomes_of_the_other(tmp_path: 
     assert started(given) == config
 
 
+def test_what_is_written_down_is_what_was_copied(
+    tmp_path: Path, tiny_sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the earlier run publishes in the moment in which its newest policy is asked for."""
+    origin = trained(tmp_path, tiny_sd1_folder)
+    given = settings(tmp_path, tiny_sd1_folder, "second", f"start_from={origin}")
+    versions = iter((1, 2, 2, 2))
+    monkeypatch.setattr(PolicyStore, "newest", lambda _: next(versions))
+    (file,) = (adapter.name for adapter in kept_config(given).model.adapters)
+    began = Storage(str(tmp_path / "second")).read_json("start.json")
+    assert began["policy"] == 1
+    assert began["digest"] == PolicyStore(origin).resolve(1).digest
+    assert began["digest"] in file
+
+
 def test_what_began_with_a_policy_can_be_begun_with_in_turn(tmp_path: Path, tiny_sd1_folder: Path) -> None:
     first = trained(tmp_path, tiny_sd1_folder)
     second = trained(tmp_path, tiny_sd1_folder, "second", 1, f"start_from={first}@1")
