@@ -67,7 +67,9 @@ class FileVotes:
         return self._columns[key]
 
     def read(self, position: str | None) -> Iterator[NewVotes]:
-        known = {name: _Read(*numbers) for name, numbers in json.loads(position or "{}").items()}
+        # A position in a database's table says nothing of files: these are read from the beginning.
+        places = json.loads(position or "{}").get("files", {})
+        known = {name: _Read(*numbers) for name, numbers in places.items()}
         failed: UserError | None = None
         for file in self.files():
             done = known.setdefault(file.name, _Read())
@@ -80,7 +82,8 @@ class FileVotes:
                     for row in rows:
                         if isinstance(row, str):
                             odd.add("odd", row)
-                    yield NewVotes(votes, odd, json.dumps({name: [r.size, r.rows] for name, r in known.items()}))
+                    places = {name: [read.size, read.rows] for name, read in known.items()}
+                    yield NewVotes(votes, odd, json.dumps({"files": places}))
             except UserError as error:
                 failed = failed or error  # the other files are read all the same
         if failed is not None:

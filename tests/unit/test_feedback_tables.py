@@ -210,6 +210,8 @@ def test_files_that_come_and_grow_are_read_where_they_ended(tmp_path: Path) -> N
     again = Reader(FileVotes(Feedback(path=f"{tmp_path}/*.parquet")))
     again.position = reader.position
     assert again() == []
+    again.position = json.dumps({"source": "0123456789abcdef", "at": 14})  # the votes came from a database before
+    assert len(again()) == 7
 
 
 def test_json_lines_are_read_to_the_last_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
