@@ -119,7 +119,7 @@ def _doing(run: WatchedRun, now: Now, newest: Album | None) -> tuple[str, Sequen
         ]
         whom = "drawn and scored"
         if len(images) >= of:
-            whom = "judged by people" if run.config.label.labeler == "human" else "judged"
+            whom = "judged by people" if run.config.label.people else "judged"
         return f"round {number} is being {whom}", bars
     if number not in {int(row["step"]) for row in now.rows["round"]}:
         return f"the model learns from round {number}", ()

@@ -102,7 +102,7 @@ def timeline_of(
     def span(what: str, began: float, ended: float, says: str, y: float = 0, height: float = 1) -> Span:
         return Span(what, round((began - begin) / whole, 5), round(max(0, ended - began) / whole, 5), y, height, says)
 
-    judges = "people" if config.label.labeler == "human" else "judge"
+    judges = "people" if config.label.people else "judge"
     stages: dict[str, list[tuple[float, float, str, str]]] = {"Draw": [], "Judge": [], "Train": [], "Evaluate": []}
     for one in shown:
         n = f"round {one.number}"
