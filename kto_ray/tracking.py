@@ -177,7 +177,7 @@ class Metrics:
         """
         if self.row(kind, step):
             return
-        if picture is not None and self.outboxes:
+        if picture is not None:
             self.run.write(picture_file(kind, step), picture)  # first: a row is sent with its picture
         # As it will be read again: what is null on disk is None here.
         row = json.loads(to_json({"kind": kind, "step": step, "time": time.time(), **figures}))

@@ -48,6 +48,11 @@ def launch(playwright: Playwright) -> Browser:
 # -- images to judge
 
 
+DESKTOP = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
+OpenContext = Callable[..., BrowserContext]
+
+
 def png_of(scene: Scene, seed: int = 0) -> bytes:
     file = io.BytesIO()
     Image.fromarray(draw_somewhere(scene, np.random.default_rng(seed))).save(file, "PNG")

@@ -6,8 +6,8 @@ calls them; a crash at any point leaves the state before or after a call, and ca
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import and_, exists, func, select
@@ -15,29 +15,18 @@ from sqlalchemy import and_, exists, func, select
 from kto_ray.config.people import Human
 from kto_ray.people.people import works
 from kto_ray.people.settling import COUNTS, OPEN, STANDS
-from kto_ray.people.tables import answers, badges, images, in_transaction, items, labelers, meta, rounds
+from kto_ray.people.tables import answers, badges, images, items, labelers, meta, rounds
 from kto_ray.people.terms import Judged, NewItem, Standing
+from kto_ray.people.transactions import Transactions
 from kto_ray.records import derive_seed
 
-Result = TypeVar("Result")
 SHOWN = 20
 """Answers that a verdict's rule names."""
 ITEM_FIELDS = ("sample_id", "prompt_id", "prompt", "policy_version", "needed", "expected")
 
 
-class Intake:
-    """See the module. Every method is one transaction.
-
-    Args:
-        engine: of `tables.open_database`.
-        clock: seconds since 1970, that never go back; see `clock.py`.
-    """
-
-    def __init__(self, engine: sa.Engine, settings: Human, clock: Callable[[], float]) -> None:
-        self.engine, self.settings, self.clock = engine, settings, clock
-
-    def _do(self, work: Callable[[sa.Connection], Result]) -> Result:
-        return in_transaction(self.engine, work)
+class Intake(Transactions):
+    """See the module. Every method is one transaction."""
 
     def add(self, stage: str, number: int, new: Sequence[NewItem]) -> None:
         """Ask people about images of a round; those that are here already stay as they are."""

@@ -11,7 +11,7 @@ after a call, and calls may be repeated.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import and_, exists, func, or_, select
@@ -21,31 +21,27 @@ from kto_ray.people.intake import counts_of, target_of
 from kto_ray.people.keeping import HAS_IMAGE, timely
 from kto_ray.people.people import OPERATOR, Refused, bearer, doubt, exclude, known_answers
 from kto_ray.people.settling import COUNTS, OPEN, STANDS, make_void, settle
-from kto_ray.people.tables import answers, images, in_transaction, items, leases, meta, rounds
+from kto_ray.people.tables import answers, images, items, leases, meta, rounds
 from kto_ray.people.terms import ANSWERS, Offer, Progress
+from kto_ray.people.transactions import Transactions
 from kto_ray.records import derive_seed
 
-Result = TypeVar("Result")
 UNDOABLE = 10
 """So many of their latest answers people can take back."""
 
 
-class Queue:
+class Queue(Transactions):
     """See the module. Every method is one transaction.
 
     Args:
-        engine: of `tables.open_database`.
-        clock: seconds since 1970, that never go back; see `clock.py`.
         max_policy_lag: items that could no longer be trained on are not offered.
 
     Raises (from the methods that take a badge): Refused.
     """
 
     def __init__(self, engine: sa.Engine, settings: Human, clock: Callable[[], float], max_policy_lag: int = 0) -> None:
-        self.engine, self.settings, self.clock, self.max_policy_lag = engine, settings, clock, max_policy_lag
-
-    def _do(self, work: Callable[[sa.Connection], Result]) -> Result:
-        return in_transaction(self.engine, work)
+        super().__init__(engine, settings, clock)
+        self.max_policy_lag = max_policy_lag
 
     def lease(self, badge: str, count: int = 1) -> list[Offer]:
         """Up to `count` images for this labeler: those already leased first, in the order in which they were."""

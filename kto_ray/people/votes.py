@@ -10,17 +10,17 @@ answers of as many strangers as an image has.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import func, select
 
-from kto_ray.config.people import Human
 from kto_ray.people.people import OPERATOR, Refused, bearer
 from kto_ray.people.settling import STANDS, make_void, settle
-from kto_ray.people.tables import answers, in_transaction, items, labelers, meta, published, votes
+from kto_ray.people.tables import answers, items, labelers, meta, published, votes
+from kto_ray.people.transactions import Transactions
 
 APPLICATION: Final = "application"
 """Name and role of the program that sends votes."""
@@ -33,8 +33,6 @@ Outcome = Literal["counted", "known", "older", "taken_back", "unknown_image", "t
 """What became of a vote: it counts; it came before; a later one of the same person came before; it is neither yes nor
 no; nothing was published under that name, or that was rewound since; the image's round is sealed with a verdict; its
 voter was excluded; or it cannot be understood."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -69,19 +67,8 @@ class Outcomes:
             del shown[EXAMPLES:]
 
 
-class Votes:
-    """See the module. Every method is one transaction, and may be repeated.
-
-    Args:
-        engine: of `tables.open_database`.
-        clock: seconds since 1970, that never go back; see `clock.py`.
-    """
-
-    def __init__(self, engine: sa.Engine, settings: Human, clock: Callable[[], float]) -> None:
-        self.engine, self.settings, self.clock = engine, settings, clock
-
-    def _do(self, work: Callable[[sa.Connection], Result]) -> Result:
-        return in_transaction(self.engine, work)
+class Votes(Transactions):
+    """See the module. Every method is one transaction, and may be repeated."""
 
     def announce(self, names: Mapping[str, str]) -> dict[str, str]:
         """Give samples of the queue the names under which they go out, by sample id; those that are not out yet.

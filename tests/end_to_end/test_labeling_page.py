@@ -8,56 +8,29 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Route, sync_playwright
+from playwright.sync_api import Route
 
 from kto_ray.config.people import Gold, Human
 from kto_ray.people.terms import NewItem
 from kto_ray.shapes.world import Scene
 from tests.browser import (
     CONTRAST,
+    PHONE,
     TOO_FAST_MS,
     LabelingSite,
+    OpenContext,
     Visitor,
     is_good,
     labeling_site,
-    launch,
     pictures,
     png_of,
 )
 
-DESKTOP = {"viewport": {"width": 1280, "height": 800}}
-PHONE = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
-
 IMAGES_LOADED = "performance.getEntriesByType('resource').filter((e) => e.name.endsWith('.png')).length"
 
-OpenContext = Callable[..., BrowserContext]
 Shoot = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def new_context(browser: Browser) -> Iterator[OpenContext]:
-    """A session of its own: cookies, storage, window."""
-    opened: list[BrowserContext] = []
-
-    def new(**options: Any) -> BrowserContext:
-        opened.append(browser.new_context(**{**DESKTOP, **options}))
-        opened[-1].set_default_timeout(10_000)
-        return opened[-1]
-
-    yield new
-    for context in opened:
-        context.close()
 
 
 @pytest.fixture

@@ -9,24 +9,18 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
 from kto_ray.lease import held
 from kto_ray.watch.reading import WatchedRun
 from kto_ray.watch.serving import Server, WatchPage
-from tests.browser import CONTRAST, Visitor, launch
+from tests.browser import CONTRAST, PHONE, OpenContext, Visitor
 from tests.watched import WatchedFolder
 
-DESKTOP = {"viewport": {"width": 1280, "height": 800}}
-PHONE = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 ROUNDS, IMAGES = 5, 1000
 LOADED = "[...document.querySelectorAll('.grid img')].filter((image) => image.complete && image.naturalWidth).length"
 TOO_WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-
-OpenContext = Callable[..., BrowserContext]
 
 
 @dataclass
@@ -53,35 +47,12 @@ def watch_site(*runs: WatchedRun) -> Iterator[WatchSite]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchSite]:
     """A run of 5,000 images that has ended, and is not to be changed."""
     folder = WatchedFolder(tmp_path_factory.mktemp("runs") / "large", rounds=ROUNDS, images=IMAGES).make()
     folder.end()
     with watch_site(WatchedRun(folder.uri)) as site:
         yield site
-
-
-@pytest.fixture
-def new_context(browser: Browser) -> Iterator[OpenContext]:
-    """A session of its own: cookies, storage, window."""
-    opened: list[BrowserContext] = []
-
-    def new(**options: Any) -> BrowserContext:
-        opened.append(browser.new_context(**{**DESKTOP, **options}))
-        opened[-1].set_default_timeout(30_000)
-        return opened[-1]
-
-    yield new
-    for context in opened:
-        context.close()
 
 
 def shoot(visitor: Visitor, name: str) -> None:

@@ -45,12 +45,17 @@ def create_app(desk: Desk, settings: Human, signer: Signer) -> FastAPI:
     app.state.desk, app.state.entrance, app.state.lease_s = desk, Entrance(signer, settings), settings.lease_s
     app.include_router(api.router)
     app.include_router(pages.router)
+    with_manners(app)
+    return app
+
+
+def with_manners(app: FastAPI) -> None:
+    """The guard, and how it is said what is refused: in JSON to who calls `api/`, on a page to all others."""
     app.add_middleware(Guard)
     app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(UserError, _on_user_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
-    return app
 
 
 def _refuse(request: Request, status: int, why: str, message: str, headers: dict[str, str] | None = None) -> Response:

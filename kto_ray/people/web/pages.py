@@ -4,6 +4,7 @@ The pages are rendered here and kept alive by the scripts in `static/`, which ca
 """
 
 import time
+from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,9 +118,15 @@ async def thumbnail(item: Annotated[wire.Item, PathField()], me: OperatorsBadge,
     return Response(await desk.image(me, item), media_type=PNG, headers=IMMUTABLE)
 
 
-@router.get("/static/{name}")
-async def static(name: str) -> Response:
-    if name not in STATIC:
-        raise HTTPException(HTTPStatus.NOT_FOUND)
-    content, media_type = STATIC[name]
-    return Response(content, media_type=media_type)
+def add_static(router: APIRouter, files: Mapping[str, tuple[bytes, str]]) -> None:
+    """Serve these files, of which the contents and types are given by name."""
+
+    @router.get("/static/{name}")
+    async def static(name: str) -> Response:
+        if name not in files:
+            raise HTTPException(HTTPStatus.NOT_FOUND)
+        content, media_type = files[name]
+        return Response(content, media_type=media_type)
+
+
+add_static(router, STATIC)

@@ -247,7 +247,7 @@ def grid(request: Request, run: TheRun, wish: Annotated[Wish, Query()]) -> Respo
         found=found,
         scorers=list(run.config.label.scorers),
         voting=list(run.config.label.voting),
-        people=run.config.label.labeler == "human",
+        people=run.config.label.people is not None,
         keys=keys,
         is_live=not wish.album or wish.album.startswith("round-"),
     )
@@ -325,12 +325,5 @@ def picture(run: TheRun, key: TheKey, sample_id: str) -> Response:
     return Response(png, media_type=PNG, headers=IMMUTABLE)
 
 
-@router.get("/static/{name}")
-async def static(name: str) -> Response:
-    if name not in STATIC:
-        raise HTTPException(HTTPStatus.NOT_FOUND)
-    content, media_type = STATIC[name]
-    return Response(content, media_type=media_type)
-
-
+people_pages.add_static(router, STATIC)
 router.include_router(inside)
