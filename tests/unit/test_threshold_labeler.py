@@ -355,7 +355,12 @@ def test_labelers_are_made_as_configured(tmp_path: Path) -> None:
     ("kind", "built_in", "path", "said"),
     [
         ("label.scorers", SCORERS, "shape", ["'shape'", "did you mean 'shapes'", "package.module:Name"]),
-        ("label.labeler", LABELERS, "people", ["'people'", "built in: feedback, human, threshold;", "package.module:Name"]),
+        (
+            "label.labeler",
+            LABELERS,
+            "people",
+            ["'people'", "built in: feedback, human, threshold;", "package.module:Name"],
+        ),
         ("label.scorers", SCORERS, "no_such_package.mod:Name", ["cannot import 'no_such_package.mod'"]),
         ("label.scorers", SCORERS, ":Name", ["cannot import ''", "':Name'"]),
         ("label.scorers", SCORERS, ".relative:Name", ["cannot import '.relative'"]),
