@@ -7,8 +7,9 @@ The loop starts it once; `generate/client.py` and `people/labeler.py` deploy on 
 import asyncio
 import contextlib
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -27,6 +28,9 @@ from kto_ray.storage import Storage
 
 POLL_S = 0.2
 START_TRIES = 50
+BUILDING = threading.Lock()
+"""Held where Serve makes a deployment's configuration: for a moment it changes how the whole process pickles a module,
+so that of two threads one would fail (Ray 2.60)."""
 REPLICAS = "serve"
 """The namespace in which Serve's replicas are actors, named SERVE_REPLICA::application#deployment#id."""
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -87,7 +91,11 @@ def application_name(run: Storage, role: Role) -> str:
 
 
 async def deploy(
-    what: str, application: serve.Application, name: str, route_prefix: str | None = None, scaled_by_us: bool = False
+    what: str,
+    application: Callable[[], serve.Application],
+    name: str,
+    route_prefix: str | None = None,
+    scaled_by_us: bool = False,
 ) -> Any:
     """Deploy an application and wait until its first replicas run; gives its handle.
 
@@ -95,15 +103,15 @@ async def deploy(
 
     Args:
         what: is deployed, for the error.
+        application: makes it, in another thread.
         scaled_by_us: how many replicas there are is said by `scale`.
 
     Raises:
         UserError: its replicas could not be built; has their own last words.
     """
-    target = serve.RunTarget(application, name, route_prefix, external_scaler_enabled=scaled_by_us)
-    deploying = asyncio.ensure_future(asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False))
+    deploying = asyncio.ensure_future(asyncio.to_thread(_run, application, name, route_prefix, scaled_by_us))
     try:
-        (handle,) = await asyncio.shield(deploying)
+        handle = await asyncio.shield(deploying)
     except asyncio.CancelledError:
         await asyncio.gather(deploying, return_exceptions=True)
         raise
@@ -119,6 +127,14 @@ async def deploy(
         await asyncio.sleep(POLL_S)
     if route_prefix is not None:
         await asyncio.to_thread(_client().wait_for_proxies_serving, wait_for_applications_running=True)
+    return handle
+
+
+def _run(application: Callable[[], serve.Application], name: str, route_prefix: str | None, scaled_by_us: bool) -> Any:
+    """Have Serve know of it; gives its handle. One at a time: see `BUILDING`."""
+    with BUILDING:
+        target = serve.RunTarget(application(), name, route_prefix, external_scaler_enabled=scaled_by_us)
+        (handle,) = serve.run_many([target], wait_for_applications_running=False)
     return handle
 
 

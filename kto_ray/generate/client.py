@@ -92,7 +92,9 @@ class Generators:
         began = time.monotonic()
         async with noisily("generator replicas", self.cluster, booked, max(1, least)):
             by_loop = self.placement.kind == "elastic"
-            self._handle = await deploy("generate: a replica", self._application, self.name, scaled_by_us=by_loop)
+            self._handle = await deploy(
+                "generate: a replica", lambda: self._application, self.name, scaled_by_us=by_loop
+            )
             self.came_s = time.monotonic() - began
             if self.config.find_batch_size:
                 self.batch_size = await self._handle.found_batch_size.remote()

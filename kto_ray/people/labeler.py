@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -97,7 +98,7 @@ class HumanLabeler(Labeler):
         await self.desk.end(False)
         secret, prefix = await self.desk.secret(), route_prefix(self.run)
         self._page = application_name(self.run, "page")
-        page = page_application(self._actor, self.human, secret)
+        page = partial(page_application, self._actor, self.human, secret)
         await deploy("label.human: the page", page, self._page, prefix)
         await self._say_links(Signer(secret))
 

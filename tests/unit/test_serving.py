@@ -1,11 +1,16 @@
-"""Starting Serve on a cluster that other drivers start it on, too."""
+"""Starting Serve on a cluster that other drivers start it on, too, and what is deployed there at the same time."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
+from ray import serve
 from ray.exceptions import ActorAlreadyExistsError, ActorDiedError
 
 from kto_ray import serving
+from kto_ray.config.people import Human
+from kto_ray.people.web.deployment import page_application
 
 
 @pytest.mark.parametrize(
@@ -37,3 +42,16 @@ def test_an_error_that_stays_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "POLL_S", 0)
     with pytest.raises(ActorAlreadyExistsError):
         serving.start_serve(None)
+
+
+def test_applications_can_be_deployed_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their configurations are made by Serve itself, which for that changes what the whole process pickles how."""
+
+    def no_cluster(targets: list[serve.RunTarget], **_: Any) -> list[str]:
+        return [str(target.name) for target in targets]
+
+    monkeypatch.setattr(serve, "run_many", no_cluster)
+    page = partial(page_application, None, Human(), "secret")
+    names = [f"page-{index}" for index in range(300)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda name: serving._run(page, name, "/", False), names)) == names
