@@ -192,7 +192,7 @@ class Visitor:
 
     def expect(self, text: str) -> None:
         """Wait until a text is to be seen. Raises TimeoutError."""
-        self.page.get_by_text(text).first.wait_for(timeout=8000)
+        self.page.get_by_text(text).first.wait_for()
 
     def swipe(self, distance: float, halfway: Callable[[], None] = lambda: None) -> None:
         """Draw a finger across the image, to the right where the distance is positive."""

@@ -32,7 +32,7 @@ def new_context(browser: Browser) -> Iterator[OpenContext]:
 
     def new(**options: Any) -> BrowserContext:
         opened.append(browser.new_context(**{**DESKTOP, **options}))
-        opened[-1].set_default_timeout(30_000)
+        opened[-1].set_default_timeout(120_000)  # on a machine where everything takes eight times as long
         return opened[-1]
 
     yield new
