@@ -198,7 +198,7 @@ async def measure_all(
     pages = {name: Page(config) for name, config in configs.items()}
     found: dict[Case, list[Figures]] = {case: [] for case in cases}
     with connected(Cluster(address="local")):
-        await asyncio.to_thread(start_serve, configs["SQLite"].label.human)
+        await asyncio.to_thread(start_serve, configs["SQLite"].listens)
         try:
             for page in pages.values():
                 await page.open()

@@ -18,11 +18,11 @@ from starlette.testclient import TestClient
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from kto_ray.config import WatchPage
 from kto_ray.people.access import Signer
 from kto_ray.people.people import Badge
 from kto_ray.people.web.entrance import Entrance
 from kto_ray.watch.reading import WatchedRun
-from kto_ray.watch.serving import WatchPage
 from kto_ray.watch.web.app import create_app
 from tests.watched import WatchedFolder
 

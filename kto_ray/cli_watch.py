@@ -27,8 +27,9 @@ def watch(runs: tuple[str, ...], port: int, host: str, public_url: str | None) -
     Runs may go on or have ended; nothing is written, and neither Ray nor a GPU is needed. Only the link that is printed
     opens the page.
     """
+    from kto_ray.config import WatchPage
     from kto_ray.watch.reading import WatchedRun
-    from kto_ray.watch.serving import WatchPage, watch
+    from kto_ray.watch.serving import watch
 
     if len({run.rstrip("/") for run in runs}) < len(runs):
         raise UserError("RUN: one of them is named twice")

@@ -76,6 +76,7 @@ from kto_ray.tracking import Metrics
 from kto_ray.train.job import Training
 from kto_ray.train.sampler import imbalance
 from kto_ray.turns import stage_of
+from kto_ray.watch.own_page import OwnPage
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class _Loop:
         self.generators = Generators(config, self.run_storage, drawing, placement, self.training.coordinator)
         self.scorers = Scorers(config.label, config.cluster, placement)
         self.labeler: Labeler = make_labeler(config, self.run_storage, console)
+        self.page = OwnPage(config, self.run_storage, console)
         self.replayed = Replayed(config.replay, config) if config.replay else None
         if self.replayed:
             self.replayed.settle(self.run_storage)
@@ -147,7 +149,7 @@ class _Loop:
     async def run(self) -> dict[str, Any]:
         began = time.monotonic()
         # Who holds most of the cluster is closed first; whatever then stays, the caretaker ends.
-        parts = self.generators, self.scorers, self.labeler, self.retention, self.caretaker, self.metrics
+        parts = self.generators, self.scorers, self.labeler, self.page, self.retention, self.caretaker, self.metrics
         async with all_closed(*parts), stalls_said():
             with self.watch.measure("startup"):
                 await self._start()
@@ -166,14 +168,14 @@ class _Loop:
 
     async def _start(self) -> None:
         """Start all parts; what cannot be started ends the starting of the others."""
-        people = self.config.label.people
         # What is refused here has cost no machine time yet.
         async with noisily("the run's caretaker, and Serve", self.config.cluster):
             alone = await asyncio.to_thread(self.caretaker.start)
-            await asyncio.to_thread(start_serve, people, alone)
+            await asyncio.to_thread(start_serve, self.config.listens, alone)
         # Training starts while the generators do: both spend their first seconds on imports.
         self.training.start()
         async with together() as group:
+            group.create_task(self.page.start())
             group.create_task(self.generators.start())
             group.create_task(self.scorers.start())
             group.create_task(self.labeler.start(await asyncio.to_thread(self.making.memory)))

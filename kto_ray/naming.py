@@ -1,7 +1,7 @@
 """What a run is called on a cluster and by trackers, where other runs of the same name may be.
 
-The name says whose something is to people, a digest of where the run lies keeps it apart. Serve applications, people's
-page, the caretaker's actor, W&B and MLflow go by `unique_name`; who knows a run's folder finds them again.
+The name says whose something is to people, a digest of where the run lies keeps it apart. Serve applications, their
+pages, the caretaker's actor, W&B and MLflow go by `unique_name`; who knows a run's folder finds them again.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from kto_ray.storage import Storage
 
 SLUG_LENGTH = 40
 DIGEST_LENGTH = 8
-Role = Literal["generators", "page"]
-ROLES: tuple[Role, ...] = ("generators", "page")
+Role = Literal["generators", "page", "watch"]
+ROLES: tuple[Role, ...] = ("generators", "page", "watch")
 """In the order in which they are ended: who holds GPUs comes first."""
 APPLICATION = re.compile(rf"kto-ray-(?P<run>.+)-(?P<role>{'|'.join(ROLES)})-(?P<job>[0-9a-f]+)")
 

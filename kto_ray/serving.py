@@ -1,7 +1,7 @@
-"""Ray Serve as the loop needs it: for the generators without any listener, for people's page with one.
+"""Ray Serve as the loop needs it: for the generators without any listener, for a run's pages with one.
 
-The loop starts it once; `generate/client.py` and `people/labeler.py` deploy on it. What they deployed they end with
-`end_applications`, or else the caretaker does, once their driver is gone.
+The loop starts it once; `generate/client.py`, `people/labeler.py` and `watch/own_page.py` deploy on it. What they
+deployed they end with `end_applications`, or else the caretaker does, once their driver is gone.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationDetails, ApplicationStatus, LoggingConfig, ServeInstanceDetails
 
-from kto_ray.config.people import Human
+from kto_ray.config import Address
 from kto_ray.errors import UserError
 from kto_ray.lost import last_words
 from kto_ray.naming import Application, Role, unique_name
@@ -36,32 +36,32 @@ REPLICAS = "serve"
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
-def start_serve(human: Human | None, alone: bool = False) -> None:
+def start_serve(address: Address | None, alone: bool = False) -> None:
     """Start Serve on the cluster, or use the one that is there.
 
     Args:
-        human: who is served a page, on `host` and `port` of the head; None: nothing listens on the network, the loop
-            talks to replicas by handle.
+        address: that pages are served on, of the head; None: nothing listens on the network, the loop talks to
+            replicas by handle.
         alone: no other run is on the cluster, so that a Serve which earlier ones left may be ended.
 
     Raises:
         UserError: the port is taken, or the cluster's Serve does not listen there.
     """
-    if human is None:
+    if address is None:
         _start(proxy_location=ProxyLocation.Disabled)
         return
-    where = f"{human.host}:{human.port}"
-    if alone and not _listens(human) and not deployed():
+    if alone and not _listens(address) and not deployed():
         serve.shutdown()  # type: ignore[no-untyped-call]  # an earlier run's, that listens elsewhere or not at all
     if not _is_running():
-        _require_free(human)
-    _start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=human.host, port=human.port))
-    if not _listens(human):
+        _require_free(address)
+    _start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=address.host, port=address.port))
+    if not _listens(address):
         listens = _client().http_config
         found = f"{listens.host}:{listens.port}" if serve.status().proxies else "no address"
         raise UserError(
-            f"label.human.port: this cluster's Serve listens on {found} already, and only one address is possible, not "
-            f"{where} too; set label.human.host and .port to that, or end Serve with: serve shutdown"
+            f"{address.section}.port: this cluster's Serve listens on {found} already, and only one address is "
+            f"possible, not {address} too; set {address.section}.host and .port to that, or end Serve with: serve "
+            "shutdown"
         )
 
 
@@ -78,11 +78,11 @@ def _start(**options: Any) -> None:
     serve.start(**options, logging_config=QUIET)
 
 
-def _listens(human: Human) -> bool:
+def _listens(address: Address) -> bool:
     """Whether the cluster has a Serve that listens where the page is to be."""
     client: Any = _get_global_client(raise_if_no_controller_running=False)
     listens = client and client.http_config
-    return bool(client and serve.status().proxies) and (listens.host, listens.port) == (human.host, human.port)
+    return bool(client and serve.status().proxies) and (listens.host, listens.port) == (address.host, address.port)
 
 
 def application_name(run: Storage, role: Role) -> str:
@@ -195,19 +195,19 @@ def _client() -> Any:
     return client
 
 
-def _require_free(human: Human) -> None:
+def _require_free(address: Address) -> None:
     """Raises UserError when something else listens, as far as that can be seen from here."""
     cluster: Any = ray
     head = next((node for node in cluster.nodes() if "node:__internal_head__" in node["Resources"]), None)
     if head is None or head["NodeID"] != ray.get_runtime_context().get_node_id():
         return
-    family = socket.AF_INET6 if ":" in human.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((human.host, human.port))
+            probe.bind((address.host, address.port))
         except OSError as error:
             raise UserError(
-                f"label.human.port: cannot listen on {human.host}:{human.port}: {error.strerror}; "
-                "give another label.human.port"
+                f"{address.section}.port: cannot listen on {address}: {error.strerror}; "
+                f"give another {address.section}.port"
             ) from error

@@ -12,6 +12,7 @@ from kto_ray.config.explaining import implied
 from kto_ray.config.generate import Generate, Otherwise, shaping
 from kto_ray.config.label import Filter, Labeling, ScorerPoolSettings, ScorerSettings
 from kto_ray.config.machines import Cluster, Device, Dtype, Resources
+from kto_ray.config.pages import Address, WatchPage
 from kto_ray.config.people import Human
 from kto_ray.config.prompts import Prompts, PromptSet
 from kto_ray.config.reading import from_tree, load, override, public, recipe_names, to_yaml
@@ -22,6 +23,7 @@ from kto_ray.config.train import Adapter, SamplingPolicy, Train, held_dtype, ste
 __all__ = [
     "HELD_OUT_STAGES",
     "Adapter",
+    "Address",
     "BaseAdapter",
     "Change",
     "Cluster",
@@ -45,6 +47,7 @@ __all__ = [
     "ScorerSettings",
     "Tracking",
     "Train",
+    "WatchPage",
     "from_tree",
     "held_dtype",
     "implied",

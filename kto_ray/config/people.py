@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, SecretStr, model_v
 
 from kto_ray.identity import Fixed, Free, Noted
 from kto_ray.secrets import hide_in_database
-from kto_ray.section import Count, InnerShare, Positive, Section, Share
+from kto_ray.section import Count, InnerShare, Port, Positive, Section, Share
 
 DatabaseUrl = Annotated[
     SecretStr, PlainSerializer(lambda url: hide_in_database(url.get_secret_value()), str, when_used="json")
@@ -108,7 +108,7 @@ class Human(Section):
     """For so long an image is one person's; then somebody else may have it. An open page extends it."""
     host: Free[str] = "127.0.0.1"
     """Address that the page listens on; another than loopback is for a machine behind a proxy with HTTPS."""
-    port: Free[Annotated[int, Field(ge=1, le=65535)]] = 8000
+    port: Free[Port] = 8000
     """Port that the page listens on."""
     public_url: Free[str | None] = None
     """What links begin with, for instance https://labels.example.org; None: http://host:port."""

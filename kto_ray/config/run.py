@@ -13,6 +13,7 @@ from kto_ray.config.data import Data, as_data
 from kto_ray.config.generate import ALIGNED_STEPS, DRAWING, LATER, Generate, Otherwise
 from kto_ray.config.label import Labeling, as_scorers
 from kto_ray.config.machines import Cluster
+from kto_ray.config.pages import Address, WatchPage
 from kto_ray.config.people import as_route
 from kto_ray.config.prompts import Prompts, as_prompt_set
 from kto_ray.config.train import Train, as_sampling_policy, steps_for
@@ -169,6 +170,7 @@ class RunConfig(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
+    watch: WatchPage = WatchPage()
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
@@ -288,6 +290,23 @@ class RunConfig(Section):
                 "trained on in any case"
             )
         return self
+
+    @model_validator(mode="after")
+    def _pages_share_an_address(self) -> "RunConfig":
+        people, watch = None if self.offline else self.label.people, self.watch
+        if people and watch.port and (watch.host, watch.port) != (people.host, people.port):
+            raise ValueError(
+                f"watch.host and watch.port ({watch.host}:{watch.port}) must be label.human.host and label.human.port "
+                f"({people.host}:{people.port}): Ray Serve listens on one address, on which each page has its own path"
+            )
+        return self
+
+    @property
+    def listens(self) -> Address | None:
+        """Where the run's pages are to be found; None: it has none."""
+        if not self.offline and (people := self.label.people):
+            return Address("label.human", people.host, people.port)
+        return Address("watch", self.watch.host, self.watch.port) if self.watch.port else None
 
     @property
     def offline(self) -> bool:

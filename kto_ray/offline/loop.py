@@ -46,6 +46,7 @@ from kto_ray.tracking import Metrics
 from kto_ray.train.job import Training
 from kto_ray.train.streaming import Stream
 from kto_ray.turns import stage_of
+from kto_ray.watch.own_page import OwnPage
 
 
 def run_offline_kto(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
@@ -116,6 +117,7 @@ class _OfflineLoop:
         drawing = drawing_digest(config, preflight.components)
         self.generators = Generators(config, self.run_storage, drawing, placement, self.training.coordinator)
         self.scorers = Scorers(config.label, config.cluster, placement)
+        self.page = OwnPage(config, self.run_storage, console)
         self.evaluation = Evaluation(config, self.run_storage, preflight.held_out_prompts)
         asks_fresh = config.evaluate.stop_at_pass_rate is not None
         self.fresh = Evaluation(config, self.run_storage, preflight.held_out_prompts, True) if asks_fresh else None
@@ -130,7 +132,7 @@ class _OfflineLoop:
     async def run(self) -> dict[str, Any]:
         began = time.monotonic()
         self._say_passes()
-        parts = self.generators, self.scorers, self.retention, self.caretaker, self.metrics
+        parts = self.generators, self.scorers, self.page, self.retention, self.caretaker, self.metrics
         async with all_closed(*parts), stalls_said():
             with self.watch.measure("startup"):
                 await self._start()
@@ -152,9 +154,10 @@ class _OfflineLoop:
     async def _start(self) -> None:
         async with noisily("the run's caretaker, and Serve", self.config.cluster):
             alone = await asyncio.to_thread(self.caretaker.start)
-            await asyncio.to_thread(start_serve, None, alone)
+            await asyncio.to_thread(start_serve, self.config.listens, alone)
         self.training.start()
         async with together() as group:
+            group.create_task(self.page.start())
             group.create_task(self.generators.start())
             group.create_task(self.scorers.start())
 

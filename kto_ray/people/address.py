@@ -1,6 +1,7 @@
-"""Where a run's people are found: the database behind the queue, and the page's address."""
+"""Where a run's people are found: the database behind the queue, and the addresses of its pages."""
 
 import ipaddress
+from typing import Protocol
 
 import sqlalchemy as sa
 
@@ -45,10 +46,38 @@ def route_prefix(run: Storage) -> str:
     return f"/{unique_name(run)}"
 
 
-def base_url(human: Human, run: Storage) -> str:
+class Listening(Protocol):
+    """What of a page's settings is asked for here."""
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def port(self) -> int | None: ...
+
+    @property
+    def public_url(self) -> str | None: ...
+
+
+def origin(page: Listening) -> str:
+    """What all addresses of a server begin with, without a slash at its end."""
+    host = f"[{page.host}]" if ":" in page.host else page.host
+    return (page.public_url or f"http://{host}:{page.port}").rstrip("/")
+
+
+def base_url(page: Listening, run: Storage) -> str:
     """What the run's links begin with, without a slash at its end."""
-    host = f"[{human.host}]" if ":" in human.host else human.host
-    return (human.public_url or f"http://{host}:{human.port}").rstrip("/") + route_prefix(run)
+    return origin(page) + route_prefix(run)
+
+
+def open_to_others(page: Listening, field: str) -> str:
+    """A warning; empty where only programs of the same machine reach the page. `field`: that says where it listens."""
+    if is_loopback(page.host):
+        return ""
+    return (
+        f"{field}: the page listens on {page.host}:{page.port}, where other machines reach it without encryption; put "
+        "HTTPS in front of it (docs/labeling_api.md)"
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -27,7 +27,7 @@ from kto_ray.images import to_png
 from kto_ray.label.protocol import Labeler
 from kto_ray.label.threshold_labeler import ThresholdLabeler
 from kto_ray.people.access import Signer, link
-from kto_ray.people.address import base_url, database_owner, database_url, is_loopback, route_prefix
+from kto_ray.people.address import base_url, database_owner, database_url, open_to_others, route_prefix
 from kto_ray.people.agreement import agreement
 from kto_ray.people.desk import Desk, remote_desk
 from kto_ray.people.gold import load_gold
@@ -106,14 +106,8 @@ class HumanLabeler(Labeler):
         base = base_url(self.human, self.run)
         await self._invite(base, signer)
         self._say(f"watch the labeling: {link(base, signer.token(await self.desk.badge_of(OPERATOR, 'operator')))}")
-        if not is_loopback(self.human.host):
-            self.console.print(
-                f"label.human.host: the page listens on {self.human.host}:{self.human.port}, where other machines "
-                "reach it without encryption; put HTTPS in front of it (docs/labeling_api.md)",
-                style="yellow",
-                markup=False,
-                highlight=False,
-            )
+        if warning := open_to_others(self.human, "label.human.host"):
+            self.console.print(warning, style="yellow", markup=False, highlight=False)
 
     async def _invite(self, base: str, signer: Signer) -> None:
         """Say how answers are given. `base`: of the run's page."""

@@ -1,4 +1,4 @@
-"""A run one can watch, while it goes on or long after: `kto-ray watch`.
+"""A run one can watch, while it goes on or long after: `kto-ray watch`, or in the run itself: `watch.port`.
 
     run's folder --> reading.py: what is there now --> albums.py: images with their whole story
                          |                                 |
@@ -7,8 +7,8 @@
         curves.py, timeline.py, standing.py: figures as pictures and words
                          |
                          v
-    web/: pages and pictures --> serving.py: a server of its own
+    web/: pages and pictures --> serving.py: a server of its own; own_page.py: the run's, on Ray Serve
 
-All of it reads, and only reads, what a run keeps in its folder, so neither Ray nor the run notices; `web/` alone knows
-of requests.
+All of it reads, and only reads, what a run keeps in its folder, so that the run does not notice; `web/` alone knows of
+requests, and `own_page.py` and `web/deployment.py` of Ray. `door.py` makes the link.
 """

@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +95,23 @@ def drawing(job: jobs.Job) -> jobs.Job:
     return job
 
 
+def look_at_images(link: str) -> None:
+    """With the link, the watch page shows images of the run that goes on; without it, nothing."""
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    root = link.partition("enter/")[0]
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        browser.open(root)
+    with browser.open(link) as overview:
+        assert overview.url == f"{root}runs/stopped/"
+        assert "Round 0 is being drawn and scored" in overview.read().decode()
+    with browser.open(f"{root}runs/stopped/images") as grid:
+        shown = re.findall(r'src="([^"]+\.webp)"', grid.read().decode())
+        assert shown
+        address = urllib.parse.urljoin(grid.url, shown[0])
+    with browser.open(address) as thumbnail:
+        assert thumbnail.read(4) == b"RIFF"
+
+
 def test_two_runs_of_one_name_draw_with_their_own_settings(head: Head, tmp_path: Path, tiny_sd1_folder: Path) -> None:
     begun = []
     for steps in (2, 3):
@@ -131,9 +151,12 @@ def test_a_replica_that_cannot_be_built_says_why_and_leaves_nothing(
     assert "cuda" not in runs(head, "list")
 
 
-def test_a_stopped_job_with_people_leaves_nothing(head: Head, tmp_path: Path, tiny_sd1_folder: Path) -> None:
-    people = ["label.labeler=human", f"label.human.port={free_port()}"]
-    job = drawing(head.submit(tmp_path, "stopped", [f"model={tiny_sd1_folder}", *HELD, *SLOW, *people]))
+def test_a_stopped_job_with_pages_leaves_nothing(head: Head, tmp_path: Path, tiny_sd1_folder: Path) -> None:
+    port = free_port()
+    pages = ["label.labeler=human", f"label.human.port={port}", f"watch.port={port}"]
+    job = drawing(head.submit(tmp_path, "stopped", [f"model={tiny_sd1_folder}", *HELD, *SLOW, *pages]))
+    link = job.wait_until(lambda: re.search(r"watch the run: (\S+)", job.output()))[1]
+    look_at_images(link)
     freed, began = Freed(head), time.monotonic()
     subprocess.run([RAY, "job", "stop", "stopped"], env=head.env, check=True, capture_output=True)
     said("ray job stop", freed.wait(head, began))

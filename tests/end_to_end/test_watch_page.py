@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from kto_ray.config import WatchPage
 from kto_ray.lease import held
 from kto_ray.watch.reading import WatchedRun
-from kto_ray.watch.serving import Server, WatchPage
+from kto_ray.watch.serving import Server
 from tests.browser import CONTRAST, PHONE, OpenContext, Visitor
 from tests.watched import WatchedFolder
 

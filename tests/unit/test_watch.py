@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 from starlette.testclient import TestClient
 
 from kto_ray.cli import main
-from kto_ray.config import RunConfig
+from kto_ray.config import RunConfig, WatchPage, load, require_same
 from kto_ray.errors import UserError
 from kto_ray.evaluate.plots import PLOTS
 from kto_ray.people.access import Signer
@@ -26,11 +28,12 @@ from kto_ray.people.people import Badge
 from kto_ray.people.web.entrance import Entrance
 from kto_ray.people.web.guard import HEADERS
 from kto_ray.records import Prompt, Verdict
+from kto_ray.storage import Storage
 from kto_ray.watch import albums, curves, reading, standing, timeline
 from kto_ray.watch.albums import ImageStory, Key, disagreements
 from kto_ray.watch.finding import PAGE, Wish, find
+from kto_ray.watch.own_page import OwnPage
 from kto_ray.watch.reading import WatchedRun
-from kto_ray.watch.serving import WatchPage
 from kto_ray.watch.thumbnails import EDGE, Thumbnails, to_webp
 from kto_ray.watch.web.app import create_app
 from kto_ray.watch.web.pages import STATIC, named
@@ -568,6 +571,49 @@ def test_several_runs_stand_side_by_side(written: WatchedFolder, tmp_path: Path)
     assert page.status_code == 200
     assert all(text in page.text for text in ('runs/demo/"', 'runs/run-1/"', "a new run", "Side by side"))
     assert site.client.get("/runs/run-1/").status_code == 200
+
+
+# -- in every run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "listens"),
+    [
+        ([], None),
+        (["watch.port=8100"], ("watch", "127.0.0.1:8100")),
+        (["label.labeler=human"], ("label.human", "127.0.0.1:8000")),
+        (["label.labeler=human", "watch.port=8000"], ("label.human", "127.0.0.1:8000")),
+        (["data=liked", "label.labeler=human"], None),  # nobody is asked
+        (["data=liked", "label.labeler=human", "watch.port=8100"], ("watch", "127.0.0.1:8100")),
+    ],
+)
+def test_a_run_listens_where_its_pages_are(overrides: list[str], listens: tuple[str, str] | None) -> None:
+    address = load(None, overrides).listens
+    assert (address and (address.section, str(address))) == listens
+
+
+@pytest.mark.parametrize("wrong", ["watch.port=8100", "watch.host=0.0.0.0"])
+def test_two_pages_on_two_addresses_are_refused(wrong: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load(None, ["label.labeler=human", "watch.port=8000", wrong])
+    found = "127.0.0.1:8100" if "port" in wrong else "0.0.0.0:8000"
+    assert f"watch.host and watch.port ({found}) must be label.human.host and label.human.port (127.0.0.1:8000)" in str(
+        refused.value
+    )
+
+
+def test_a_run_may_be_watched_elsewhere_when_it_is_continued() -> None:
+    changes = require_same(load(None, ["watch.port=8100", "watch.link_days=1"]), load(None, []))
+    assert [change.field for change in changes] == ["watch.port", "watch.link_days"]
+
+
+async def test_a_run_without_a_page_starts_none(tmp_path: Path) -> None:
+    page = OwnPage(load(None, []), Storage(str(tmp_path)), Console())
+    await page.start()
+    page.close()
+    assert not ray.is_initialized()
+    script = "import sys, kto_ray.watch.own_page\nassert 'kto_ray.watch.web' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_watching_needs_no_ray(written: WatchedFolder) -> None:
