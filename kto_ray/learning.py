@@ -137,6 +137,7 @@ class Learning:
             await self._train(rounds, index, round_)
         facts = {name: value for name, value in round_.manifest.items() if name not in NOT_FIGURES}
         facts |= (await asyncio.to_thread(round_.storage.read_json, "training.json"))["figures"]
+        facts |= {"seconds/seal": round_.seal_seconds} if round_.seal_seconds is not None else {}
         passes = self.evaluation.pass_rate(round_.prompt_ids(), round_.scores()) if round_.sample_ids else None
         facts |= {"pass_rate": passes} if passes is not None else {}
         await asyncio.to_thread(self.metrics.log, "round", index, facts | {"seconds/round": time.monotonic() - began})

@@ -29,7 +29,7 @@ from kto_ray.rounds import Round, RoundStore
 from kto_ray.samples import Samples
 from kto_ray.score.pool import Scorers, require_scored
 from kto_ray.stage import Stage
-from kto_ray.stopwatch import Doing, as_figures
+from kto_ray.stopwatch import Seconds, as_figures
 
 SHOW_EVERY_S = 0.5
 LACKING = "image", "score", "verdict"
@@ -57,7 +57,7 @@ class Making:
         self.config, self.prompts, self.rounds = config, prompts, rounds
         self.generators, self.scorers, self.labeler, self.progress = generators, scorers, labeler, progress
         self.stage = stage or Stage()
-        self._said: dict[str, Mapping[Doing, float]] = {}  # what was spent when the last round was sealed, by role
+        self._said: dict[str, Mapping[str, Seconds]] = {}  # what was spent when the last round was sealed, by role
 
     def memory(self) -> dict[str, Any]:
         """What the labeler kept with the last sealed round."""
@@ -143,7 +143,7 @@ class Making:
             },
         )
 
-    def _spent(self, role: str, spent: Mapping[Doing, float]) -> dict[str, float]:
+    def _spent(self, role: str, spent: Mapping[str, Seconds]) -> dict[str, Any]:
         """What a role has spent since the last round was sealed."""
         before, self._said[role] = self._said.get(role, {}), spent
         return as_figures(role, spent, before)

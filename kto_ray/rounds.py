@@ -15,6 +15,7 @@ are stored in the same way, under `evaluations/`.
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,8 @@ class Round:
         self.storage, self.stage = storage, stage
         self._manifest: dict[str, Any] | None = None
         self._is_open = self._trained = False
+        self.seal_seconds: float | None = None
+        """That sealing took; None: this object has not sealed it."""
 
     # -- what is there ----------------------------------------------------------------------------------------------
 
@@ -347,6 +350,7 @@ class Round:
         """
         if self.sealed:
             return
+        began = time.monotonic()
         records = self.records()
         tables = {
             "samples": index_to_table(records),
@@ -357,7 +361,7 @@ class Round:
         parts = sorted({record.place.part for record in records if record.place})
         manifest = {"stage": self.stage, **facts, "format": FORMAT, "files": files, "parts": parts}
         self.storage.write_json("manifest.json", manifest)
-        self._manifest = manifest
+        self._manifest, self.seal_seconds = manifest, time.monotonic() - began
 
     def _rewrite_old_parts(self) -> None:
         """Bring samples of an open round that release 0.1.0 has begun into the form of this one."""

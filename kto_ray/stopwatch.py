@@ -4,10 +4,12 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Doing = Literal["work", "wait", "sleep", "load"]
 """load: come to be, take up weights, wake, and go to sleep."""
+Seconds = Mapping[Doing, float]
+"""That a process, or several, have spent."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Spent:
         return seconds
 
 
-def added(all_spent: Iterable[Mapping[Doing, float]]) -> dict[Doing, float]:
+def added(all_spent: Iterable[Seconds]) -> dict[Doing, float]:
     """What several processes have spent."""
     total: dict[Doing, float] = dict.fromkeys(get_args(Doing), 0.0)
     for spent in all_spent:
@@ -76,6 +78,18 @@ def added(all_spent: Iterable[Mapping[Doing, float]]) -> dict[Doing, float]:
     return total
 
 
-def as_figures(role: str, spent: Mapping[Doing, float], before: Mapping[Doing, float]) -> dict[str, float]:
-    """What a role has spent since then, as figures of a round."""
-    return {f"spent/{role}/{doing}": seconds - before.get(doing, 0.0) for doing, seconds in spent.items()}
+def as_figures(role: str, spent: Mapping[str, Seconds], before: Mapping[str, Seconds]) -> dict[str, Any]:
+    """What a role's processes, by their names, have spent since then, as figures of a round.
+
+    "spent/ROLE/DOING" are the seconds of all together. "processes/ROLE" has those of each, by its name and what they
+    were spent on, as far as there were any.
+    """
+    new = {
+        name: {doing: round(s - before.get(name, {}).get(doing, 0.0), 3) for doing, s in seconds.items()}
+        for name, seconds in spent.items()
+    }
+    each = {name: {doing: s for doing, s in seconds.items() if s > 0} for name, seconds in new.items()}
+    return {
+        **{f"spent/{role}/{doing}": seconds for doing, seconds in added(new.values()).items()},
+        f"processes/{role}": {name: seconds for name, seconds in each.items() if seconds},
+    }

@@ -9,7 +9,7 @@ from kto_ray.parts import write_part
 from kto_ray.policies import PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRecord, SampleRequest, Score
 from kto_ray.samples import Samples
-from kto_ray.stopwatch import Doing
+from kto_ray.stopwatch import Seconds
 from kto_ray.storage import Storage
 from tests.factories import make_sample, ruined
 
@@ -31,7 +31,7 @@ class InProcess:
         self.ruined: set[str] = set()  # prompts whose images are none
         self.policies: PolicyStore | None = None  # where those that it draws with have to be
         self.busy_seconds = 0.0
-        self.spent: dict[Doing, float] = {"work": 0.0}
+        self.spent: dict[str, Seconds] = {"1": {"work": 0.0}}
         self.drawing = "as always"
         self.shrunk = 0
         self.answering = asyncio.Event()

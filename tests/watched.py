@@ -21,6 +21,7 @@ from kto_ray.prompts import round_requests
 from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest, Score, Verdict
 from kto_ray.rounds import Round, RoundStore
 from kto_ray.shapes.world import Scene, all_scenes, draw_somewhere
+from kto_ray.stopwatch import as_figures
 from kto_ray.storage import Storage
 from kto_ray.tracking import Metrics
 from tests.factories import ruined
@@ -112,12 +113,8 @@ class WatchedFolder:
         round_.add_verdicts(verdicts)
 
     def seal(self, number: int, round_: Round) -> None:
-        spent = {"generators": (8, 20), "scorers": (1, 27)}
-        figures = {
-            f"spent/{role}/{doing}": s
-            for role, two in spent.items()
-            for doing, s in zip(("work", "wait"), two, strict=True)
-        }
+        figures = as_figures("generators", {"1": {"work": 5, "wait": 9}, "2": {"work": 3, "wait": 11}}, {})
+        figures |= as_figures("scorers", {"shapes 1": {"work": 1, "wait": 27}}, {})
         seconds = {"seconds/generate": 8.0, "seconds/label": 1.0, "busy/generate": 7.0, "busy/label": 1.0}
         round_.seal(**round_figures(number, round_), **seconds, **figures, labeler={})
 
@@ -126,11 +123,12 @@ class WatchedFolder:
         draws = {v.sample_id: 2 for v in round_.verdicts() if v.label in ("desirable", "undesirable")}
         objective = {"loss": 0.5 - number / 100, "accuracy": 0.55, "saturated": 0.02, "margin": 0.6, "z": 0.002}
         objective |= {"g_desirable": 0.01 * number, "g_undesirable": 0.002 * number, "gradient_norm": 0.4}
-        figures = {f"objective/{name}": value for name, value in objective.items()}
-        figures |= {"seconds/load": 0.5, "seconds/train": 15.0}
-        figures |= {"spent/train_workers/work": 15.0, "spent/train_workers/wait": 9.5, "spent/train_workers/load": 0.5}
+        figures: dict[str, Any] = {f"objective/{name}": value for name, value in objective.items()}
+        figures |= {"seconds/load": 0.5, "seconds/train": 15.0, "seconds/store": 1.0}
+        figures |= as_figures("train_workers", {"0": {"work": 15.0, "wait": 8.5, "load": 1.5}}, {})
         round_.record_training(draws, {"policy_version": number + 1, "figures": figures})
         facts = {k: v for k, v in round_.manifest.items() if isinstance(v, int | float) and k != "format"}
+        facts["seconds/seal"] = 0.5
         rate = self.evaluation.pass_rate(round_.prompt_ids(), round_.scores())
         self.metrics.log("round", number, facts | figures | {"pass_rate": rate, "seconds/round": 25.0})
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ray import serve
@@ -26,7 +26,7 @@ from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.records import PolicyRef, Sample, SampleRequest
 from kto_ray.samples import Samples
 from kto_ray.serving import QUIET, application_name, deploy, end_applications, running, scale
-from kto_ray.stopwatch import Doing, added
+from kto_ray.stopwatch import Seconds
 from kto_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Generators:
         self.name = ""  # of the application, once it is started
         self._run, self._offering = run, Offering(PolicyStore(run))
         self.busy_seconds = 0.0
-        self._spent: dict[str, Mapping[Doing, float]] = {}  # by replica, when it last answered
+        self._spent: dict[str, Seconds] = {}  # by replica, when it last answered
         self.came_s = 0.0
         """Seconds that the first replicas took to come."""
         booked, (least, most) = self.placement.generator, self.placement.replicas
@@ -118,9 +118,9 @@ class Generators:
         return await running(self.name, Generator.__name__)
 
     @property
-    def spent(self) -> dict[Doing, float]:
-        """On what replicas have spent their seconds, up to their last answers."""
-        return added(self._spent.values())
+    def spent(self) -> dict[str, Seconds]:
+        """On what each replica has spent its seconds, up to its last answer; numbered in the order of the first."""
+        return {str(number): seconds for number, seconds in enumerate(self._spent.values(), 1)}
 
     def close(self) -> None:
         """Also what is only half deployed goes."""

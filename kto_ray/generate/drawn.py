@@ -4,14 +4,14 @@ A replica's numbers may overflow, above all in float16. Such a sample is stored 
 nobody is shown, no scorer scores and no training sees.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
 from kto_ray.records import Sample, SampleRecord, Verdict
-from kto_ray.stopwatch import Doing
+from kto_ray.stopwatch import Seconds
 
 BY_DRAWING = "drawing"
 """Whose verdicts these are, in the record."""
@@ -33,7 +33,7 @@ class Drawn:
     """`drawing_digest` of this replica."""
     replica: str = ""
     """Which one it is."""
-    spent: Mapping[Doing, float] = field(default_factory=dict)
+    spent: Seconds = field(default_factory=dict)
     """On what it has spent its seconds so far."""
 
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Collection, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -28,12 +29,29 @@ from kto_ray.records import Score
 from kto_ray.samples import Samples
 from kto_ray.score.actor import Answers, ScorerActor, plain
 from kto_ray.score.environments.finding import interpreter
-from kto_ray.stopwatch import Doing, added
+from kto_ray.stopwatch import Seconds
 
 logger = logging.getLogger(__name__)
 
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 1.0, 60.0
 """How long a batch waits at least, and at most, before another actor is built."""
+
+
+@dataclass
+class _Time:
+    """Of an actor: when it began, and ended, and the seconds in which it worked, loaded and slept."""
+
+    began: float
+    ended: float | None = None
+    work: float = 0
+    load: float = 0
+    sleep: float = 0
+
+    @property
+    def spent(self) -> Seconds:
+        held = (self.ended or time.monotonic()) - self.began
+        wait = max(0.0, held - self.work - self.load - self.sleep)
+        return {"work": self.work, "wait": wait, "sleep": self.sleep, "load": self.load}
 
 
 class ScorerPool:
@@ -64,9 +82,7 @@ class ScorerPool:
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._leaving: dict[Any, Any] = {}  # actors whose node is drained, each with the one in its place
         self.version = ""
-        self.busy_seconds = 0.0
-        self._began: dict[Any, float] = {}  # of each actor
-        self._held_seconds = self._load_seconds = self._sleep_seconds = 0.0  # of those that are gone; of all
+        self._times: dict[Any, _Time] = {}  # also of actors that are gone
         self._asleep_since: float | None = None
         self._patience_s = LEAST_PATIENCE_S
 
@@ -88,7 +104,7 @@ class ScorerPool:
 
     def _add_actor(self) -> Any:
         actor = self._actor_class.remote(self.settings.scorer or self.name, self.settings.args)
-        self._began[actor] = time.monotonic()
+        self._times[actor] = _Time(time.monotonic())
         self._actors[actor] = asyncio.create_task(self._offer(actor))
         return actor
 
@@ -101,7 +117,7 @@ class ScorerPool:
         async with noisily(f"an actor of scorer {self.name}", self.cluster, self.settings.resources):
             with contextlib.suppress(RayError):
                 await actor.describe.remote()
-                self._load_seconds += time.monotonic() - began
+                self._times[actor].load += time.monotonic() - began
                 self._patience_s = min(max(LEAST_PATIENCE_S, time.monotonic() - began), MOST_PATIENCE_S)
         self._give_back(actor)
 
@@ -142,7 +158,7 @@ class ScorerPool:
     def _dismiss(self, actor: Any) -> None:
         self._actors.pop(actor).cancel()
         self._leaving.pop(actor, None)
-        self._held_seconds += time.monotonic() - self._began.pop(actor)
+        self._times[actor].ended = time.monotonic()
         ray.kill(actor)
 
     def _replace(self, actor: Any) -> None:
@@ -201,7 +217,7 @@ class ScorerPool:
             else:
                 self._give_back(actor)
                 seconds = loop.time() - began
-                self.busy_seconds += seconds
+                self._times[actor].work += seconds
                 telemetry.SCORE_SECONDS.observe(seconds, scorer=self.name)
                 return answers
             tried += 1
@@ -229,15 +245,18 @@ class ScorerPool:
 
     def _awake(self) -> None:
         if self._asleep_since is not None:
-            self._sleep_seconds += len(self._actors) * (time.monotonic() - self._asleep_since)
+            for actor in self._actors:
+                self._times[actor].sleep += time.monotonic() - self._asleep_since
             self._asleep_since = None
 
     @property
-    def spent(self) -> dict[Doing, float]:
-        """On what actors have spent their seconds; sleep counts once it is over, and to it until the last one wakes."""
-        held = self._held_seconds + sum(time.monotonic() - began for began in self._began.values())
-        work, load, sleep = self.busy_seconds, self._load_seconds, self._sleep_seconds
-        return {"work": work, "wait": max(0.0, held - work - load - sleep), "sleep": sleep, "load": load}
+    def busy_seconds(self) -> float:
+        return sum(one.work for one in self._times.values())
+
+    @property
+    def spent(self) -> dict[str, Seconds]:
+        """On what each actor has spent its seconds; sleep counts once it is over, and until the last one wakes."""
+        return {f"{self.name} {number}": one.spent for number, one in enumerate(self._times.values(), 1)}
 
     def shrink(self) -> None:
         """Let go of actors above the minimum that are idle or not yet built."""
@@ -292,8 +311,9 @@ class Scorers:
         return sum(pool.busy_seconds for pool in self.pools.values())
 
     @property
-    def spent(self) -> dict[Doing, float]:
-        return added(pool.spent for pool in self.pools.values())
+    def spent(self) -> dict[str, Seconds]:
+        """On what each actor has spent its seconds, by its scorer and number."""
+        return {name: seconds for pool in self.pools.values() for name, seconds in pool.spent.items()}
 
     async def start(self) -> None:
         self._watching = asyncio.create_task(self._leave_drained())

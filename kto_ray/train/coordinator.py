@@ -28,7 +28,8 @@ class TrainingReport:
     """What came of a round: the version it made, figures, and how often each sample was drawn."""
 
     version: int
-    figures: dict[str, float]
+    figures: dict[str, Any]
+    """As `training.json` keeps them; numbers, but for what each rank has spent."""
     draws: dict[str, int]
     left_out: list[str] = field(default_factory=list)
     """Samples that `train.on_nonfinite` left out."""

@@ -21,6 +21,7 @@ UserError, which the coordinator is told instead.
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from kto_ray.policies import DigestError, PolicyStore
 from kto_ray.prepared import is_labelled, set_of
 from kto_ray.rounds import RoundStore, by_sample
 from kto_ray.ruling import values_of
-from kto_ray.stopwatch import Doing, Laps, Spent, added, as_figures
+from kto_ray.stopwatch import Laps, Seconds, Spent, as_figures
 from kto_ray.storage import Storage
 from kto_ray.train import checkpointing
 from kto_ray.train.batches import RoundData, StoredLatents, TrainingData
@@ -84,7 +85,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
     if resources.threads or config.train.on_cpu:
         torch.set_num_threads(resources.threads or max(1, torch.multiprocessing.cpu_count() // ranks))
 
-    spent, said = Spent(), dict[Doing, float]()
+    spent, said = Spent(), dict[str, Seconds]()
     run.require_seen()
     telemetry.of_run(unique_name(run))
     if by_turns and not ray.get(coordinator.wait_turn.remote()):
@@ -101,9 +102,13 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
         learner.begin_from(store.load(store.resolve(version)))
 
     moving = Moving(rank, ranks, coordinator)
+    storing: float | None = None  # since when
     while True:
         if report:
             publish(store, learner, version)
+            if storing:
+                stored = {"seconds/store": time.monotonic() - storing}
+                report = replace(report, figures=report.figures | stored)
         again = trained_before(rounds, version)
         if by_turns and report and not again:
             learner.sleep()
@@ -141,7 +146,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
             raise UserError(not_finite_sentence(error, task.round_index, ids, run)) from error
         version += 1
         spent.turn_to("load")
-        now = added([spent.so_far()] * ranks)  # one rank is as busy as the other
+        now = everyones(spent, ranks)
         reading = data.seconds if data else 0.0
         report = TrainingReport(
             version=version,
@@ -156,6 +161,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
         said = now
         if again:
             require_same_policy(store, learner, version, run)
+        storing = time.monotonic()
         commit_checkpoint(learner, version, report, run)
 
 
@@ -164,6 +170,14 @@ def mixed_figures(ids: Sequence[str], draws_N: npt.NDArray[np.int64]) -> dict[st
     mixed = [count for sample_id, count in zip(ids, draws_N.tolist(), strict=True) if count and is_labelled(sample_id)]
     of_round = int(draws_N.sum()) > sum(mixed)
     return {"mixed/images": float(len(mixed)), "mixed/draws": float(sum(mixed))} if mixed and of_round else {}
+
+
+def everyones(spent: Spent, ranks: int) -> dict[str, Seconds]:
+    """What each rank has spent so far, by its number. Called by every rank."""
+    seconds: list[Any] = [spent.so_far()] * ranks
+    if ranks > 1:
+        torch.distributed.all_gather_object(seconds, spent.so_far())
+    return {str(rank): one for rank, one in enumerate(seconds)}
 
 
 def everybody_sleeps(ranks: int) -> None:

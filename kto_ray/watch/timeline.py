@@ -1,27 +1,30 @@
 """Who worked and who waited, round by round, on one clock: from the rows of rounds and evaluations alone.
 
-    stages       when each was at work: a round is drawn and judged, trained on, and its policy evaluated
-    processes    what the processes of a role spent their time on in each round, as shares: they are added up over
-                 replicas, actors or workers, and when exactly each of them waited is not kept
+    stages       when each was at work: a round is drawn and judged, trained on, and its policy evaluated; what is
+                 written at the end of a round's making, and of its training
+    processes    what the processes of a role spent their time on in each round, as shares: all together, and where
+                 there are several, each of them; when exactly each of them waited is not kept
 
 A row says when its round ended, and how long its stages took. Where these lay follows from the loop: a round is drawn
 as soon as its policy is there and the one before it is sealed. Positions are shares of the width, 0 to 1.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from kto_ray.config import RunConfig
 from kto_ray.evaluate.charts import duration, percent
-from kto_ray.evaluate.shares import ROLES, shares_of
+from kto_ray.evaluate.shares import ROLES, as_shares, processes_in, spent_in
 from kto_ray.outbox import Row
 from kto_ray.stopwatch import Doing
 
 LATEST = 40
 """Rounds that are shown unless more are asked for."""
 NAMES = {"generators": "Generators", "scorers": "Scorers", "train_workers": "Train workers"}
-STAGES = ("generate", "label", "load", "train")
+ONE = {"generators": "replica ", "scorers": "", "train_workers": "rank "}
+"""Before what a process of the role is called."""
+STAGES = ("generate", "label", "seal", "load", "train", "store")
 IDLE: tuple[Doing, ...] = ("wait", "sleep")
 WORDS: dict[Doing, str] = {"work": "work", "load": "load weights", "wait": "wait", "sleep": "sleep"}
 
@@ -40,23 +43,28 @@ class Span:
 
 @dataclass(frozen=True)
 class Lane:
-    """`idle`: share of its time; None where that says nothing."""
+    """Of processes, `shares` say what all of their time was spent on, and `single` whether it is one of several."""
 
     name: str
     spans: Sequence[Span]
-    idle: float | None
+    shares: Mapping[str, float] = field(default_factory=dict)
+    single: bool = False
+
+    @property
+    def idle(self) -> float | None:
+        """Share of its time; None where that says nothing."""
+        return sum(self.shares[doing] for doing in IDLE) if self.shares else None
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """See the module. `edges`: where rounds end, with their numbers. `shares`: of each role, over the rounds shown."""
+    """See the module. `edges`: where rounds end, with their numbers."""
 
     stages: Sequence[Lane]
     processes: Sequence[Lane]
     edges: Sequence[tuple[float, int]]
     ticks: Sequence[tuple[float, str]]
     idle: float
-    shares: dict[str, dict[str, float]]
     rounds: int
     of: int
 
@@ -69,9 +77,11 @@ class _Round:
     row: Row
     drawing: float
     judging: float
+    judged: float
     sealed: float
     loading: float
     training: float
+    trained: float
     ended: float
 
 
@@ -103,31 +113,32 @@ def timeline_of(
         return Span(what, round((began - begin) / whole, 5), round(max(0, ended - began) / whole, 5), y, height, says)
 
     judges = "people" if config.label.people else "judge"
-    stages: dict[str, list[tuple[float, float, str, str]]] = {"Draw": [], "Judge": [], "Train": [], "Evaluate": []}
+    stages: dict[str, list[tuple[float, float, str, str]]] = {}
+    for name in ("Draw", "Judge", "Train", "Store", "Evaluate"):
+        stages[name] = []
     for one in shown:
         n = f"round {one.number}"
         stages["Draw"].append((one.drawing, one.judging, "draw", f"{n}: drawn in"))
-        stages["Judge"].append((one.judging, one.sealed, judges, f"{n}: judged, after the last image, in"))
+        stages["Judge"].append((one.judging, one.judged, judges, f"{n}: judged, after the last image, in"))
         stages["Train"].append((one.loading, one.training, "load", f"{n}: images and weights loaded in"))
-        stages["Train"].append((one.training, one.ended, "train", f"{n}: trained on in"))
+        stages["Train"].append((one.training, one.trained, "train", f"{n}: trained on in"))
+        stages["Store"].append((one.judged, one.sealed, "store", f"{n}: sealed in"))
+        stages["Store"].append((one.trained, one.ended, "store", f"{n}: checkpoint and policy stored in"))
     stages["Evaluate"] = [(b, e, "evaluate", f"policy {policy}: evaluated in") for b, e, policy in evaluated]
     busy = _covered([(b, e) for spans in stages.values() for b, e, _, _ in spans])
     lanes = [
         Lane(
             ("People" if judges == "people" else name) if name == "Judge" else name,
             [span(what, b, e, f"{says} {duration(e - b)}") for b, e, what, says in spans if e > b],
-            None,
         )
         for name, spans in stages.items()
     ]
-    shares = shares_of([one.row for one in shown])
     return Timeline(
         stages=[lane for lane in lanes if lane.spans],
-        processes=[_role(role, shown, shares[role], span) for role in ROLES if role in shares],
+        processes=[lane for role in ROLES for lane in _of_role(role, shown, span)],
         edges=[(round((one.ended - begin) / whole, 5), one.number) for one in shown],
         ticks=[(part / 4, duration(part / 4 * whole)) for part in range(5)],
         idle=max(0.0, 1 - busy / whole),
-        shares=shares,
         rounds=len(shown),
         of=len(placed),
     )
@@ -139,26 +150,39 @@ def _placed(config: RunConfig, rows: Sequence[Row], evaluations: Sequence[Row]) 
     placed: list[_Round] = []
     for row in rows:
         number, ended = int(row["step"]), float(row["time"])
-        generate, label, load, train = (float(row.get(f"seconds/{stage}") or 0) for stage in STAGES)
-        training = ended - train
+        generate, label, seal, load, train, store = (float(row.get(f"seconds/{stage}") or 0) for stage in STAGES)
+        trained = ended - store
+        training = trained - train
         loading = training - load
-        drawing = loading - label - generate
+        drawing = loading - seal - label - generate
         if config.rounds_ahead and placed:  # drawn meanwhile, so that it may have lain there for a while
             ready = walked.get(number - config.rounds_ahead - 1, placed[-1].sealed)
             drawing = min(drawing, max(ready, placed[-1].sealed))
         judging = drawing + generate
-        placed.append(_Round(number, row, drawing, judging, judging + label, loading, training, ended))
+        judged = judging + label
+        placed.append(_Round(number, row, drawing, judging, judged, judged + seal, loading, training, trained, ended))
     return placed
 
 
-def _role(role: str, shown: Sequence[_Round], shares: dict[str, float], span: Any) -> Lane:
-    """Each round's shares, over the time from one report of the role to the next."""
+def _of_role(role: str, shown: Sequence[_Round], span: Any) -> list[Lane]:
+    """Of all its processes together and, where there are several, of each."""
+    names = processes_in([one.row for one in shown], role)
+    lanes = [_of_processes(role, name, shown, span) for name in (None, *(names if len(names) > 1 else ()))]
+    return [lane for lane in lanes if lane.shares]
+
+
+def _of_processes(role: str, process: str | None, shown: Sequence[_Round], span: Any) -> Lane:
+    """Each round's shares, over the time from one report of the role to the next.
+
+    Args:
+        process: one of the role's; None: all together.
+    """
     spans, trains = [], role == "train_workers"
     for place, one in enumerate(shown):
         ended = one.ended if trains else one.sealed
         before = shown[place - 1] if place else None
         began = min(one.drawing, one.loading) if before is None else before.ended if trains else before.sealed
-        of = shares_of([one.row]).get(role, {})
+        of = as_shares([spent_in(one.row, role, process)])
         floor = 1.0
         for doing in get_args(Doing):
             share = of.get(doing, 0.0)
@@ -166,7 +190,9 @@ def _role(role: str, shown: Sequence[_Round], shares: dict[str, float], span: An
                 floor -= share
                 says = f"round {one.number}: {percent(share)} {WORDS[doing]}"
                 spans.append(span(doing, began, ended, says, round(max(0.0, floor), 4), round(share, 4)))
-    return Lane(NAMES[role], spans, sum(shares[doing] for doing in IDLE))
+    shares = as_shares(spent_in(one.row, role, process) for one in shown)
+    name = NAMES[role] if process is None else f"{ONE[role]}{process}"
+    return Lane(name, spans, shares, single=process is not None)
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:

@@ -345,6 +345,35 @@ def test_stages_follow_each_other_and_what_is_left_is_idle() -> None:
     assert timeline.timeline_of(RunConfig(), [], []) is None
 
 
+def test_storing_has_its_place_between_the_stages() -> None:
+    line = timeline.timeline_of(
+        RunConfig(), rows_of([110.0], generate=3, label=1, seal=1, load=1, train=2, store=2), []
+    )
+    assert line
+    at = {lane.name: [(100 + 10 * s.x, 10 * s.width) for s in lane.spans] for lane in line.stages}
+    assert at["Store"] == [pytest.approx((104, 1)), pytest.approx((108, 2))]
+    assert at["Train"] == [pytest.approx((105, 1)), pytest.approx((106, 2))]
+    assert line.idle == pytest.approx(0)
+
+
+def test_processes_of_a_role_are_told_apart_where_there_are_several() -> None:
+    rows = rows_of([110.0, 120.0], generate=4, label=1, load=1, train=4)
+    rows[0]["processes/generators"] = {"1": {"work": 3.0, "wait": 1.0}, "10": {"wait": 2.0}}
+    rows[1]["processes/generators"] = {"2": {"work": 1.0, "sleep": 3.0}, "10": {"work": 2.0}}
+    rows[1]["processes/train_workers"] = {"0": {"work": 2.0}}
+    line = timeline.timeline_of(RunConfig(), rows, [])
+    assert line
+    found = [(lane.name, lane.single, lane.idle) for lane in line.processes]
+    assert found == [
+        ("Generators", False, 0.75),
+        *[("replica 1", True, 0.25), ("replica 2", True, 0.75), ("replica 10", True, 0.5)],
+        ("Train workers", False, 0),
+    ]
+    first, second, _ = line.processes[1:4]
+    assert {span.says[:8] for span in first.spans} == {"round 0:"}  # it was not there in the other one
+    assert {span.says[:8] for span in second.spans} == {"round 1:"}
+
+
 def test_rounds_that_are_drawn_ahead_lie_where_they_were_drawn() -> None:
     rows = rows_of([110.0, 116.0, 122.0], generate=3, label=0, load=0, train=6)
     line = timeline.timeline_of(RunConfig(max_policy_lag=1), rows, [])
