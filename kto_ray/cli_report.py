@@ -34,7 +34,7 @@ def report(run: str, out: str | None, picture: str | None) -> None:
     prompts = held_out_prompts(folder, config)
     fresh = Evaluation(config, folder, prompts, True) if len(opened.figures(FRESH_STAGE)) > 1 else None
     results = results_of(
-        *(config, opened.figures, RoundStore(folder), Evaluation(config, folder, prompts), fresh),
+        *(config, folder, opened.figures, RoundStore(folder), Evaluation(config, folder, prompts), fresh),
         seconds=ended["seconds"] if ended else {},
         finished=ended is not None,
     )

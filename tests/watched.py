@@ -16,6 +16,7 @@ from kto_ray.config import RunConfig, to_yaml
 from kto_ray.evaluate.evaluation import Evaluation
 from kto_ray.evaluate.summary import evaluation_row
 from kto_ray.generate.drawn import failed_verdicts
+from kto_ray.learning import NOT_FIGURES
 from kto_ray.making import round_figures
 from kto_ray.prompts import round_requests
 from kto_ray.records import PolicyRef, Prompt, Sample, SampleRequest, Score, Verdict
@@ -124,10 +125,10 @@ class WatchedFolder:
         objective = {"loss": 0.5 - number / 100, "accuracy": 0.55, "saturated": 0.02, "margin": 0.6, "z": 0.002}
         objective |= {"g_desirable": 0.01 * number, "g_undesirable": 0.002 * number, "gradient_norm": 0.4}
         figures: dict[str, Any] = {f"objective/{name}": value for name, value in objective.items()}
-        figures |= {"seconds/load": 0.5, "seconds/train": 15.0, "seconds/store": 1.0}
+        figures |= {"seconds/load": 0.5, "seconds/train": 15.0, "seconds/publish": 1.0}
         figures |= as_figures("train_workers", {"0": {"work": 15.0, "wait": 8.5, "load": 1.5}}, {})
         round_.record_training(draws, {"policy_version": number + 1, "figures": figures})
-        facts = {k: v for k, v in round_.manifest.items() if isinstance(v, int | float) and k != "format"}
+        facts = {k: v for k, v in round_.manifest.items() if k not in NOT_FIGURES}
         facts["seconds/seal"] = 0.5
         rate = self.evaluation.pass_rate(round_.prompt_ids(), round_.scores())
         self.metrics.log("round", number, facts | figures | {"pass_rate": rate, "seconds/round": 25.0})

@@ -133,6 +133,7 @@ PLOTS: dict[str, tuple[Plot, ...]] = {
             (
                 ("seconds/generate", "generate", BLUE),
                 ("seconds/label", "label", ORANGE),
+                ("seconds/seal", "seal", RED),
                 ("seconds/train", "train", GREEN),
                 ("seconds/publish", "publish", PURPLE),
                 ("seconds/evaluate", "evaluate", GRAY),

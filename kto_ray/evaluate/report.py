@@ -13,17 +13,17 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import IO
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
 import kto_ray
+from kto_ray.evaluate.albums import SIGNS, ImageStory
 from kto_ray.evaluate.charts import (
     MISSING,
     Row,
@@ -41,7 +41,9 @@ from kto_ray.evaluate.hacking import with_opinions
 from kto_ray.evaluate.people import PeopleSummary
 from kto_ray.evaluate.plots import INK, PLOTS, opinion_plots
 from kto_ray.evaluate.statistics import EvaluationSummary
+from kto_ray.evaluate.timeline import Timeline
 
+HERE = Path(__file__).parent
 Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 
 MAX_EDGE = 256  # pixels; larger pictures are scaled down, or a page of SD images would weigh tens of megabytes
@@ -60,6 +62,16 @@ class Pair:
     final_scores: Sequence[float | None]
     base_passes: Sequence[bool | None]
     final_passes: Sequence[bool | None]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Some of the images of a round."""
+
+    round: int
+    of: int
+    images: Sequence[ImageStory]
+    pixels: Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -82,14 +94,18 @@ class ReportData:
     hints: Sequence[str] = ()  # what health figures say of the objective's settings
     people: PeopleSummary | None = None  # None: nobody was asked
     spent: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # shares of each role's seconds
+    sheet: Sheet | None = None  # None: nothing was drawn, or the pixels are gone
+    timeline: Timeline | None = None  # None: no round is complete
 
 
 def render_report(data: ReportData) -> str:
     """The page as HTML text; everything that comes from `data` is escaped."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     words = (percent, number, duration, percents, numbers, points, signed)
     environment.filters |= {**{word.__name__: word for word in words}, "picture": picture_uri}
-    template = environment.from_string((resources.files("kto_ray.evaluate") / "report.html.j2").read_text("utf-8"))
+    template = environment.get_template("report.html.j2")
     evaluations = sorted(data.evaluations, key=lambda evaluation: evaluation.policy_version)
     reported = sorted(data.fresh, key=lambda evaluation: evaluation.policy_version) or evaluations
     rounds = [_with_idle_time(row) for row in with_opinions(data.rounds, data.scorers)]
@@ -100,13 +116,15 @@ def render_report(data: ReportData) -> str:
         base=next((evaluation for evaluation in reported if evaluation.policy_version == 0), None),
         last=next((evaluation for evaluation in reversed(reported) if evaluation.policy_version > 0), None),
         charts={section: [c for p in plots if (c := draw(p, rounds, evaluations))] for section, plots in plots.items()},
-        columns=list(dict.fromkeys(key for row in rounds for key in row)),
+        columns=list(dict.fromkeys(key for row in rounds for key in row if not key.startswith("processes/"))),
         rounds=rounds,
         ledger_parts=LEDGER_PARTS,
         scored=any(score is not None for pair in data.pairs for score in (*pair.base_scores, *pair.final_scores)),
         judged=not any(math.isnan(evaluation.pass_rate.value) for evaluation in evaluations),
         unaccounted=_unaccounted(data.ledger),
         small_edge=SMALL_EDGE,
+        SIGNS=SIGNS,
+        held_out=[name for name, is_held_out in data.scorers.items() if is_held_out],
         version=kto_ray.__version__,
         MISSING=MISSING,
     )

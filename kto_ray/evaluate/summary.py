@@ -10,18 +10,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kto_ray.config import RunConfig, to_yaml
+from kto_ray.evaluate.albums import Key, read_round, spread
 from kto_ray.evaluate.doubts import doubts_in_all
 from kto_ray.evaluate.evaluation import FRESH_STAGE, PICTURED_PROMPTS, STAGE, Evaluation
 from kto_ray.evaluate.hacking import suspicion_of
 from kto_ray.evaluate.hints import hints_in_all
 from kto_ray.evaluate.people import people_summary
-from kto_ray.evaluate.report import Pair, ReportData, render_report, save_png_grid
+from kto_ray.evaluate.report import Pair, ReportData, Sheet, render_report, save_png_grid
 from kto_ray.evaluate.shares import shares_of
 from kto_ray.evaluate.statistics import EvaluationSummary, Interval
+from kto_ray.evaluate.timeline import timeline_of
 from kto_ray.outbox import Row
-from kto_ray.rounds import RoundStore
+from kto_ray.rounds import Round, RoundStore
 from kto_ray.storage import Storage
 from kto_ray.tracking import Metrics
+
+PICTURED_IMAGES = 32
+"""Of the last round."""
 
 
 def evaluation_row(summary: EvaluationSummary) -> dict[str, Any]:
@@ -44,6 +49,23 @@ def _bounds(interval: Interval) -> dict[str, float]:
     return {name: value for name, value in bounds.items() if not math.isnan(value)}
 
 
+def sheet_of(run: Storage, config: RunConfig, rounds: Sequence[int]) -> Sheet | None:
+    """Images of the last sealed round, with what became of them; None where there are none, or no pixels any more.
+
+    Args:
+        rounds: numbers of all rounds.
+    """
+    for number in reversed(rounds):
+        album = read_round(run, config, Key("round", number), rounds[-1])
+        if album.sealed:
+            images = spread([image for image in album.images if image.record.error is None], PICTURED_IMAGES)
+            if not images or not album.kept:
+                return None
+            pixels_BHWC = Round(run / album.key.folder, album.key.stage).pixels_of([image.record for image in images])
+            return Sheet(number, len(album.images), images, list(pixels_BHWC))
+    return None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What is known of a run: `summary.json`, `report.html`, and the pairs of `before_after.png`."""
@@ -63,7 +85,7 @@ def write_results(
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Write summary and report of a run that has ended; returns the summary."""
-    results = results_of(config, metrics.of, rounds, evaluation, fresh, seconds)
+    results = results_of(config, run, metrics.of, rounds, evaluation, fresh, seconds)
     run.write_json("summary.json", results.summary)
     run.write("report.html", results.report.encode())
     if results.pairs:
@@ -75,6 +97,7 @@ def write_results(
 
 def results_of(
     config: RunConfig,
+    run: Storage,
     rows_of: Callable[[str], Sequence[Row]],
     rounds: RoundStore,
     evaluation: Evaluation,
@@ -151,6 +174,8 @@ def results_of(
             doubts=doubts,
             hints=hints,
             people=people,
+            sheet=sheet_of(run, config, rounds.indices()),
+            timeline=timeline_of(config, round_rows, evaluation_rows),
         )
     )
     return Outcome(summary, report, pairs)

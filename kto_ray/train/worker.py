@@ -107,7 +107,7 @@ def train_rounds(config: RunConfig, run: Storage, coordinator: Any, by_turns: bo
         if report:
             publish(store, learner, version)
             if storing:
-                stored = {"seconds/store": time.monotonic() - storing}
+                stored = {"seconds/publish": time.monotonic() - storing}
                 report = replace(report, figures=report.figures | stored)
         again = trained_before(rounds, version)
         if by_turns and report and not again:

@@ -7,8 +7,8 @@ from urllib.parse import urlencode
 
 from pydantic import BeforeValidator, Field
 
+from kto_ray.evaluate.albums import ImageStory
 from kto_ray.section import Section
-from kto_ray.watch.albums import ImageStory
 
 PAGE = 120
 """Images of a page: a few screens."""

@@ -14,11 +14,11 @@ from typing import Any
 
 from kto_ray.config import RunConfig
 from kto_ray.errors import UserError
+from kto_ray.evaluate.albums import FOLDERS, Album, ImageStory, Key, Kind, read_evaluation, read_round
 from kto_ray.lease import Claim, newest_claim
 from kto_ray.outbox import Row
 from kto_ray.run_folder import RunFolder
 from kto_ray.storage import Storage
-from kto_ray.watch.albums import FOLDERS, Album, ImageStory, Key, Kind, read_evaluation, read_round
 
 FRESH_S = 1.5
 """Less than pages wait before they ask again."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kto_ray.config import RunConfig
+from kto_ray.evaluate.albums import Album
 from kto_ray.evaluate.collapse import figure
 from kto_ray.evaluate.doubts import doubts_of
 from kto_ray.evaluate.hints import hints_of
 from kto_ray.outbox import Row
-from kto_ray.watch.albums import Album
 from kto_ray.watch.reading import Now, WatchedRun
 
 State = Literal["runs", "silent", "stopped", "finished"]

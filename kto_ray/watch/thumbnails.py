@@ -8,8 +8,8 @@ from concurrent.futures import Future
 
 from PIL import Image
 
+from kto_ray.evaluate.albums import ImageStory
 from kto_ray.samples import Pixels
-from kto_ray.watch.albums import ImageStory
 
 EDGE = 192
 """Pixels of a thumbnail's longer edge: sharp in a grid on a phone's screen, too. A smaller image is left as it is."""

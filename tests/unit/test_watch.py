@@ -1,5 +1,6 @@
 """A run that is watched: what is read of its folder, as it goes and when it has ended, and the pages that show it."""
 
+import html
 import io
 import re
 import subprocess
@@ -22,15 +23,17 @@ from starlette.testclient import TestClient
 from kto_ray.cli import main
 from kto_ray.config import RunConfig, WatchPage, load, require_same
 from kto_ray.errors import UserError
+from kto_ray.evaluate import albums, timeline
+from kto_ray.evaluate.albums import ImageStory, Key, disagreements
 from kto_ray.evaluate.plots import PLOTS
+from kto_ray.evaluate.summary import results_of, sheet_of
 from kto_ray.people.access import Signer
 from kto_ray.people.people import Badge
 from kto_ray.people.web.entrance import Entrance
 from kto_ray.people.web.guard import HEADERS
 from kto_ray.records import Prompt, Verdict
 from kto_ray.storage import Storage
-from kto_ray.watch import albums, curves, reading, standing, timeline
-from kto_ray.watch.albums import ImageStory, Key, disagreements
+from kto_ray.watch import curves, reading, standing
 from kto_ray.watch.finding import PAGE, Wish, find
 from kto_ray.watch.own_page import OwnPage
 from kto_ray.watch.reading import WatchedRun
@@ -347,7 +350,7 @@ def test_stages_follow_each_other_and_what_is_left_is_idle() -> None:
 
 def test_storing_has_its_place_between_the_stages() -> None:
     line = timeline.timeline_of(
-        RunConfig(), rows_of([110.0], generate=3, label=1, seal=1, load=1, train=2, store=2), []
+        RunConfig(), rows_of([110.0], generate=3, label=1, seal=1, load=1, train=2, publish=2), []
     )
     assert line
     at = {lane.name: [(100 + 10 * s.x, 10 * s.width) for s in lane.spans] for lane in line.stages}
@@ -600,6 +603,32 @@ def test_several_runs_stand_side_by_side(written: WatchedFolder, tmp_path: Path)
     assert page.status_code == 200
     assert all(text in page.text for text in ('runs/demo/"', 'runs/run-1/"', "a new run", "Side by side"))
     assert site.client.get("/runs/run-1/").status_code == 200
+
+
+# -- in the report
+
+
+def test_the_report_has_the_same_pictures(written: WatchedFolder) -> None:
+    rows, folder = written.metrics.of, written.storage
+    results = results_of(written.config, folder, rows, written.rounds, written.evaluation, None, {})
+    section = results.report.partition("What was said of images")[2].partition("</section>")[0]
+    assert "24 images of round 2, in the order of their prompts: ✓ desirable, ✗ undesirable." in section
+    assert section.count('src="data:image/png') == 24
+    assert section.count(html.escape(RULE)) == 24
+    assert all(lane in results.report for lane in ("Train", "Store", "Evaluate", "replica 2", "Train workers"))
+    sheet = sheet_of(folder, written.config, [0, 1, 2, 3])  # the last one is open
+    assert sheet
+    assert (sheet.round, len(sheet.images), sheet.of) == (2, 24, 24)
+
+
+def test_the_report_does_without_what_is_not_there(tmp_path: Path) -> None:
+    folder = WatchedFolder(tmp_path / "bare", rounds=1)
+    folder.evaluate(0)
+    results = results_of(folder.config, folder.storage, folder.metrics.of, folder.rounds, folder.evaluation, None, {})
+    assert "Who worked" not in results.report
+    assert "What was said of images" not in results.report
+    folder.make_round(0).drop_pixels()
+    assert sheet_of(folder.storage, folder.config, [0]) is None
 
 
 # -- in every run

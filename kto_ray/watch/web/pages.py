@@ -18,9 +18,12 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from kto_ray.config.run import NAME
+from kto_ray.evaluate.albums import SIGNS, ImageStory, Key, spread
 from kto_ray.evaluate.charts import duration, percent
 from kto_ray.evaluate.hacking import with_opinions
 from kto_ray.evaluate.plots import PLOTS, Plot, opinion_plots
+from kto_ray.evaluate.report import HERE as REPORT
+from kto_ray.evaluate.timeline import LATEST, timeline_of
 from kto_ray.images import to_png
 from kto_ray.people.web import pages as people_pages
 from kto_ray.people.web.api import IMMUTABLE, PNG
@@ -28,13 +31,11 @@ from kto_ray.people.web.entrance import TheEntrance, bearer_header
 from kto_ray.rounds import Round
 from kto_ray.samples import Pixels
 from kto_ray.watch import curves
-from kto_ray.watch.albums import ImageStory, Key
 from kto_ray.watch.curves import SvgChart, curves_of
 from kto_ray.watch.finding import Found, Wish, find
 from kto_ray.watch.reading import WatchedRun
 from kto_ray.watch.standing import RunStanding, health_of, standing_of
 from kto_ray.watch.thumbnails import Thumbnails
-from kto_ray.watch.timeline import LATEST, timeline_of
 
 HERE = Path(__file__).parent
 SHARED = ("base.css", "icon.svg")
@@ -45,12 +46,11 @@ STATIC = {name: people_pages.STATIC[name] for name in SHARED} | {
 """Read once: no request reaches the file system for them."""
 ROUNDS, STRIP = 12, 16
 """Rounds on the overview, and pictures of each."""
-SIGNS = {"desirable": "✓", "undesirable": "✗", "abstain": "?", "failed": "!", "pending": "…"}
 MISSING = people_pages.MISSING
 
 router = APIRouter()
 templates = jinja2.Environment(
-    loader=jinja2.FileSystemLoader([HERE / "templates", people_pages.HERE / "templates"]),
+    loader=jinja2.FileSystemLoader([HERE / "templates", people_pages.HERE / "templates", REPORT]),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
@@ -161,7 +161,7 @@ def _compared(name: str, run: WatchedRun, color: str) -> Compared:
     images = run.album(keys[-1]).images if keys else ()
     return Compared(
         *(name, run, standing_of(run), color, _pass_rates(run), percent(line.idle) if line else MISSING),
-        newest=_spread(images, 2 * STRIP),
+        newest=spread(images, 2 * STRIP),
     )
 
 
@@ -197,11 +197,6 @@ def _pass_rates(run: WatchedRun) -> tuple[str, str]:
     return (percent(rates[0]), percent(rates[-1])) if rates else (MISSING, MISSING)
 
 
-def _spread(images: Sequence[ImageStory], count: int) -> Sequence[ImageStory]:
-    """So many of them, from all over."""
-    return [images[place * len(images) // count] for place in range(count)] if len(images) > count else images
-
-
 @inside.get("/runs/{name}/")
 def overview(request: Request, run: TheRun) -> Response:
     now, config = run.now(), run.config
@@ -223,7 +218,7 @@ def overview(request: Request, run: TheRun) -> Response:
         pass_rates=_pass_rates(run),
         health=health_of(config, now.rows["round"]),
         sections=[section for section in shown if section[2]],
-        albums=[(album, _counts(album.images), _spread(album.images, STRIP)) for album in albums],
+        albums=[(album, _counts(album.images), spread(album.images, STRIP)) for album in albums],
         evaluated=list(reversed(now.keys["evaluation"]))[:ROUNDS],
         more=max(0, len(now.keys["round"]) - ROUNDS),
     )

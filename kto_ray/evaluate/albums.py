@@ -1,4 +1,4 @@
-"""Albums: the images of one round or evaluation, each with its whole story. `reading.py` keeps them.
+"""Albums: the images of one round or evaluation, each with its whole story, for the watch pages and the report.
 
 An album is made of what lies in the folder at that moment. Of a round that goes on some images have no scores, no
 verdict, or neither; a verdict of people that came late stands in a later round, and is found there.
@@ -19,6 +19,8 @@ from kto_ray.storage import Storage
 
 Kind = Literal["round", "evaluation", "fresh_evaluation"]
 FOLDERS: dict[Kind, str] = {"round": "rounds", "evaluation": "evaluations", "fresh_evaluation": "fresh_evaluations"}
+SIGNS = {"desirable": "✓", "undesirable": "✗", "abstain": "?", "failed": "!", "pending": "…"}
+"""What became of an image."""
 Answer = tuple[str, str]
 """Who said what: "desirable", "undesirable" or "unsure"."""
 
@@ -89,6 +91,11 @@ class ImageStory:
     def value(self, scorer: str) -> float | None:
         score = self.scores.get(scorer)
         return score.value if score else None
+
+
+def spread(images: Sequence[ImageStory], count: int) -> Sequence[ImageStory]:
+    """So many of them, from all over."""
+    return [images[place * len(images) // count] for place in range(count)] if len(images) > count else images
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ LATEST = 40
 NAMES = {"generators": "Generators", "scorers": "Scorers", "train_workers": "Train workers"}
 ONE = {"generators": "replica ", "scorers": "", "train_workers": "rank "}
 """Before what a process of the role is called."""
-STAGES = ("generate", "label", "seal", "load", "train", "store")
+STAGES = ("generate", "label", "seal", "load", "train", "publish")
 IDLE: tuple[Doing, ...] = ("wait", "sleep")
 WORDS: dict[Doing, str] = {"work": "work", "load": "load weights", "wait": "wait", "sleep": "sleep"}
 
@@ -150,8 +150,8 @@ def _placed(config: RunConfig, rows: Sequence[Row], evaluations: Sequence[Row]) 
     placed: list[_Round] = []
     for row in rows:
         number, ended = int(row["step"]), float(row["time"])
-        generate, label, seal, load, train, store = (float(row.get(f"seconds/{stage}") or 0) for stage in STAGES)
-        trained = ended - store
+        generate, label, seal, load, train, publish = (float(row.get(f"seconds/{stage}") or 0) for stage in STAGES)
+        trained = ended - publish
         training = trained - train
         loading = training - load
         drawing = loading - seal - label - generate
