@@ -117,6 +117,14 @@ class Album:
     def by_id(self) -> dict[str, ImageStory]:
         return {image.record.id: image for image in self.images}
 
+    @cached_property
+    def by_prompt(self) -> dict[str, list[ImageStory]]:
+        """By the prompt's id."""
+        found: dict[str, list[ImageStory]] = {}
+        for image in self.images:
+            found.setdefault(image.record.prompt.id, []).append(image)
+        return found
+
 
 def read_round(run: Storage, config: RunConfig, key: Key, newest: int) -> Album:
     """The album of a round.

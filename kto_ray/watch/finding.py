@@ -1,5 +1,7 @@
 """Which images somebody wants to see, and in which order: the filters of the grid, as its address has them."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -7,11 +9,13 @@ from urllib.parse import urlencode
 
 from pydantic import BeforeValidator, Field
 
-from kto_ray.evaluate.albums import ImageStory
+from kto_ray.evaluate.albums import Album, ImageStory
 from kto_ray.section import Section
 
 PAGE = 120
 """Images of a page: a few screens."""
+KEPT = 16
+"""Wishes whose images are remembered."""
 APART = 0.5
 """From this disagreement on scorers count as being of two minds; see `albums.disagreements`."""
 
@@ -62,6 +66,28 @@ class Found:
         return self.images[(self.page - 1) * PAGE : self.page * PAGE]
 
 
+class Finder:
+    """Finds, and keeps what was found last: who walks through images asks for the same again, and so do open pages."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, tuple[Sequence[Album], Sequence[ImageStory]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, albums: Sequence[Album], wish: Wish, scorers: Sequence[str]) -> Found:
+        """As `find` does, in all images of some albums. To be called from any thread."""
+        asked = wish.query(page=1)
+        with self._lock:
+            known, images = self._kept.pop(asked, ((), ()))
+        # An album that may have changed is another object.
+        if len(known) != len(albums) or any(a is not b for a, b in zip(known, albums, strict=True)):
+            images = find((image for album in albums for image in album.images), wish, scorers).images
+        with self._lock:
+            self._kept[asked] = albums, images
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return _on_page(images, wish)
+
+
 def find(images: Iterable[ImageStory], wish: Wish, scorers: Sequence[str]) -> Found:
     """Those that are wanted, out of these.
 
@@ -90,5 +116,9 @@ def find(images: Iterable[ImageStory], wish: Wish, scorers: Sequence[str]) -> Fo
     elif wish.order:
         sign = -1 if wish.order == "highest" else 1
         found.sort(key=lambda image: (1, 0.0) if (value := image.value(scorer)) is None else (0, sign * value))
-    pages = max(1, -(-len(found) // PAGE))
-    return Found(found, min(wish.page, pages), pages)
+    return _on_page(found, wish)
+
+
+def _on_page(images: Sequence[ImageStory], wish: Wish) -> Found:
+    pages = max(1, -(-len(images) // PAGE))
+    return Found(images, min(wish.page, pages), pages)

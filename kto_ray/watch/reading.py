@@ -19,6 +19,7 @@ from kto_ray.lease import Claim, newest_claim
 from kto_ray.outbox import Row
 from kto_ray.run_folder import RunFolder
 from kto_ray.storage import Storage
+from kto_ray.watch.finding import Finder
 
 FRESH_S = 1.5
 """Less than pages wait before they ask again."""
@@ -59,6 +60,7 @@ class WatchedRun:
     def __init__(self, uri: str, name: str | None = None) -> None:
         self.folder = RunFolder(uri)
         self.name = name or self.folder.name
+        self.finder = Finder()
         self._now: Now | None = None
         self._text: bytes | None = None
         self._rows: dict[str, list[Row]] = {}
@@ -150,4 +152,4 @@ class WatchedRun:
     def same_prompt(self, image: ImageStory) -> list[ImageStory]:
         """What was drawn for this prompt in all rounds, the earliest first; each from a seed of its own."""
         prompt = image.record.prompt.id
-        return [one for album in reversed(self.rounds()) for one in album.images if one.record.prompt.id == prompt]
+        return [one for album in reversed(self.rounds()) for one in album.by_prompt.get(prompt, ())]

@@ -230,6 +230,20 @@ def test_pages_hold_all_images_once(run: WatchedRun) -> None:
     assert find([], Wish(), []).pages == 1
 
 
+@pytest.mark.usefixtures("impatient")
+def test_what_was_found_is_kept_until_something_is_new(tmp_path: Path) -> None:
+    folder = WatchedFolder(tmp_path / "kept", rounds=2)
+    folder.train(0, folder.make_round(0))
+    run, wish = WatchedRun(folder.uri), Wish(order="highest")
+    first = run.finder.find(run.rounds(), wish, ["shapes"])
+    assert run.finder.find(run.rounds(), wish.model_copy(update={"page": 2}), ["shapes"]).images is first.images
+    assert len(run.finder.find(run.rounds(), Wish(verdict="undesirable"), ["shapes"]).images) < len(first.images)
+    folder.make_round(1)
+    grown = run.finder.find(run.rounds(), wish, ["shapes"])
+    assert grown.images == find([i for album in run.rounds() for i in album.images], wish, ["shapes"]).images
+    assert len(grown.images) == 48
+
+
 def test_an_address_says_what_is_asked_for_and_nothing_else() -> None:
     assert Wish().query() == ""
     assert Wish(prompt="a & b", low=0.5, page=3).query(page=1) == "prompt=a+%26+b&low=0.5"
@@ -603,6 +617,19 @@ def test_several_runs_stand_side_by_side(written: WatchedFolder, tmp_path: Path)
     assert page.status_code == 200
     assert all(text in page.text for text in ('runs/demo/"', 'runs/run-1/"', "a new run", "Side by side"))
     assert site.client.get("/runs/run-1/").status_code == 200
+
+
+def test_a_run_in_a_bucket_is_watched(tmp_path: Path, s3_bucket: str) -> None:
+    local, remote = tmp_path / "remote", Storage(f"{s3_bucket}/runs/remote")
+    WatchedFolder(local, rounds=1, images=4).make()
+    for file in local.rglob("*"):
+        if file.is_file():
+            remote.write(str(file.relative_to(local)), file.read_bytes())
+    run = WatchedRun(remote.uri)
+    site, image = Site(run), run.album(Key("round", 0)).images[-1]
+    where = f"round-0/{image.record.id}"
+    for path in ("", "images", "timeline", f"images/{where}", f"thumbnails/{where}.webp", f"pictures/{where}.png"):
+        assert site.client.get(f"/runs/remote/{path}").status_code == 200, path
 
 
 # -- in the report

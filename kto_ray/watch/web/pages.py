@@ -32,7 +32,7 @@ from kto_ray.rounds import Round
 from kto_ray.samples import Pixels
 from kto_ray.watch import curves
 from kto_ray.watch.curves import SvgChart, curves_of
-from kto_ray.watch.finding import Found, Wish, find
+from kto_ray.watch.finding import Found, Wish
 from kto_ray.watch.reading import WatchedRun
 from kto_ray.watch.standing import RunStanding, health_of, standing_of
 from kto_ray.watch.thumbnails import Thumbnails
@@ -249,10 +249,8 @@ def grid(request: Request, run: TheRun, wish: Annotated[Wish, Query()]) -> Respo
 
 
 def _found(run: WatchedRun, wish: Wish) -> Found:
-    scorers = list(run.config.label.scorers)
-    if not wish.album:
-        return find((image for album in run.rounds() for image in album.images), wish, scorers)
-    return find(run.album(the_key(wish.album)).images, wish, scorers)
+    albums = [run.album(the_key(wish.album))] if wish.album else run.rounds()
+    return run.finder.find(albums, wish, list(run.config.label.scorers))
 
 
 @inside.get("/runs/{name}/images/{album}/{sample_id}")
