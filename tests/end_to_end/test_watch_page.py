@@ -127,7 +127,7 @@ def test_thousands_of_images_come_as_one_scrolls(large: WatchSite, new_context: 
     shoot(visitor, "watching_grid")
     for more in (240, 360):
         visitor.page.evaluate("scrollTo(0, document.body.scrollHeight)")
-        visitor.until(lambda more=more: count(visitor, ".tile") >= more, 60)
+        visitor.until(lambda more=more: count(visitor, ".tile") >= more, 60)  # type: ignore[misc]
     addresses = visitor.page.eval_on_selector_all(".tile", "(all) => all.map((one) => one.href)")
     assert len(set(addresses)) == len(addresses)
     assert visitor.complaints == []

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from kto_ray.evaluate.summary import shares_of
+from kto_ray.evaluate.shares import shares_of
 from kto_ray.stopwatch import Seconds, Spent, added, as_figures
 
 
