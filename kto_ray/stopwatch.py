@@ -88,7 +88,7 @@ def as_figures(role: str, spent: Mapping[str, Seconds], before: Mapping[str, Sec
         name: {doing: round(s - before.get(name, {}).get(doing, 0.0), 3) for doing, s in seconds.items()}
         for name, seconds in spent.items()
     }
-    each = {name: {doing: s for doing, s in seconds.items() if s > 0} for name, seconds in new.items()}
+    each = {name: {doing: s for doing, s in seconds.items() if s} for name, seconds in new.items()}
     return {
         **{f"spent/{role}/{doing}": seconds for doing, seconds in added(new.values()).items()},
         f"processes/{role}": {name: seconds for name, seconds in each.items() if seconds},
