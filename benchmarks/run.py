@@ -9,6 +9,7 @@ from pathlib import Path
 
 import kto_step
 import labeling
+import offline
 import operator_page
 import pulling
 import rounds
@@ -21,6 +22,10 @@ from measuring import Table, arguments, become_like_a_worker, machine
 from rich.console import Console
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+BENCHMARKS = (
+    *(kto_step, true_size, rounds, storage, pulling, scale, offline, scorers),
+    *(labeling, operator_page, watching),
+)
 BEGIN, END = "<!-- begin: written by benchmarks/run.py -->", "<!-- end -->"
 
 
@@ -34,7 +39,7 @@ def main() -> None:
     console.print(machine(), highlight=False)
     quick = "A quick run, too short for conclusions: " if args.quick else ""
     sections = [f"{quick}{machine()}."]
-    for benchmark in (kto_step, true_size, rounds, storage, pulling, scale, scorers, labeling, operator_page, watching):
+    for benchmark in BENCHMARKS:
         tables = benchmark.measure(args.quick)
         for table in [tables] if isinstance(tables, Table) else tables:
             console.print(table.rich())

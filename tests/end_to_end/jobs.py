@@ -1,4 +1,4 @@
-"""Runs `jobs/online_kto.py` as a process of its own, watches its run folder, and kills what it is told to.
+"""Runs `jobs/online_kto.py`, or another job, as a process, watches its run folder, and kills what it is told to.
 
 Most of what a driver of a small run does is to import. So they are forked from a process that has done that already,
 but for those that must be as a user starts them.
@@ -61,11 +61,15 @@ class Driver(Protocol):
 
 
 class Forked:
-    """The job, in a child of the process that has imported all."""
+    """A job, in a child of the process that has imported all.
+
+    Args:
+        words: its file, options and overrides.
+    """
 
     def __init__(self, log: Path, env: dict[str, str], words: Sequence[str]) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["kto_ray.loop", "kto_ray.cli_run"])
+        context.set_forkserver_preload(["kto_ray.loop", "kto_ray.offline.loop", "kto_ray.cli_run"])
         with patch.dict(os.environ, environment() | SETTINGS | PLAIN, clear=True):  # read by what is imported
             multiprocessing.forkserver.ensure_running()
         self._process = context.Process(target=_drive, args=[log, env | SETTINGS | PLAIN, [*words]], daemon=True)
@@ -91,8 +95,8 @@ def _drive(log: Path, env: dict[str, str], words: list[str]) -> None:
     with log.open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    sys.argv = [JOB, *words]
-    runpy.run_path(JOB, run_name="__main__")
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 @dataclass
@@ -157,16 +161,18 @@ def start(
     overrides: list[str],
     env: dict[str, str] | None = None,
     program: Sequence[str] | None = None,
+    job: Sequence[str] = (JOB,),
 ) -> Job:
     """
     Args:
         env: of a cluster that it joins; None: it begins one of its own.
         program: that a fresh Python is to run; None: the job, forked.
+        job: its file, and options.
     """
     log, env = folder / f"{name}.log", env or environment()
     words = [f"run={name}", f"runs_folder={folder}", *SMALL, *overrides]
     if program is None:
-        return Job(Forked(log, env, words), folder / name, log)
+        return Job(Forked(log, env, [*job, *words]), folder / name, log)
     with log.open("a") as output:
         process = subprocess.Popen(
             [sys.executable, *program, *words], cwd=REPOSITORY, env=env, stdout=output, stderr=subprocess.STDOUT
