@@ -55,7 +55,7 @@ from kto_ray.storage import Storage
 from kto_ray.train.streaming import Stream
 from kto_ray.train.worker import build_learner
 
-SETS = {64: (10_000, 100_000), 512: (100, 500)}
+SETS = {64: (5_000, 100_000), 512: (100, 500)}
 """Numbers of images, of a small set and of the whole one, by their edge."""
 QUICK = {64: (200, 400), 512: (8, 16)}
 SHIFTS = 16
@@ -102,7 +102,7 @@ def measure(quick: bool) -> list[Table]:
         ),
         Table(
             "Memory of preparing and training",
-            ("set", *(f"{name}, MB" for name in ("driver", "encoder", "tasks", "object store", "trainer"))),
+            ("set", *(f"{name}, MB" for name in ("driver", "encoder", "tasks", "trainer"))),
             held,
             "At the peak; each worker by itself, the largest. Libraries are some 500 MB of each.",
         ),
@@ -141,7 +141,7 @@ def trained_rows(pixels: int, seconds: dict[str, list[float]]) -> list[tuple[str
 
 
 def in_mb(held: dict[str, float]) -> list[str]:
-    return [f"{held[name] / 1e6:.0f}" for name in ("driver", "encoder", "task", "store", "trainer")]
+    return [f"{held[name] / 1e6:.0f}" for name in ("driver", "encoder", "task", "trainer")]
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -211,6 +211,7 @@ def prepare(folder: str, pixels: int) -> dict[str, Any]:
     multiple = family.geometry_of(model).multiple
     encoding = encoding_of(config, (pixels, pixels), multiple, autoencoder, family.__name__)
     kept = prepared_folder(config) / encoding.key
+    os.environ.update(RAY_worker_niceness="0")  # the bare loop yields to nobody either
     with connected(config.cluster), watched() as held:
         began = time.perf_counter()
         preparing = Preparing(config, source_of(config.data), encoding, [], kept, Console(stderr=True))
@@ -223,9 +224,9 @@ def prepare(folder: str, pixels: int) -> dict[str, Any]:
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """What this process, Ray's workers under it, each by itself, and Ray's object store hold at most, in bytes; and, as
-    "cpu_s", seconds of processor time of driver and tasks, all but the encoder's."""
-    held, cpu_s, done = dict.fromkeys(("driver", *WORKERS, "store"), 0.0), dict[int, float](), threading.Event()
+    """What this process and Ray's workers under it, each by itself, hold at most, in bytes; and, as "cpu_s", seconds of
+    processor time of driver and tasks, all but the encoder's."""
+    held, cpu_s, done = dict.fromkeys(("driver", *WORKERS), 0.0), dict[int, float](), threading.Event()
     driver = psutil.Process()
     before = spent(driver)
 
@@ -242,8 +243,6 @@ def watched() -> Iterator[dict[str, float]]:
                 held[role] = max(held[role], memory.rss)
                 if role == "task":
                     cpu_s[process.pid] = seconds
-            elif process.name() == "raylet":
-                held["store"] = max(held["store"], memory.shared)
 
     def keep_looking() -> None:
         while not done.wait(0.5):

@@ -18,6 +18,8 @@ from kto_ray.offline.decoding import bucket_of, buckets
 
 SHARD_BYTES = 2**26
 """Of a shard's decoded pixels: that much goes from task to task at once."""
+AHEAD = 8
+"""Shards that are decoded before whoever takes them is ready."""
 MOST_IMAGES = 1024
 
 LEFT_OUT = pa.schema(
@@ -172,8 +174,9 @@ def _shards(rows: pa.Table, encoded: Set[str]) -> pa.Table:
 def _named(rows: pa.Table, keys: Sequence[str]) -> pa.Array:
     """The shard of each row, of one part and size, named after the keys of all that are in it."""
     members: dict[tuple[int, int, int], list[int]] = {}
-    for place, row in enumerate(rows.select(["part", "height", "width"]).to_pylist()):
-        members.setdefault((row["part"], row["height"], row["width"]), []).append(place)
+    columns = (rows[name].to_pylist() for name in ("part", "height", "width"))
+    for place, alike in enumerate(zip(*columns, strict=True)):
+        members.setdefault(alike, []).append(place)
     shard = [""] * rows.num_rows
     for (_, height, width), those in members.items():
         count = images_of_a_shard(height, width)

@@ -39,7 +39,7 @@ from kto_ray.offline.encoding import (
     table_bytes,
 )
 from kto_ray.offline.listing import LISTED, ListPart, name_of
-from kto_ray.offline.planning import LEFT_OUT, SHARD_BYTES, SetPlan, plan_set
+from kto_ray.offline.planning import AHEAD, LEFT_OUT, SHARD_BYTES, SetPlan, plan_set
 from kto_ray.offline.scoring import Scoring, asks_scorers
 from kto_ray.offline.showing import counting, quietly
 from kto_ray.parts import AT_ONCE
@@ -160,7 +160,7 @@ class Preparing:
         ]
         pool = ActorPoolStrategy(min_size=self.settings.min_encoders, max_size=self.settings.max_encoders)
         resources = self.settings.resources
-        dataset = quietly(ray.data.from_items(items))
+        dataset = quietly(ray.data.from_items(items), AHEAD * SHARD_BYTES * (1 + self.settings.max_encoders))
         # Stages that ask for the same would run as one: a part would be decoded and encoded by a single actor.
         dataset = dataset.map_batches(
             ReadPart(self.source, parts), batch_size=1, batch_format="pyarrow", memory=4 * SHARD_BYTES

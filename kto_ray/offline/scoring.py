@@ -26,7 +26,7 @@ from kto_ray.data.protocol import Part, Source
 from kto_ray.label.judging import BY_THRESHOLD, judge_round
 from kto_ray.offline.encoding import DecodeShard, Encoding, ReadPart, Row, bytes_table, table_bytes
 from kto_ray.offline.listing import LISTED
-from kto_ray.offline.planning import FILTERED, SHARD_BYTES, plan_scoring
+from kto_ray.offline.planning import AHEAD, FILTERED, SHARD_BYTES, plan_scoring
 from kto_ray.offline.showing import counting, quietly
 from kto_ray.prepared import NOBODY, STAGE, sample_id, text_id
 from kto_ray.records import Prompt, SampleRecord, Score, Verdict, scores_to_table, table_to_scores
@@ -104,7 +104,7 @@ class Scoring:
             {"part": number, "planned": table_bytes(to_score.filter(pc.equal(to_score["part"], number)))}
             for number in parts
         ]
-        dataset = quietly(ray.data.from_items(items)).map_batches(
+        dataset = quietly(ray.data.from_items(items), 2 * AHEAD * SHARD_BYTES).map_batches(
             ReadPart(self.source, parts), batch_size=1, batch_format="pyarrow", memory=4 * SHARD_BYTES
         )
         dataset = dataset.map(DecodeShard(self.data.prepare.background), memory=8 * SHARD_BYTES)

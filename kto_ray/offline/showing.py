@@ -10,13 +10,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-def quietly(dataset: Any) -> Any:
-    """Ray Data says nothing itself, and hands on every row by itself: each is a lot of work."""
+def quietly(dataset: Any, most_bytes: int | None = None) -> Any:
+    """Ray Data says nothing itself, and hands on every row by itself: each is a lot of work.
+
+    Args:
+        most_bytes: about how much lies in Ray's object store between stages; None: whatever fits, which processes that
+            read it all come to hold.
+    """
+    from ray.data import ExecutionResources
+
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     context = dataset.context
     context.enable_progress_bars = False
     context.target_max_block_size = 1
+    if most_bytes is not None:
+        context.execution_options.resource_limits = ExecutionResources(object_store_memory=most_bytes)
     return dataset
 
 
