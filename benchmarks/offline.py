@@ -62,7 +62,7 @@ SHIFTS = 16
 """Pixels, in either direction: so many times as many different pictures as were drawn, squared."""
 FILE_ROWS = 10_000
 ENCODED_AT_ONCE = {64: 64, 512: 4}
-STEPS = {64: (72, 12), 512: (4, 2)}
+STEPS = {64: (72, 6), 512: (4, 2)}
 """Batch, and optimizer steps of an interval."""
 WORKERS = {"encoder": "EncodeShard", "task": "ray::"}
 """How Ray names processes; the first that fits."""
@@ -86,11 +86,14 @@ def measure(quick: bool) -> list[Table]:
     return [
         Table(
             "Preparing labelled images",
-            ("images", "encoding / bare", "lowest - highest", "images/s: bare", "encoding", "all", "CPU ms an image"),
+            (
+                *("images", "encoding / bare", "lowest - highest", "images/s: bare", "encoding", "all"),
+                *("CPU ms an image: bare", "encoder", "all else"),
+            ),
             [prepared_row(row) for row in prepared],
             "Encoding: from the first task to the last shard on disk, with the encoder's start. All: also looking at "
-            "every file first, planning and sealing. The range is that of the bare loops before and after. CPU: of the "
-            "driver and tasks, without the encoder's.",
+            "every file first, planning and sealing. The range is that of the bare loops before and after. CPU: of "
+            "all cores; all else is driver and tasks, with their start.",
         ),
         Table(
             "Steps on a prepared set",
@@ -115,17 +118,23 @@ def compared(here: dict[str, Any], images: int) -> dict[str, Any]:
     before = in_a_process(__file__, what="bare", **here, images=some)
     row = in_a_process(__file__, what="prepare", **here)
     after = in_a_process(__file__, what="bare", **here, images=some)
-    return row | {"pixels": here["pixels"], "bare": [one["images_per_s"] for one in (before, after)]}
+    bare = {
+        "bare": [one["images_per_s"] for one in (before, after)],
+        "bare_ms": [one["cpu_ms"] for one in (before, after)],
+    }
+    return row | {"pixels": here["pixels"], **bare}
 
 
 def prepared_row(row: dict[str, Any]) -> tuple[str, ...]:
     encoding, whole, bare = row["images"] / row["encoding_s"], row["images"] / row["seconds"], mean(row["bare"])
+    encoder_s = row["cpu_s"].pop("encoder")
+    cpu_ms = [1000 * seconds / row["images"] for seconds in (encoder_s, sum(row["cpu_s"].values()))]
     return (
         f"{row['images']:,} of {row['pixels']} x {row['pixels']}",
         f"{encoding / bare:.2f}",
         f"{encoding / max(row['bare']):.2f} - {encoding / min(row['bare']):.2f}",
-        *(f"{rate:.1f}" for rate in (bare, encoding, whole)),
-        f"{1000 * row['held']['cpu_s'] / row['images']:.1f}",
+        *(f"{rate:.0f}" for rate in (bare, encoding, whole)),
+        *(f"{ms:.2f}" for ms in (mean(row["bare_ms"]), *cpu_ms)),
     )
 
 
@@ -196,10 +205,11 @@ def bare(folder: str, pixels: int, images: int) -> dict[str, Any]:
     files = itertools.islice((file for table in tables for file in table["image"].to_pylist()), images)
     batches = list(iter(lambda: list(itertools.islice(files, prepare.batch_size)), []))
     encode(batches[0])  # the first one is slower
-    began = time.perf_counter()
+    began, before = time.perf_counter(), time.process_time()
     for batch in batches:
         encode(batch)
-    return {"images_per_s": images / (time.perf_counter() - began)}
+    cpu_ms = 1000 * (time.process_time() - before) / images
+    return {"images_per_s": images / (time.perf_counter() - began), "cpu_ms": cpu_ms}
 
 
 def prepare(folder: str, pixels: int) -> dict[str, Any]:
@@ -212,37 +222,38 @@ def prepare(folder: str, pixels: int) -> dict[str, Any]:
     encoding = encoding_of(config, (pixels, pixels), multiple, autoencoder, family.__name__)
     kept = prepared_folder(config) / encoding.key
     os.environ.update(RAY_worker_niceness="0")  # the bare loop yields to nobody either
-    with connected(config.cluster), watched() as held:
+    with connected(config.cluster), watched() as found:
         began = time.perf_counter()
         preparing = Preparing(config, source_of(config.data), encoding, [], kept, Console(stderr=True))
         prepared = preparing.prepare()
         seconds = time.perf_counter() - began
     Storage(folder).write_json("set.json", {"folder": kept.uri, "key": prepared.key})
     facts = prepared.manifest
-    return {"images": facts["encoded"], "seconds": seconds, "encoding_s": facts["seconds/encode"], "held": held}
+    return {"images": facts["encoded"], "seconds": seconds, "encoding_s": facts["seconds/encode"], **found}
 
 
 @contextmanager
-def watched() -> Iterator[dict[str, float]]:
-    """What this process and Ray's workers under it, each by itself, hold at most, in bytes; and, as "cpu_s", seconds of
-    processor time of driver and tasks, all but the encoder's."""
-    held, cpu_s, done = dict.fromkeys(("driver", *WORKERS), 0.0), dict[int, float](), threading.Event()
-    driver = psutil.Process()
+def watched() -> Iterator[dict[str, dict[str, float]]]:
+    """By role, what one process holds at most, in bytes, as "held"; and seconds of processor time of all, "cpu_s".
+
+    The roles are those of `WORKERS`, Ray's workers under this process, and the driver, itself.
+    """
+    roles = ("driver", *WORKERS)
+    found, seconds = {"held": dict.fromkeys(roles, 0.0), "cpu_s": dict.fromkeys(roles, 0.0)}, dict[int, float]()
+    driver, done = psutil.Process(), threading.Event()
     before = spent(driver)
 
     def look() -> None:
         for process in (driver, *driver.children(recursive=True)):
             try:
-                title, memory, seconds = " ".join(process.cmdline()), process.memory_info(), spent(process)
+                title, resident, now = " ".join(process.cmdline()), process.memory_info().rss, spent(process)
             except psutil.Error:
                 continue
             role = next((role for role, name in WORKERS.items() if title.startswith("ray::") and name in title), None)
-            if process == driver:
-                held["driver"], cpu_s[process.pid] = max(held["driver"], memory.rss), seconds - before
-            elif role:
-                held[role] = max(held[role], memory.rss)
-                if role == "task":
-                    cpu_s[process.pid] = seconds
+            if role := "driver" if process == driver else role:
+                found["held"][role] = max(found["held"][role], resident)
+                found["cpu_s"][role] += now - seconds.get(process.pid, before if process == driver else 0.0)
+                seconds[process.pid] = now
 
     def keep_looking() -> None:
         while not done.wait(0.5):
@@ -251,11 +262,10 @@ def watched() -> Iterator[dict[str, float]]:
     watcher = threading.Thread(target=keep_looking)
     watcher.start()
     try:
-        yield held
+        yield found
     finally:
         done.set()
         watcher.join()
-        held["cpu_s"] = sum(cpu_s.values())
 
 
 def spent(process: psutil.Process) -> float:
