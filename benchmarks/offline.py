@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
@@ -318,7 +318,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         torch.set_num_threads(threads())
         arguments = json.loads(sys.argv[2])
-        one = {"bare": bare, "prepare": prepare, "train": train}[arguments.pop("what")]
-        print(json.dumps(one(**arguments)))
+        parts: dict[str, Callable[..., dict[str, Any]]] = {"bare": bare, "prepare": prepare, "train": train}
+        print(json.dumps(parts[arguments.pop("what")](**arguments)))
     else:
         run_alone(measure, __doc__)
