@@ -1,13 +1,12 @@
-"""A warm round of the demo on Ray, against the bare work in it, and what the control plane costs.
+"""A warm round of the whole loop on Ray, against the bare work in it, and what the control plane costs.
 
     python benchmarks/rounds.py [--quick]
 
-A repeat is one job of a few of the demo's rounds, in a process and on a Ray of its own, and the same rounds without Ray
-(`plain_loop.py`): the same images, batches and numbers of threads. Bare generation is as many processes as the demo has
-replicas, which draw a share of the round each, at the same time: what is never waited for, sent or stored. Figures are
-means over the warm rounds, all but the first. The control plane's share is what is left of a round after drawing,
-training, and the scorers' catching up with the last images: Parquet, reading and sealing the round, checkpoint, policy,
-digests, polling.
+A repeat is one job of a few small rounds, in a process and on a Ray of its own, and the same rounds in this process,
+without Ray (`plain_loop.py`): the same images, batches and number of threads. Figures are means over the warm rounds,
+all but the first. The control plane's share is what is left of a round after the seconds in which a replica draws, the
+learner trains, and the scorers catch up with the last images: requests and samples on their way, Parquet, reading and
+sealing the round, checkpoint, policy, digests, polling.
 """
 
 import json
@@ -15,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -27,51 +25,52 @@ from measuring import Table, median_and_range, ratios, run_alone, threads
 
 from kto_ray.bake_off.plain_loop import PlainLoop, PlainRound
 from kto_ray.config import RunConfig, load, to_yaml
-from kto_ray.prompts import round_requests
 
+ROUNDS = 4
+IMAGES = 144
 RAY_NICENESS = 15
 """Of its workers (RAY_worker_niceness): beside anything else on the machine, bare work would come first without it."""
 OVERRIDES = (
+    f"rounds={ROUNDS}",
+    f"generate.images_per_round={IMAGES}",
+    "generate.min_replicas=1",  # busy seconds of several replicas overlap
+    "generate.max_replicas=1",
     "evaluate.max_prompts=8",  # before the first and after the last round; not part of any figure
     "evaluate.images_per_prompt=1",
     "cluster.address=local",
 )
-SMALL = ("generate.images_per_round=72", "train.epochs=1")
 
 
 def measure(quick: bool) -> Table:
     """Run loop and bare work in turn."""
-    repeats, rounds, small = (1, 2, SMALL) if quick else (3, 4, ())
+    repeats = 1 if quick else 3
     looped: list[Sequence[dict[str, Any]]] = []
     bare: list[Sequence[PlainRound]] = []
-    drawn: list[Sequence[float]] = []
     for repeat in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            each = f"rounds={rounds}", f"train.resources.threads={threads()}", "run=bench", f"runs_folder={folder}"
-            config = load("shapes_demo", [*OVERRIDES, *small, *each])
+            each = (f"train.resources.threads={threads()}", f"generate.resources.threads={threads()}")
+            config = load("shapes_demo", [*OVERRIDES, *each, "run=bench", f"runs_folder={folder}"])
             if repeat % 2:
                 bare.append(run_bare(config))
-                drawn.append(draw_bare(config))
             looped.append(run_loop(config))
             if not repeat % 2:
                 bare.append(run_bare(config))
-                drawn.append(draw_bare(config))
 
     def stage(name: str) -> list[float]:
         return [mean(row[name] for row in rows[1:]) for rows in looped]
 
-    generate = [mean(seconds[1:]) for seconds in drawn]
+    generate = [mean(round_.generate_s for round_ in rounds[1:]) for rounds in bare]
     train = [mean(round_.train_s for round_ in rounds[1:]) for rounds in bare]
     work = [sum(parts) for parts in zip(generate, train, strict=True)]
     wall, label_tail = stage("seconds/round"), stage("seconds/label")
-    drawing, training = stage("seconds/generate"), stage("seconds/train")
+    drawing, training = stage("busy/generate"), stage("seconds/train")
     hidden = [1 - tail / busy for tail, busy in zip(label_tail, stage("busy/label"), strict=True)]
     control = [whole - sum(parts) for whole, *parts in zip(wall, drawing, training, label_tail, strict=True)]
     same = [[row["desirable"] for row in rows] for rows in looped] == [
         [round_.desirable for round_ in rounds] for rounds in bare
     ]
     return Table(
-        title=f"Warm round of the demo, {config.generate.images_per_round} images",
+        title=f"Warm round of {IMAGES} images",
         columns=("figure", "median", "lowest - highest"),
         rows=(
             ("round in the loop", *median_and_range(wall, "{:.2f} s")),
@@ -79,15 +78,13 @@ def measure(quick: bool) -> Table:
             ("round / bare", *median_and_range(ratios(wall, work))),
             ("generation in the loop / bare", *median_and_range(ratios(drawing, generate))),
             ("training in the loop / bare", *median_and_range(ratios(training, train))),
-            ("scoring", *median_and_range(stage("busy/label"), "{:.2f} s")),
             ("labeling after the last image", *median_and_range(label_tail, "{:.2f} s")),
             ("labeling hidden behind generation", *median_and_range(hidden, "{:.0%}")),
             ("control plane", *median_and_range(control, "{:.2f} s")),
             ("control plane, share of the round", *median_and_range(ratios(control, wall), "{:.1%}")),
         ),
-        note=f"Median of {repeats} repeats of {rounds} rounds, the first of which is not counted. Bare generation: "
-        f"{config.generate.min_replicas} processes that only draw. Loop and bare work came to "
-        f"{'the same' if same else 'DIFFERENT'} numbers of desirable images.",
+        note=f"Median of {repeats} repeats of {ROUNDS} rounds, the first of which is not counted. "
+        f"Loop and bare work came to {'the same' if same else 'DIFFERENT'} numbers of desirable images.",
     )
 
 
@@ -116,44 +113,6 @@ def run_bare(config: RunConfig) -> list[PlainRound]:
 def _run_bare(config: RunConfig) -> list[PlainRound]:
     loop = PlainLoop(config, threads())
     return [loop.run_round(index) for index in range(config.rounds)]
-
-
-def draw_bare(config: RunConfig) -> list[float]:
-    """Seconds that each round takes the slowest of processes that only draw, each its share, at the same time.
-
-    The base draws all of them: the seconds are those of any policy.
-    """
-    context, replicas = get_context("spawn"), config.generate.min_replicas
-    together = context.Barrier(replicas)
-    with ProcessPoolExecutor(replicas, context, _begin, (together,)) as pool:
-        shares = [pool.submit(_draw_share, config, rank, replicas) for rank in range(replicas)]
-        return [max(seconds) for seconds in zip(*(share.result() for share in shares), strict=True)]
-
-
-_together: Any = None
-"""The barrier of the processes that draw at the same time, in each of them."""
-
-
-def _begin(together: Any) -> None:
-    global _together
-    _together = together
-    os.nice(RAY_NICENESS)
-
-
-def _draw_share(config: RunConfig, rank: int, replicas: int) -> list[float]:
-    loop, generate, seconds = PlainLoop(config, config.generate.resources.threads or threads()), config.generate, []
-    for index in range(config.rounds):
-        requests = round_requests(
-            *(loop.train_prompts, config.seed, f"round-{index:05}", index),
-            *(generate.images_per_round, generate.images_per_prompt),
-        )
-        starts = range(rank * generate.batch_size, len(requests), replicas * generate.batch_size)
-        share = [request for start in starts for request in requests[start : start + generate.batch_size]]
-        _together.wait()
-        began = time.perf_counter()
-        loop.draw(share)
-        seconds.append(time.perf_counter() - began)
-    return seconds
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class PlainLoop:
             config.generate.images_per_prompt,
         )
         began = time.perf_counter()
-        latents_NCHW, pixels_NHWC = self.draw(requests)
+        latents_NCHW, pixels_NHWC = self._draw(requests)
         generate_s = time.perf_counter() - began
 
         prompts = {request.id: request.prompt.id for request in requests}
@@ -144,7 +144,7 @@ class PlainLoop:
     def evaluate(self, policy_version: int) -> PlainEvaluation:
         """Draw and score the held-out images; the same seeds for every policy. The base comes first: it is the bar."""
         requests = self.held_out_requests
-        _, pixels_NHWC = self.draw(requests)
+        _, pixels_NHWC = self._draw(requests)
         scores, prompts = self._score(pixels_NHWC, requests), {r.id: r.prompt.id for r in requests}
         table = table_of(self.rule, scores, prompts)
         if self.bar is None:
@@ -157,24 +157,6 @@ class PlainLoop:
             {name: float(np.mean([scores[id_][name].value for id_ in prompts])) for name in self.scorers},
             picture_figures(pixels_NHWC)["pictures/diversity"],
         )
-
-    def draw(self, requests: Sequence[SampleRequest]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-        """Latents, and pixels from 0 to 255, of the policy as it is now, in the order of the requests."""
-        size = self.config.generate.batch_size
-        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
-        with self.learner.sampling.held():
-            drawn = [
-                draw(
-                    self.learner.family,
-                    self.learner.texts,
-                    as_asked(self.config, [request.prompt.text for request in batch], self.version),
-                    [request.seed for request in batch],
-                    self.config.drawn(batch[0].stage),
-                )
-                for batch in batches
-            ]
-        latents, pixels, _ = zip(*drawn, strict=True)
-        return np.concatenate(latents), np.concatenate(pixels)
 
     def _refer(self) -> None:
         """Let the reference be what it is for images of the policy as it is, see `train/following.py`."""
@@ -191,6 +173,23 @@ class PlainLoop:
     def _is_flipped(self, sample_id: str) -> bool:
         rng = np.random.default_rng(derive_seed(self.config.seed, "flip", sample_id))
         return bool(rng.random() < self.flipped)
+
+    def _draw(self, requests: Sequence[SampleRequest]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+        size = self.config.generate.batch_size
+        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        with self.learner.sampling.held():
+            drawn = [
+                draw(
+                    self.learner.family,
+                    self.learner.texts,
+                    as_asked(self.config, [request.prompt.text for request in batch], self.version),
+                    [request.seed for request in batch],
+                    self.config.drawn(batch[0].stage),
+                )
+                for batch in batches
+            ]
+        latents, pixels, _ = zip(*drawn, strict=True)
+        return np.concatenate(latents), np.concatenate(pixels)
 
     def _score(self, pixels_NHWC: npt.NDArray[np.uint8], requests: Sequence[SampleRequest]) -> Scores:
         prompts = [request.prompt for request in requests]

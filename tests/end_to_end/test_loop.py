@@ -100,7 +100,7 @@ def test_the_loop_without_ray_makes_the_same_images(job: jobs.Job, tiny_sd1_fold
             *(plain.train_prompts, config.seed, f"round-{index:05}", index),
             *(config.generate.images_per_round, config.generate.images_per_prompt),
         )
-        latents_NCHW, pixels_NHWC = plain.draw(requests)
+        latents_NCHW, pixels_NHWC = plain._draw(requests)
         assert stored.keys() == {request.id for request in requests}
         for request, latents_CHW, pixels_HWC in zip(requests, latents_NCHW, pixels_NHWC, strict=True):
             assert np.allclose(stored[request.id].latents_CHW, latents_CHW, atol=1e-4)
