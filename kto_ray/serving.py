@@ -18,7 +18,7 @@ from ray.exceptions import ActorAlreadyExistsError, ActorDiedError
 from ray.serve._private.common import DeploymentID, ReplicaState
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationDetails, ApplicationStatus, LoggingConfig, ServeInstanceDetails
+from ray.serve.schema import ApplicationDetails, ApplicationStatus, LoggingConfig, ServeInstanceDetails, ServeStatus
 
 from kto_ray.config import Address
 from kto_ray.errors import UserError
@@ -28,9 +28,9 @@ from kto_ray.storage import Storage
 
 POLL_S = 0.2
 START_TRIES = 50
-BUILDING = threading.Lock()
-"""Held where Serve makes a deployment's configuration: for a moment it changes how the whole process pickles a module,
-so that of two threads one would fail (Ray 2.60)."""
+CONFIGURING = threading.Lock()
+"""Held where Serve makes a deployment's configuration, which it does to say what is there, too: for a moment that
+changes how the whole process pickles a module, so that of two threads one would fail (Ray 2.60)."""
 REPLICAS = "serve"
 """The namespace in which Serve's replicas are actors, named SERVE_REPLICA::application#deployment#id."""
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -57,7 +57,7 @@ def start_serve(address: Address | None, alone: bool = False) -> None:
     _start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=address.host, port=address.port))
     if not _listens(address):
         listens = _client().http_config
-        found = f"{listens.host}:{listens.port}" if serve.status().proxies else "no address"
+        found = f"{listens.host}:{listens.port}" if _status().proxies else "no address"
         raise UserError(
             f"{address.section}.port: this cluster's Serve listens on {found} already, and only one address is "
             f"possible, not {address} too; set {address.section}.host and .port to that, or end Serve with: serve "
@@ -82,7 +82,7 @@ def _listens(address: Address) -> bool:
     """Whether the cluster has a Serve that listens where the page is to be."""
     client: Any = _get_global_client(raise_if_no_controller_running=False)
     listens = client and client.http_config
-    return bool(client and serve.status().proxies) and (listens.host, listens.port) == (address.host, address.port)
+    return bool(client and _status().proxies) and (listens.host, listens.port) == (address.host, address.port)
 
 
 def application_name(run: Storage, role: Role) -> str:
@@ -116,7 +116,7 @@ async def deploy(
         await asyncio.gather(deploying, return_exceptions=True)
         raise
     while True:
-        found = (await asyncio.to_thread(serve.status)).applications.get(name)
+        found = (await asyncio.to_thread(_status)).applications.get(name)
         if found is None:
             raise UserError(f"{what}: somebody ended {name} on this cluster while it was being deployed")
         if found.status == ApplicationStatus.RUNNING:
@@ -131,11 +131,16 @@ async def deploy(
 
 
 def _run(application: Callable[[], serve.Application], name: str, route_prefix: str | None, scaled_by_us: bool) -> Any:
-    """Have Serve know of it; gives its handle. One at a time: see `BUILDING`."""
-    with BUILDING:
+    """Have Serve know of it; gives its handle."""
+    with CONFIGURING:
         target = serve.RunTarget(application(), name, route_prefix, external_scaler_enabled=scaled_by_us)
-        (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    (handle,) = serve.run_many([target], wait_for_applications_running=False)
     return handle
+
+
+def _status() -> ServeStatus:
+    with CONFIGURING:
+        return serve.status()
 
 
 async def scale(application: str, deployment: str, replicas: int) -> None:
@@ -148,14 +153,15 @@ async def scale(application: str, deployment: str, replicas: int) -> None:
 
 async def running(application: str, deployment: str) -> int:
     """How many replicas of a deployment run; 0 where it is not there."""
-    found = (await asyncio.to_thread(serve.status)).applications.get(application)
+    found = (await asyncio.to_thread(_status)).applications.get(application)
     return found.deployments[deployment].replica_states.get(ReplicaState.RUNNING, 0) if found else 0
 
 
 def deployed() -> dict[str, ApplicationDetails]:
     """All applications that Serve has on this cluster, by name."""
     client = _get_global_client(raise_if_no_controller_running=False)
-    return ServeInstanceDetails(**client.get_serve_details()).applications if client else {}
+    with CONFIGURING:
+        return ServeInstanceDetails(**client.get_serve_details()).applications if client else {}
 
 
 def end_applications(names: Sequence[str], patience_s: float = 60) -> None:
@@ -165,12 +171,12 @@ def end_applications(names: Sequence[str], patience_s: float = 60) -> None:
         TimeoutError: one is still there after so long.
     """
     for name in names:
-        if name in serve.status().applications:
+        if name in _status().applications:
             serve.delete(name, _blocking=False)
-            serve.status()  # the controller answers one call after the other: now it starts no more replicas
+            _status()  # the controller answers one call after the other: now it starts no more replicas
             _kill_replicas(name)
     began = time.monotonic()
-    while left := [name for name in names if name in serve.status().applications]:
+    while left := [name for name in names if name in _status().applications]:
         if time.monotonic() - began > patience_s:
             raise TimeoutError(f"Serve did not end {', '.join(left)} within {patience_s:g} s")
         time.sleep(POLL_S)
@@ -186,7 +192,7 @@ def _kill_replicas(application: str) -> None:
 
 
 def _is_running() -> bool:
-    return bool(serve.status().applications) or bool(serve.status().proxies)
+    return bool(_status().applications) or bool(_status().proxies)
 
 
 def _client() -> Any:

@@ -47,7 +47,7 @@ class Generators:
         placement: Placement | None = None,
         coordinator: Any = None,
     ) -> None:
-        self.config, self.cluster = config.generate, config.cluster
+        self._whole, self.config, self.cluster = config, config.generate, config.cluster
         self.placement = placement or as_configured(config)
         self.drawing = drawing
         self.batch_size = self.config.batch_size
@@ -58,6 +58,11 @@ class Generators:
         self._spent: dict[str, Seconds] = {}  # by replica, when it last answered
         self.came_s = 0.0
         """Seconds that the first replicas took to come."""
+        self._coordinator = coordinator
+        self._handle: DeploymentHandle[Generator] | None = None
+
+    def _application(self) -> serve.Application:
+        """For `deploy`, which has it made while nobody else makes one."""
         booked, (least, most) = self.placement.generator, self.placement.replicas
         deployment: Any = serve.deployment(Generator)
         number: dict[str, Any] = {
@@ -67,7 +72,7 @@ class Generators:
             number = {"num_replicas": max(1, least)}
         if self.placement.per_node:
             number |= {"max_replicas_per_node": self.placement.per_node}
-        self._application = deployment.options(
+        application: serve.Application = deployment.options(
             **number,
             max_ongoing_requests=self.config.max_ongoing_requests,
             max_queued_requests=self.config.max_queued_requests,
@@ -78,8 +83,8 @@ class Generators:
             health_check_timeout_s=120,
             graceful_shutdown_timeout_s=FINISHES_S,
             logging_config=QUIET,
-        ).bind(*(config, run), *([coordinator] if self.placement.by_turns else []))
-        self._handle: DeploymentHandle[Generator] | None = None
+        ).bind(*(self._whole, self._run), *([self._coordinator] if self.placement.by_turns else []))
+        return application
 
     async def start(self) -> None:
         """Deploy on Serve, and wait for the first replicas.
@@ -92,9 +97,7 @@ class Generators:
         began = time.monotonic()
         async with noisily("generator replicas", self.cluster, booked, max(1, least)):
             by_loop = self.placement.kind == "elastic"
-            self._handle = await deploy(
-                "generate: a replica", lambda: self._application, self.name, scaled_by_us=by_loop
-            )
+            self._handle = await deploy("generate: a replica", self._application, self.name, scaled_by_us=by_loop)
             self.came_s = time.monotonic() - began
             if self.config.find_batch_size:
                 self.batch_size = await self._handle.found_batch_size.remote()

@@ -44,14 +44,18 @@ def test_an_error_that_stays_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
         serving.start_serve(None)
 
 
-def test_applications_can_be_deployed_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their configurations are made by Serve itself, which for that changes what the whole process pickles how."""
+def test_applications_are_made_while_others_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For either, Serve makes configurations, and for that it changes what the whole process pickles how."""
 
     def no_cluster(targets: list[serve.RunTarget], **_: Any) -> list[str]:
         return [str(target.name) for target in targets]
 
-    monkeypatch.setattr(serve, "run_many", no_cluster)
     page = partial(page_application, None, Human(), "secret")
-    names = [f"page-{index}" for index in range(300)]
+    monkeypatch.setattr(serve, "run_many", no_cluster)
+    monkeypatch.setattr(serve, "status", page)  # makes one configuration, as for every deployment that is there
+    names = [f"page-{index}" for index in range(150)]
     with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(serving._status) for _ in names]
         assert list(pool.map(lambda name: serving._run(page, name, "/", False), names)) == names
+        for one in asked:
+            one.result()
